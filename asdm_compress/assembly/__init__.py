@@ -1,0 +1,1 @@
+"""Assembly: which edits are possible, what damage they do, which plan is the best, and building the student."""

@@ -1,0 +1,146 @@
+"""Exact search: the plan with the least summed damage under any number of budgets, with a proven bound."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ortools.sat.python import cp_model
+
+from asdm_compress.assembly.options import Option
+from asdm_compress.assembly.plan import Plan
+from asdm_compress.core.errors import AsdmError, ExitCode
+from asdm_compress.core.units import Limit, Resource, format_resource
+
+# CP-SAT works on integers. Objectives are scaled so that their sum stays below this; costs below 2^62 by their units.
+OBJECTIVE_RESOLUTION = 10**13
+TIME_LIMIT_SECONDS = 60.0
+_COST_UNITS: Mapping[Resource, float] = {"latency": 1e-9, "macs": 1.0, "params": 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """A plan with its summed damage, the proven lower bound of any plan's, and its predicted costs."""
+
+    plan: Plan
+    options: tuple[Option, ...]
+    damage: float
+    bound: float
+    proven: bool
+    costs: Mapping[Resource, float]
+    seconds: float
+
+    @property
+    def gap(self) -> float:
+        """How far, as a share, the damage may at most be above the best possible; 0 when optimality is proven."""
+        return 0.0 if self.proven or self.damage == 0 else (self.damage - self.bound) / self.damage
+
+
+def solve(
+    options: Sequence[Option],
+    damages: Mapping[str, float],
+    teacher: Mapping[Resource, float],
+    limits: Sequence[Limit],
+) -> Solution:
+    """The options that do not overlap, meet every limit, and have the least summed damage.
+
+    `damages` maps option names to damages (0 or more). Raises AsdmError with exit code 3, naming the smallest budget
+    that can be reached, when no choice of options meets the limits.
+    """
+    began = time.perf_counter()
+    scale = OBJECTIVE_RESOLUTION / max(sum(damages[o.name] for o in options), 1e-300)
+    model, chosen = _choice_model(options)
+    for limit in limits:
+        _require(model, chosen, options, limit.resource, limit.absolute(teacher[limit.resource]), teacher)
+    model.minimize(sum(round(damages[o.name] * scale) * chosen[o.name] for o in options))
+    solver = _solver()
+    status = solver.solve(model)
+    if status == cp_model.INFEASIBLE:
+        raise _infeasible(options, teacher, limits)
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        raise AsdmError(f"no plan was found in {TIME_LIMIT_SECONDS:.0f} s", "Try a larger budget.", ExitCode.INFEASIBLE)
+    picked = tuple(o for o in options if solver.boolean_value(chosen[o.name]))
+    return Solution(
+        plan=Plan({o.site: o.edit for o in picked}),
+        options=picked,
+        damage=sum(damages[o.name] for o in picked),
+        bound=solver.best_objective_bound / scale,
+        proven=status == cp_model.OPTIMAL,
+        costs=costs_of(picked, teacher),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def costs_of(options: Sequence[Option], teacher: Mapping[Resource, float]) -> dict[Resource, float]:
+    """The teacher's costs less the savings of the options."""
+    return {resource: cost - sum(o.savings[resource] for o in options) for resource, cost in teacher.items()}
+
+
+def smallest_reachable(
+    options: Sequence[Option], teacher: Mapping[Resource, float], resource: Resource, others: Sequence[Limit] = ()
+) -> float | None:
+    """The least cost of one resource over all plans that meet the other limits, or None where none does."""
+    model, chosen = _choice_model(options)
+    for limit in others:
+        _require(model, chosen, options, limit.resource, limit.absolute(teacher[limit.resource]), teacher)
+    model.maximize(sum(_integer(o.savings[resource], resource) * chosen[o.name] for o in options))
+    solver = _solver()
+    if solver.solve(model) != cp_model.OPTIMAL:
+        return None
+    return teacher[resource] - sum(o.savings[resource] for o in options if solver.boolean_value(chosen[o.name]))
+
+
+def _choice_model(options: Sequence[Option]) -> tuple[cp_model.CpModel, dict[str, cp_model.IntVar]]:
+    model = cp_model.CpModel()
+    chosen = {o.name: model.new_bool_var(o.name) for o in options}
+    touching: dict[str, list[cp_model.IntVar]] = {}
+    for option in options:
+        for atom in option.atoms:
+            touching.setdefault(atom, []).append(chosen[option.name])
+    for variables in touching.values():
+        model.add_at_most_one(variables)
+    return model, chosen
+
+
+def _require(  # noqa: PLR0913
+    model: cp_model.CpModel,
+    chosen: Mapping[str, cp_model.IntVar],
+    options: Sequence[Option],
+    resource: Resource,
+    limit: float,
+    teacher: Mapping[Resource, float],
+) -> None:
+    # Savings are rounded down and what must be saved is rounded up: a plan that passes here meets the limit exactly.
+    missing = -((limit - teacher[resource]) // _COST_UNITS[resource])
+    model.add(sum(_integer(o.savings[resource], resource) * chosen[o.name] for o in options) >= int(missing))
+
+
+def _integer(saving: float, resource: Resource) -> int:
+    return int(saving // _COST_UNITS[resource])
+
+
+def _solver() -> cp_model.CpSolver:
+    solver = cp_model.CpSolver()
+    solver.parameters.max_time_in_seconds = TIME_LIMIT_SECONDS
+    solver.parameters.random_seed = 0
+    solver.parameters.relative_gap_limit = 0.0
+    return solver
+
+
+def _infeasible(options: Sequence[Option], teacher: Mapping[Resource, float], limits: Sequence[Limit]) -> AsdmError:
+    reachable = []
+    for limit in limits:
+        others = [other for other in limits if other is not limit]
+        best = smallest_reachable(options, teacher, limit.resource, others)
+        if best is None:
+            reachable.append(f"{limit.resource}: none, the other limits cannot be met")
+        elif best > limit.absolute(teacher[limit.resource]):
+            share = best / teacher[limit.resource]
+            reachable.append(f"{limit.resource}={share:.4f}x ({format_resource(limit.resource, best)})")
+    wanted = ", ".join(str(limit) for limit in limits)
+    return AsdmError(
+        f"no plan meets the budget {wanted}; the smallest that can be reached is {'; '.join(reachable)}",
+        "Choose a larger budget.",
+        ExitCode.INFEASIBLE,
+    )

@@ -1,0 +1,24 @@
+"""The one error type that users see, and the exit codes of the command line."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every command."""
+
+    OK = 0
+    USER = 2
+    INFEASIBLE = 3
+    ENVIRONMENT = 4
+
+
+class AsdmError(Exception):
+    """Something that the user can act on: what went wrong, what to do about it, and the exit code it ends with."""
+
+    def __init__(self, message: str, hint: str | None = None, exit_code: ExitCode = ExitCode.USER) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.exit_code = exit_code

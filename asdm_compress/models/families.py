@@ -1,0 +1,118 @@
+"""Facts about the Stable Diffusion families, and UNets of full size with random weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from asdm_compress.core.errors import AsdmError
+
+_SD_BLOCKS: Final = {
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One architecture: its UNet's configuration, its native image size, and what its prediction means."""
+
+    name: str
+    title: str
+    unet_config: Mapping[str, Any]
+    image_size: int
+    text_tokens: int
+    prediction_type: str
+
+
+FAMILIES: Final = {
+    family.name: family
+    for family in (
+        Family("sd15", "Stable Diffusion 1.x", {
+            **_SD_BLOCKS, "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8,
+        }, 512, 77, "epsilon"),
+        Family("sd21-base", "Stable Diffusion 2.x base", {
+            **_SD_BLOCKS, "sample_size": 64, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
+            "use_linear_projection": True,
+        }, 512, 77, "epsilon"),
+        Family("sd21", "Stable Diffusion 2.x at 768 pixels", {
+            **_SD_BLOCKS, "sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
+            "use_linear_projection": True,
+        }, 768, 77, "v_prediction"),
+    )
+}  # fmt: skip
+
+_SUPPORTED_BLOCKS: Final = {
+    "down_block_types": {"CrossAttnDownBlock2D", "DownBlock2D"},
+    "up_block_types": {"CrossAttnUpBlock2D", "UpBlock2D"},
+    "mid_block_type": {"UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None},
+}
+
+
+def check_supported(unet: UNet2DConditionModel) -> None:
+    """Raise AsdmError, naming what differs, unless the UNet is of the Stable Diffusion 1.x/2.x kind."""
+    config = unet.config
+    strange: list[str] = []
+    for key, allowed in _SUPPORTED_BLOCKS.items():
+        value = config.get(key)
+        names = value if isinstance(value, (list, tuple)) else [value]
+        strange += [f"{key} {name}" for name in names if name not in allowed]
+    if config.get("addition_embed_type") is not None:
+        strange.append(f"addition_embed_type {config['addition_embed_type']} (an SDXL or Kandinsky UNet)")
+    if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
+        strange.append("class embeddings")
+    if config.get("encoder_hid_dim_type") is not None:
+        strange.append(f"encoder_hid_dim_type {config['encoder_hid_dim_type']}")
+    if config.get("resnet_time_scale_shift", "default") != "default":
+        strange.append(f"resnet_time_scale_shift {config['resnet_time_scale_shift']}")
+    if strange:
+        raise AsdmError(
+            f"this UNet is of another family: {'; '.join(strange)}",
+            "UNets of Stable Diffusion 1.x and 2.x and their variants are supported.",
+        )
+
+
+def architecture(unet: UNet2DConditionModel) -> dict[str, Any]:
+    """The facts that a plan depends on: levels, depths, widths and projections, not sizes of inputs."""
+    config = unet.config
+    keys = (
+        "down_block_types", "mid_block_type", "up_block_types", "block_out_channels", "layers_per_block",
+        "transformer_layers_per_block", "in_channels", "out_channels", "cross_attention_dim", "attention_head_dim",
+        "use_linear_projection",
+    )  # fmt: skip
+    facts = {key: config.get(key) for key in keys}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
+
+
+def random_unet(family: Family, dtype: torch.dtype, device: torch.device, seed: int = 0) -> UNet2DConditionModel:
+    """A full-size UNet with random weights, for costs only: its pictures and its damages mean nothing."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**family.unet_config)
+    unet = unet.to(dtype=dtype).to_empty(device=device)
+    generator = torch.Generator().manual_seed(seed)
+    # One million numbers, repeated: filling 860 M weights with fresh ones takes longer than profiling them.
+    pool = torch.randn(1_000_003, generator=generator).to(device=device, dtype=dtype)
+    for module in unet.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+                parameter.data.fill_(1.0 if name == "weight" else 0.0)
+            elif parameter.ndim == 1:
+                parameter.data.zero_()
+            else:
+                _fill(parameter.data, pool, 1 / math.sqrt(parameter[0].numel()))
+    return unet.eval().requires_grad_(False)
+
+
+def _fill(target: torch.Tensor, pool: torch.Tensor, scale: float) -> None:
+    flat = target.view(-1)
+    for start in range(0, flat.numel(), pool.numel()):
+        part = flat[start : start + pool.numel()]
+        torch.mul(pool[: part.numel()], scale, out=part)

@@ -1,0 +1,109 @@
+"""What stands in a slot: modules with the call signatures of those that a plan has taken out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class IdentityResnet(nn.Module):
+    """In place of a ResNet whose input and output have the same channels."""
+
+    def forward(self, hidden_states: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, C, H, W) unchanged."""
+        return hidden_states
+
+
+class ShortcutResnet(nn.Module):
+    """In place of a ResNet: only its own 1 x 1 shortcut, which still mixes a skip connection in."""
+
+    def __init__(self, conv_shortcut: nn.Module, output_scale_factor: float = 1.0) -> None:
+        super().__init__()
+        self.conv_shortcut = conv_shortcut
+        self.output_scale_factor = output_scale_factor
+
+    def forward(self, hidden_states: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, C_in, H, W) to (B, C_out, H, W)."""
+        output: Tensor = self.conv_shortcut(hidden_states)
+        return output if self.output_scale_factor == 1 else output / self.output_scale_factor
+
+
+class DiscardSkip(nn.Module):
+    """In place of a decoder ResNet: the hidden state goes on, the skip connection concatenated to it is discarded."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, hidden_states: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, C + C_skip, H, W) to (B, C, H, W)."""
+        return hidden_states[:, : self.channels]
+
+
+class IdentityTransformer(nn.Module):
+    """In place of a Transformer2DModel, whose residual connection goes around all of it."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        """(B, C, H, W) unchanged, in a tuple as the blocks expect it."""
+        return (hidden_states,)
+
+
+class PartialTransformerBlock(nn.Module):
+    """A BasicTransformerBlock without some of its sub-units; what stays keeps its name and weights."""
+
+    def __init__(self, block: nn.Module, dropped: frozenset[str]) -> None:
+        super().__init__()
+        for norm, part in (("norm1", "attn1"), ("norm2", "attn2"), ("norm3", "ff")):
+            keep = part not in dropped and getattr(block, part, None) is not None
+            self.add_module(norm, getattr(block, norm) if keep else None)
+            self.add_module(part, getattr(block, part) if keep else None)
+
+    def forward(  # noqa: PLR0913 - the signature of the block that it stands for
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """(B, tokens, C) to (B, tokens, C)."""
+        extra = cross_attention_kwargs or {}
+        if self.attn1 is not None:
+            attended = self.attn1(self.norm1(hidden_states), attention_mask=attention_mask, **extra)
+            hidden_states = attended + hidden_states
+        if self.attn2 is not None:
+            attended = self.attn2(
+                self.norm2(hidden_states),
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=encoder_attention_mask,
+                **extra,
+            )
+            hidden_states = attended + hidden_states
+        if self.ff is not None:
+            hidden_states = self.ff(self.norm3(hidden_states)) + hidden_states
+        return hidden_states
+
+
+class PooledDownsampler(nn.Module):
+    """In place of a strided convolution: the mean of every 2 x 2 patch."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, C, H, W) to (B, C, ceil(H / 2), ceil(W / 2)), as the strided convolution rounds."""
+        return F.avg_pool2d(hidden_states, 2, ceil_mode=True)
+
+
+class NearestUpsampler(nn.Module):
+    """In place of an upsampling convolution: nearest-neighbour interpolation alone."""
+
+    def forward(
+        self, hidden_states: Tensor, output_size: tuple[int, int] | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """(B, C, H, W) to (B, C, 2H, 2W), or to `output_size`."""
+        if output_size is None:
+            return F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+        return F.interpolate(hidden_states, size=tuple(output_size), mode="nearest")

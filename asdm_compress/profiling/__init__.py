@@ -1,0 +1,1 @@
+"""Profiling: what every site of a UNet costs in parameters, MACs, memory and measured time."""

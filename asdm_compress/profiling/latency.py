@@ -1,0 +1,155 @@
+"""Measured time: of a whole forward pass, of every site inside it, and the machine's matrix-product peak."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from asdm_compress.models.sites import Site
+
+ForwardPass = Callable[[], Any]
+
+
+class _Clock(Protocol):
+    """Marks moments, and tells the seconds between two of them once everything has run."""
+
+    def mark(self) -> Any: ...
+    def synchronise(self) -> None: ...
+    def between(self, first: Any, second: Any) -> float: ...
+
+
+class _HostClock:
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def synchronise(self) -> None:
+        return None
+
+    def between(self, first: float, second: float) -> float:
+        return second - first
+
+
+class _CudaClock:
+    """Device events, so that marking does not wait for the device."""
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()  # type: ignore[no-untyped-call]
+        return event
+
+    def synchronise(self) -> None:
+        torch.cuda.synchronize()
+
+    def between(self, first: torch.cuda.Event, second: torch.cuda.Event) -> float:
+        return float(first.elapsed_time(second)) / 1e3  # type: ignore[no-untyped-call]
+
+
+def _clock(device: torch.device) -> _Clock:
+    return _CudaClock() if device.type == "cuda" else _HostClock()
+
+
+@dataclass(slots=True)
+class SiteTimes:
+    """Seconds per repeat: of the plain pass, of the pass with timers in it, and of every timed site inside the latter."""
+
+    whole: list[float] = field(default_factory=list)
+    timed_whole: list[float] = field(default_factory=list)
+    sites: dict[str, list[float]] = field(default_factory=dict)
+
+
+def time_sites(
+    unet: nn.Module, sites: Sequence[Site], forward: ForwardPass, repeats: int, device: torch.device
+) -> SiteTimes:
+    """Time every site inside whole forward passes, alternating passes with timers and plain ones.
+
+    Sites whose modules do not run one after the other (layers, projections) are left to the caller, who has their parts.
+    """
+    clock, times = _clock(device), SiteTimes()
+    forward()
+    clock.synchronise()
+    for _ in range(repeats):
+        times.whole.append(_time_once(forward, clock))
+        marks: dict[str, list[Any]] = {}
+        with _timers(unet, sites, clock, marks):
+            times.timed_whole.append(_time_once(forward, clock))
+        for path, moments in marks.items():
+            seconds = sum(clock.between(a, b) for a, b in zip(moments[::2], moments[1::2], strict=True))
+            times.sites.setdefault(path, []).append(seconds)
+    return times
+
+
+def is_timed(site: Site) -> bool:
+    """Whether the modules of a site run without anything of another site between them."""
+    return site.kind not in ("layer", "projections")
+
+
+@contextmanager
+def _timers(unet: nn.Module, sites: Sequence[Site], clock: _Clock, marks: dict[str, list[Any]]) -> Iterator[None]:
+    handles = []
+    for site in sites:
+        if not is_timed(site):
+            continue
+        present = [unet.get_submodule(path) for path in site.modules if _has(unet, path)]
+        moments = marks.setdefault(site.path, [])
+
+        def mark(*_: Any, moments: list[Any] = moments) -> None:
+            moments.append(clock.mark())
+
+        handles.append(present[0].register_forward_pre_hook(mark))
+        handles.append(present[-1].register_forward_hook(mark))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _has(unet: nn.Module, path: str) -> bool:
+    parent, _, name = path.rpartition(".")
+    return unet.get_submodule(parent)._modules.get(name) is not None
+
+
+def _time_once(forward: ForwardPass, clock: _Clock) -> float:
+    clock.synchronise()
+    start = clock.mark()
+    forward()
+    end = clock.mark()
+    clock.synchronise()
+    return clock.between(start, end)
+
+
+def time_side_by_side(passes: Sequence[ForwardPass], repeats: int, device: torch.device) -> list[list[float]]:
+    """Seconds of each of several passes, taken in turns so that a slow moment of the machine meets all of them."""
+    clock = _clock(device)
+    for forward in passes:
+        forward()
+    samples: list[list[float]] = [[] for _ in passes]
+    for _ in range(repeats):
+        for forward, seconds in zip(passes, samples, strict=True):
+            seconds.append(_time_once(forward, clock))
+    return samples
+
+
+def median_ratio(samples: Sequence[float], baseline: Sequence[float]) -> float:
+    """The median over turns of one pass's time divided by the other's in the same turn."""
+    return median(a / b for a, b in zip(samples, baseline, strict=True))
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
+    """The best rate of square matrix products on this device, in MACs per second."""
+    clock = _clock(device)
+    size = 4096 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+    def product() -> Tensor:
+        return a @ b
+
+    product()
+    return float(size**3 / min(_time_once(product, clock) for _ in range(repeats)))

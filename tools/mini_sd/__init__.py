@@ -1,0 +1,1 @@
+"""The stages that train the bundled model from nothing: scene reader, VAE, text encoder, UNet, packaging."""

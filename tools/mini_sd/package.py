@@ -1,0 +1,58 @@
+"""Stage `package`: write the trained parts into the package as one diffusers pipeline in fp16, with their history."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from safetensors.torch import save_file
+
+from asdm_compress.models.names import MINI_SD_FOLDER
+from asdm_compress.scenes.reader import WEIGHTS
+from mini_sd.architecture import NOISE_SCHEDULE
+from mini_sd.reader import load_trained_reader
+from mini_sd.text import load_text_encoder
+from mini_sd.unet import load_unet
+from mini_sd.vae import load_vae
+
+
+def package(folder: Path) -> None:
+    """Replace the bundled pipeline and reader by what stands in `folder`."""
+    tokenizer, text_encoder = load_text_encoder(folder)
+    unet, _, _ = load_unet(folder)
+    scheduler = DPMSolverMultistepScheduler(**NOISE_SCHEDULE)
+    pipeline = StableDiffusionPipeline(
+        vae=load_vae(folder),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(MINI_SD_FOLDER)
+    history = {stage: _history(folder, stage) for stage in ("vae", "text", "unet", "reader")} | {
+        "torch": torch.__version__,
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    (MINI_SD_FOLDER / "training.json").write_text(json.dumps(history, indent=2) + "\n")
+    save_file({k: v.contiguous() for k, v in load_trained_reader(folder).state_dict().items()}, WEIGHTS)
+    size = sum(f.stat().st_size for f in MINI_SD_FOLDER.rglob("*") if f.is_file()) + WEIGHTS.stat().st_size
+    print(f"{size / 1e6:.1f} MB in {MINI_SD_FOLDER} and {WEIGHTS.name}")
+
+
+def _history(folder: Path, stage: str) -> dict[str, float | int | str]:
+    state = torch.load(folder / f"{stage}.pt", map_location="cpu", weights_only=True)
+    last = json.loads((folder / f"{stage}.jsonl").read_text().splitlines()[-1])
+    return {
+        "steps": state["step"],
+        "minutes": round(state["seconds"] / 60, 1),
+        "seed": 0,
+        "device": "cpu",
+        "last": last,
+    }

@@ -1,0 +1,51 @@
+"""Train the bundled model from nothing, stage by stage; every stage goes on from its last checkpoint.
+
+python tools/train_mini_sd.py vae --work ~/mini-sd --minutes 12
+python tools/train_mini_sd.py text --work ~/mini-sd --minutes 4
+python tools/train_mini_sd.py unet --work ~/mini-sd --minutes 120
+python tools/train_mini_sd.py reader --work ~/mini-sd --minutes 10
+python tools/train_mini_sd.py package --work ~/mini-sd
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+
+# Two processes whose OpenMP threads spin at barriers slow each other many times over; sleeping threads do not.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+STAGES = ("reader", "vae", "text", "unet", "package")
+
+
+def main() -> None:
+    """Parse the command line and run one stage."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints and logs, outside the repo")
+    parser.add_argument("--minutes", type=float, default=10.0, help="time for this call")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=None)
+    arguments = parser.parse_args()
+
+    import torch
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    work = arguments.work.expanduser()
+    if arguments.stage == "package":
+        importlib.import_module("mini_sd.package").package(work)
+        return
+    stage = importlib.import_module(f"mini_sd.{arguments.stage}")
+    train = getattr(stage, f"train_{arguments.stage}")
+    train(work, arguments.minutes, arguments.seed, torch.device(arguments.device))
+
+
+if __name__ == "__main__":
+    main()
