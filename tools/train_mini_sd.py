@@ -20,13 +20,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-STAGES = ("reader", "vae", "text", "unet", "package")
+# Each stage's module; `decoder` goes on with the second half of what `vae` trains.
+STAGES = {"reader": "reader", "vae": "vae", "decoder": "vae", "text": "text", "unet": "unet"}
 
 
 def main() -> None:
     """Parse the command line and run one stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("stage", choices=(*STAGES, "package"))
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints and logs, outside the repo")
     parser.add_argument("--minutes", type=float, default=10.0, help="time for this call")
     parser.add_argument("--seed", type=int, default=0)
@@ -42,7 +43,7 @@ def main() -> None:
     if arguments.stage == "package":
         importlib.import_module("mini_sd.package").package(work)
         return
-    stage = importlib.import_module(f"mini_sd.{arguments.stage}")
+    stage = importlib.import_module(f"mini_sd.{STAGES[arguments.stage]}")
     train = getattr(stage, f"train_{arguments.stage}")
     train(work, arguments.minutes, arguments.seed, torch.device(arguments.device))
 

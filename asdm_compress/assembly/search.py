@@ -103,7 +103,7 @@ def _choice_model(options: Sequence[Option]) -> tuple[cp_model.CpModel, dict[str
     return model, chosen
 
 
-def _require(  # noqa: PLR0913
+def _require(
     model: cp_model.CpModel,
     chosen: Mapping[str, cp_model.IntVar],
     options: Sequence[Option],

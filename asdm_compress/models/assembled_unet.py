@@ -23,7 +23,7 @@ def _with_base_parameters(init: InitT) -> InitT:
     return init
 
 
-class AssembledUNet2DConditionModel(UNet2DConditionModel):
+class AssembledUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
     """A Stable Diffusion UNet with slots in the places of the modules that an assembly plan has taken out.
 
     `edits` maps unit and sub-unit paths to `drop` or `shortcut`; every other parameter is the base class's. Without
@@ -31,7 +31,7 @@ class AssembledUNet2DConditionModel(UNet2DConditionModel):
     do not fit the config raises AsdmError, where the base class would fill the gaps with random numbers.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     @_with_base_parameters
     def __init__(self, *args: Any, edits: Mapping[str, Edit] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -33,9 +33,7 @@ def legal_edits(unet: UNet2DConditionModel) -> dict[str, tuple[Edit, ...]]:
     legal: dict[str, tuple[Edit, ...]] = {}
     discardable = set(_resnets_whose_skip_can_go(unet))
     for path, module in _units(unet):
-        if ".resnets." not in path:
-            legal[path] = ("drop",)
-        elif module.conv_shortcut is None:
+        if ".resnets." not in path or module.conv_shortcut is None:
             legal[path] = ("drop",)
         else:
             legal[path] = ("drop", "shortcut") if path in discardable else ("shortcut",)
@@ -124,7 +122,7 @@ def edited_copy(
                 parent = twins[".".join(names[:depth])]
                 twins[here] = parent._modules[name] = _shallow(parent._modules[name])
     root: ModuleT = twins[""]
-    apply_edits(root, edits)  # type: ignore[arg-type]
+    apply_edits(root, edits)
     if keep_levels is not None:
         _remove_levels(root, keep_levels)
     return root

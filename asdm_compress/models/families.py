@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -50,7 +50,7 @@ FAMILIES: Final = {
     )
 }  # fmt: skip
 
-_SUPPORTED_BLOCKS: Final = {
+_SUPPORTED_BLOCKS: Final[Mapping[str, Collection[str | None]]] = {
     "down_block_types": {"CrossAttnDownBlock2D", "DownBlock2D"},
     "up_block_types": {"CrossAttnUpBlock2D", "UpBlock2D"},
     "mid_block_type": {"UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None},

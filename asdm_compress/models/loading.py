@@ -8,7 +8,7 @@ import pickle
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -21,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.models.assembled_unet import AssembledUNet2DConditionModel
@@ -29,6 +30,7 @@ from asdm_compress.models.names import HUB_NAMES, MINI_SD, MINI_SD_FOLDER, NAMES
 
 PICKLE_SUFFIXES: Final = (".ckpt", ".pt", ".pth", ".bin")
 FILE_SUFFIXES: Final = (".safetensors", *PICKLE_SUFFIXES)
+CLIP_TOKENS: Final = 77
 _LDM_PREFIX: Final = "model.diffusion_model."
 _HUB_ID: Final = re.compile(r"^[\w.-]+/[\w.-]+$")
 
@@ -40,7 +42,7 @@ class LoadOptions:
     """How a model is to be opened. `allow_pickle` lets a file run code while it is read, so it is off."""
 
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     random_weights: bool = False
     allow_pickle: bool = False
 
@@ -98,7 +100,15 @@ def load_unet(reference: str, options: LoadOptions) -> UNet2DConditionModel:
         folder = source.path / "unet" if source.kind == "pipeline folder" else source.path
         unet = _unet_from_folder(folder, options)
     check_supported(unet)
-    return unet.to(device=options.device, dtype=options.dtype).eval().requires_grad_(False)
+    return unet.to(options.device).eval().requires_grad_(False)
+
+
+def text_tokens_of(source: Source) -> int:
+    """The number of text tokens that the model's pipeline pads to; 77, CLIP's own, where there is no tokenizer."""
+    config = source.path / "tokenizer" / "tokenizer_config.json" if source.path else None
+    if config is None or not config.is_file():
+        return CLIP_TOKENS
+    return int(json.loads(config.read_text(encoding="utf-8")).get("model_max_length", CLIP_TOKENS))
 
 
 def load_pipeline(reference: str, options: LoadOptions) -> StableDiffusionPipeline:
@@ -112,10 +122,10 @@ def load_pipeline(reference: str, options: LoadOptions) -> StableDiffusionPipeli
         )
     assert source.path is not None
     unet = load_unet(reference, options)
-    with _readable(source.path, options):
+    with _readable(source.path):
         _check_weight_files(source.path, options)
         pipeline = StableDiffusionPipeline.from_pretrained(
-            source.path, unet=unet, torch_dtype=options.dtype, local_files_only=True
+            source.path, unet=unet, dtype=options.dtype, local_files_only=True
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(options.device)
@@ -171,10 +181,10 @@ def _unet_from_folder(folder: Path, options: LoadOptions) -> UNet2DConditionMode
     classes = {c.__name__: c for c in (UNet2DConditionModel, AssembledUNet2DConditionModel)}
     if name not in classes:
         raise AsdmError(f"{folder} holds a {name}, not a UNet2DConditionModel", "Give the UNet's folder.")
-    with _readable(folder, options):
+    with _readable(folder):
         _check_weight_files(folder, options)
         unet, info = classes[name].from_pretrained(
-            folder, torch_dtype=options.dtype, output_loading_info=True, local_files_only=True
+            folder, dtype=options.dtype, output_loading_info=True, local_files_only=True
         )
     _refuse_misfit(folder, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     return unet
@@ -230,7 +240,7 @@ def _unet_from_file(path: Path, options: LoadOptions) -> UNet2DConditionModel:
     expected = unet.state_dict()
     mismatched = [k for k, v in expected.items() if k in weights and weights[k].shape != v.shape]
     _refuse_misfit(path, expected.keys() - weights.keys(), weights.keys() - expected.keys(), mismatched)
-    unet.load_state_dict(weights, assign=True)
+    unet.load_state_dict({key: value.to(options.dtype) for key, value in weights.items()}, assign=True)
     return unet
 
 
@@ -275,20 +285,34 @@ def _read_pickle(path: Path, options: LoadOptions) -> Mapping[str, Tensor]:
 
 
 @contextmanager
-def _readable(place: Path, options: LoadOptions) -> Iterator[None]:
-    """Turn the loaders' errors about files into one message; silence what they print besides."""
-    level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
+def quiet_libraries() -> Iterator[None]:
+    """Silence the remarks and progress bars of diffusers and transformers, whose findings we check ourselves."""
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     try:
         yield
+    finally:
+        for library, (level, had_bar) in zip(libraries, before, strict=True):
+            library.set_verbosity(level)
+            if had_bar:
+                library.enable_progress_bar()
+
+
+@contextmanager
+def _readable(place: Path) -> Iterator[None]:
+    """Turn the loaders' errors about files into one message."""
+    try:
+        with quiet_libraries():
+            yield
     except AsdmError:
         raise
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise AsdmError(
             f"{place} cannot be read: {_first_line(error)}", "Is every file of the folder there?"
         ) from error
-    finally:
-        diffusers_logging.set_verbosity(level)
 
 
 def _first_line(error: BaseException) -> str:

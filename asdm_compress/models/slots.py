@@ -55,12 +55,11 @@ class PartialTransformerBlock(nn.Module):
 
     def __init__(self, block: nn.Module, dropped: frozenset[str]) -> None:
         super().__init__()
-        for norm, part in (("norm1", "attn1"), ("norm2", "attn2"), ("norm3", "ff")):
-            keep = part not in dropped and getattr(block, part, None) is not None
-            self.add_module(norm, getattr(block, norm) if keep else None)
-            self.add_module(part, getattr(block, part) if keep else None)
+        self.norm1, self.attn1 = _kept(block, dropped, "norm1", "attn1")
+        self.norm2, self.attn2 = _kept(block, dropped, "norm2", "attn2")
+        self.norm3, self.ff = _kept(block, dropped, "norm3", "ff")
 
-    def forward(  # noqa: PLR0913 - the signature of the block that it stands for
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -73,10 +72,10 @@ class PartialTransformerBlock(nn.Module):
     ) -> Tensor:
         """(B, tokens, C) to (B, tokens, C)."""
         extra = cross_attention_kwargs or {}
-        if self.attn1 is not None:
+        if self.norm1 is not None and self.attn1 is not None:
             attended = self.attn1(self.norm1(hidden_states), attention_mask=attention_mask, **extra)
             hidden_states = attended + hidden_states
-        if self.attn2 is not None:
+        if self.norm2 is not None and self.attn2 is not None:
             attended = self.attn2(
                 self.norm2(hidden_states),
                 encoder_hidden_states=encoder_hidden_states,
@@ -84,9 +83,15 @@ class PartialTransformerBlock(nn.Module):
                 **extra,
             )
             hidden_states = attended + hidden_states
-        if self.ff is not None:
+        if self.norm3 is not None and self.ff is not None:
             hidden_states = self.ff(self.norm3(hidden_states)) + hidden_states
         return hidden_states
+
+
+def _kept(block: nn.Module, dropped: frozenset[str], norm: str, part: str) -> tuple[nn.Module | None, nn.Module | None]:
+    if part in dropped or getattr(block, part, None) is None:
+        return None, None
+    return block.get_submodule(norm), block.get_submodule(part)
 
 
 class PooledDownsampler(nn.Module):

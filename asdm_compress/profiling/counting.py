@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,7 +59,7 @@ class ModuleCounts:
     peak_bytes: Mapping[str, int]
 
 
-def count(unet: nn.Module, batch: int, height: int, width: int, text_tokens: int) -> ModuleCounts:
+def count(unet: UNet2DConditionModel, batch: int, height: int, width: int, text_tokens: int) -> ModuleCounts:
     """Count one forward pass of `batch` samples with latents of `height` x `width` cells.
 
     Peak bytes follow the lifetime of every tensor of an eager pass in the model's own dtype, without weights and
@@ -97,7 +98,7 @@ def _as_macs(operator: Any, flop: int) -> MacCount:
 
 
 def meta_copy(module: nn.Module) -> Any:
-    """A copy of a module tree with parameters on the meta device; the original's tensors are neither read nor copied."""
+    """A copy of a module tree with parameters on the meta device; nothing of the original's tensors is read."""
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
     twin._modules = {name: None if m is None else meta_copy(m) for name, m in module._modules.items()}
@@ -126,11 +127,11 @@ class _FusedAttention(TorchFunctionMode):
 def _attention_inputs(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> None: ...
 
 
-class _LiveBytes(TorchDispatchMode):
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the bytes of all storages that are alive, and the peak inside every open module."""
 
     def __init__(self, weights: list[torch.UntypedStorage]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.weights = weights  # held, so that a view of a weight is known as no activation
         self.seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet(weights)

@@ -40,15 +40,15 @@ class _CudaClock:
     """Device events, so that marking does not wait for the device."""
 
     def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
         return event
 
     def synchronise(self) -> None:
         torch.cuda.synchronize()
 
     def between(self, first: torch.cuda.Event, second: torch.cuda.Event) -> float:
-        return float(first.elapsed_time(second)) / 1e3  # type: ignore[no-untyped-call]
+        return float(first.elapsed_time(second)) / 1e3
 
 
 def _clock(device: torch.device) -> _Clock:
@@ -57,7 +57,7 @@ def _clock(device: torch.device) -> _Clock:
 
 @dataclass(slots=True)
 class SiteTimes:
-    """Seconds per repeat: of the plain pass, of the pass with timers in it, and of every timed site inside the latter."""
+    """Seconds per repeat: of the plain pass, of the pass with timers in it, and of every site inside the latter."""
 
     whole: list[float] = field(default_factory=list)
     timed_whole: list[float] = field(default_factory=list)
@@ -69,7 +69,7 @@ def time_sites(
 ) -> SiteTimes:
     """Time every site inside whole forward passes, alternating passes with timers and plain ones.
 
-    Sites whose modules do not run one after the other (layers, projections) are left to the caller, who has their parts.
+    Sites whose modules do not run in one go (layers, projections) are left to the caller, who has their parts.
     """
     clock, times = _clock(device), SiteTimes()
     forward()

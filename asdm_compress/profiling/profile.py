@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.provenance import content_hash, processor_name, versions
@@ -22,7 +22,7 @@ from asdm_compress.models.families import architecture
 from asdm_compress.models.sites import Site, SiteKind, SiteLevel, find_sites
 from asdm_compress.profiling.counting import MacCount, ModuleCounts, count
 from asdm_compress.profiling.crosscheck import cross_check
-from asdm_compress.profiling.latency import SiteTimes, is_timed, matmul_peak, time_sites
+from asdm_compress.profiling.latency import ForwardPass, SiteTimes, is_timed, matmul_peak, time_sites
 
 SCHEMA_VERSION: Final = 1
 
@@ -124,14 +124,19 @@ def load_profile(path: Path) -> Profile:
 
 @dataclass(frozen=True, slots=True)
 class ProfileSettings:
-    """The forward pass that is profiled. A batch of 2 is one image with guidance."""
+    """The forward pass that is profiled. A batch of 2 is one image with guidance; 77 text tokens are CLIP's."""
 
     image_size: int | None = None
     batch: int = 2
-    text_tokens: int = 77
+    text_tokens: int | None = None
     channels_last: bool = False
     repeats: int = 10
     cross_check: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """The number of text tokens, 77 unless set."""
+        return 77 if self.text_tokens is None else self.text_tokens
 
 
 def profile(
@@ -148,22 +153,11 @@ def profile(
     say = progress or (lambda _: None)
     height = _latent_size(unet, settings)
     device, dtype = unet.device, next(unet.parameters()).dtype
-    if settings.channels_last:
-        unet.to(memory_format=torch.channels_last)
     sites = find_sites(unet)
     say("counting")
-    counts = count(unet, settings.batch, height, height, settings.text_tokens)
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(settings.batch, unet.config["in_channels"], height, height, generator=generator)
-    text = torch.randn(settings.batch, settings.text_tokens, unet.config["cross_attention_dim"], generator=generator)
-    timestep = torch.tensor(500, device=device)
-    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    inputs = (sample.to(device, dtype, memory_format=layout), timestep, text.to(device, dtype))
-
-    @torch.no_grad()
-    def forward() -> Any:
-        return unet(*inputs, return_dict=False)
-
+    counts = count(unet, settings.batch, height, height, settings.tokens)
+    inputs = random_inputs(unet, settings)
+    forward = forward_pass(unet, settings)
     say("timing")
     times = time_sites(unet, sites, forward, settings.repeats, device)
     peak = matmul_peak(device, dtype)
@@ -190,7 +184,7 @@ def profile(
             channels_last=settings.channels_last,
             batch=settings.batch,
             image_size=8 * height,
-            text_tokens=settings.text_tokens,
+            text_tokens=settings.tokens,
             threads=torch.get_num_threads(),
             versions=versions(),
         ),
@@ -208,6 +202,30 @@ def profile(
         sites=records,
         cross_check=others,
     )
+
+
+def random_inputs(unet: UNet2DConditionModel, settings: ProfileSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of the right shapes: sample (B, C, H, W), a scalar timestep, text (B, tokens, width)."""
+    size = _latent_size(unet, settings)
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(settings.batch, unet.config["in_channels"], size, size, generator=generator)
+    text = torch.randn(settings.batch, settings.tokens, unet.config["cross_attention_dim"], generator=generator)
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    device, dtype = unet.device, next(unet.parameters()).dtype
+    return sample.to(device, dtype, memory_format=layout), torch.tensor(500, device=device), text.to(device, dtype)
+
+
+def forward_pass(unet: UNet2DConditionModel, settings: ProfileSettings) -> ForwardPass:
+    """The pass that is profiled, ready to be called."""
+    inputs = random_inputs(unet, settings)
+    if settings.channels_last:
+        unet.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def forward() -> Any:
+        return unet(*inputs, return_dict=False)
+
+    return forward
 
 
 def check_fingerprint(wanted: Fingerprint, found: Fingerprint) -> None:

@@ -125,7 +125,7 @@ def sample_captions(
 
 
 def holds(caption: Caption, seen: SeenScene) -> bool:
-    """True when the picture shows exactly the objects that the caption names, with every attribute, place and relation."""
+    """True when the picture shows just what the caption names: every object, attribute, place and relation."""
     if len(seen.objects) != len(caption.objects):
         return False
     if caption.background is not None and caption.background != seen.background:

@@ -40,11 +40,12 @@ class SceneReader(nn.Module):
         self.background = nn.Linear(FEATURES, len(BACKGROUNDS))
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The feature map (B, 64, 16, 16), and its means and deviations over the image (B, 128) for the Fréchet distance."""
+        """The feature map (B, 64, 16, 16), and its means and deviations over the image (B, 128)."""
         maps = self.trunk(images - 0.5)
         return maps, torch.cat([maps.mean(dim=(2, 3)), maps.std(dim=(2, 3))], dim=1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Dense logits and background logits."""
         maps, pooled = self.features(images)
         return self.dense(maps), self.background(pooled)
 
@@ -72,14 +73,14 @@ class SceneReader(nn.Module):
 
     def accuracy(self, images: Tensor, captions: Sequence[Caption]) -> list[bool]:
         """For every image, whether it shows exactly what its caption claims."""
-        seen = [scene for part in images.split(64) for scene in self.read(part)]
+        seen = [scene for part in torch.split(images, 64) for scene in self.read(part)]
         return [holds(caption, scene) for caption, scene in zip(captions, seen, strict=True)]
 
 
 def load_reader() -> SceneReader:
     """The bundled, trained reader, in evaluation mode."""
     reader = SceneReader().eval().requires_grad_(False)
-    reader.load_state_dict({name: value for name, value in load_file(WEIGHTS).items()})
+    reader.load_state_dict(load_file(WEIGHTS))
     return reader
 
 

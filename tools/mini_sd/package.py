@@ -23,7 +23,7 @@ def package(folder: Path) -> None:
     """Replace the bundled pipeline and reader by what stands in `folder`."""
     tokenizer, text_encoder = load_text_encoder(folder)
     unet, _, _ = load_unet(folder)
-    scheduler = DPMSolverMultistepScheduler(**NOISE_SCHEDULE)
+    scheduler = DPMSolverMultistepScheduler(**NOISE_SCHEDULE, steps_offset=1)
     pipeline = StableDiffusionPipeline(
         vae=load_vae(folder),
         text_encoder=text_encoder,
@@ -35,13 +35,15 @@ def package(folder: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(MINI_SD_FOLDER)
-    history = {stage: _history(folder, stage) for stage in ("vae", "text", "unet", "reader")} | {
+    history = {stage: _history(folder, stage) for stage in ("vae", "decoder", "text", "unet", "reader")} | {
         "torch": torch.__version__,
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),
     }
     (MINI_SD_FOLDER / "training.json").write_text(json.dumps(history, indent=2) + "\n")
     save_file({k: v.contiguous() for k, v in load_trained_reader(folder).state_dict().items()}, WEIGHTS)
+    for path in MINI_SD_FOLDER.rglob("*.safetensors"):
+        path.chmod(0o644)
     size = sum(f.stat().st_size for f in MINI_SD_FOLDER.rglob("*") if f.is_file()) + WEIGHTS.stat().st_size
     print(f"{size / 1e6:.1f} MB in {MINI_SD_FOLDER} and {WEIGHTS.name}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,4 +76,4 @@ class TrainingRun:
         state |= {"step": self.step, "seconds": self.seconds}
         aside = self.path.with_suffix(".tmp")
         torch.save(state, aside)
-        os.replace(aside, self.path)
+        aside.replace(self.path)

@@ -1,4 +1,4 @@
-"""Stage `text`: the text encoder learns to say what a caption claims; it is frozen afterwards, as in Stable Diffusion."""
+"""Stage `text`: the text encoder learns to say what a caption claims, and is frozen afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage `unet`: ε-prediction on the VAE's latents, with min-SNR weights, caption dropout and an EMA."""
+"""Stage `unet`: ε-prediction on the VAE's latents, with truncated v-weights, caption dropout and an EMA."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mini_sd.vae import load_vae
 LEARNING_RATE: Final = 1e-3
 BATCH: Final = 64
 CAPTION_DROPOUT: Final = 0.1
-MIN_SNR_GAMMA: Final = 5.0  # Hang et al., 2303.09556, eq. 7 with the ε-prediction weight
+MIN_SNR_GAMMA: Final = 5.0  # Hang et al., 2303.09556
 EMA_DECAY: Final = 0.999
 SCENES: Final = 40_000
 
@@ -49,7 +49,9 @@ def train_unet(folder: Path, minutes: float, seed: int, device: torch.device) ->
         timesteps = torch.randint(0, noising.config.num_train_timesteps, (BATCH,), device=device)
         prediction = unet(noising.add_noise(clean, noise, timesteps), timesteps, context).sample
         snr = compute_snr(noising, timesteps)
-        weight = snr.clamp(max=MIN_SNR_GAMMA) / snr
+        # v-prediction's weight of the clean latents' error, (snr + 1), cut off as min-SNR does. The plain ε weight
+        # (snr) all but ignores the noisiest steps, which decide plain backgrounds, and leaves those to the noise.
+        weight = (snr + 1).clamp(max=MIN_SNR_GAMMA) / snr
         error = (prediction - noise).square().mean(dim=(1, 2, 3))
         loss = (weight * error).mean()
         optimizer.zero_grad()

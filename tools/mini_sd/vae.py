@@ -1,4 +1,4 @@
-"""Stage `vae`: the autoencoder, mostly on crops around the objects, then on whole pictures."""
+"""Stages `vae` and `decoder`: the autoencoder, mostly on crops around the objects, then its decoder alone."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ CROP: Final = 64
 CROP_SHARE: Final = 0.7  # of the time; crops hold four times as many edges per pixel as whole pictures
 KL_WEIGHT: Final = 1e-4
 LEARNING_RATE: Final = 2e-3
+DECODER_NOISE: Final = 0.02  # deviation of what is added to the latents, as a share of theirs
 
 
 def train_vae(folder: Path, minutes: float, seed: int, device: torch.device) -> None:
@@ -46,6 +47,36 @@ def train_vae(folder: Path, minutes: float, seed: int, device: torch.device) -> 
         run.log(loss=loss.item(), psnr=psnr.item(), kl=kl.item())
 
 
+def train_decoder(folder: Path, minutes: float, seed: int, device: torch.device) -> None:
+    """Go on with the decoder alone, which leaves the latents, and so a UNet trained on them, as they are.
+
+    Starts from `vae.pt`; the checkpoint is `decoder.pt` in `folder`.
+    """
+    torch.manual_seed(seed)
+    vae = make_vae().to(device)
+    vae.load_state_dict(torch.load(folder / "vae.pt", map_location=device, weights_only=True)["model"])
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    trained = [p for p in vae.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    run = TrainingRun(folder, "decoder", minutes, {"model": vae, "optimizer": optimizer})
+    rng = np.random.default_rng([seed, 3, run.step])
+    for _ in run.steps(optimizer, LEARNING_RATE):
+        cropped = run.seconds - run.seconds_before < CROP_SHARE * run.seconds_allowed
+        images = _batch(rng, cropped).to(device) * 2 - 1
+        with torch.no_grad():
+            latents = vae.encode(images).latent_dist.mean
+            # A UNet's latents are never quite those of the encoder.
+            latents = latents + DECODER_NOISE * latents.std() * torch.randn_like(latents)
+        difference = vae.decode(latents).sample - images
+        loss = difference.abs().mean() + difference.square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        run.log(loss=loss.item(), psnr=(-10 * torch.log10(difference.detach().square().mean() / 4)).item())
+
+
 def _batch(rng: np.random.Generator, cropped: bool) -> Tensor:
     if not cropped:
         return draw_scenes([sample_scene(rng, held_out=False) for _ in range(16)])
@@ -65,7 +96,9 @@ def _crop(image: Tensor, scene: Scene, rng: np.random.Generator) -> Tensor:
 def load_vae(folder: Path) -> AutoencoderKL:
     """The trained VAE with its scaling factor set so that latents of training scenes have unit variance."""
     vae = make_vae().eval()
-    vae.load_state_dict(torch.load(folder / "vae.pt", map_location="cpu", weights_only=True)["model"])
+    tuned = folder / "decoder.pt"
+    newest = tuned if tuned.exists() else folder / "vae.pt"
+    vae.load_state_dict(torch.load(newest, map_location="cpu", weights_only=True)["model"])
     rng = np.random.default_rng(0)
     with torch.no_grad():
         images = draw_scenes([sample_scene(rng, held_out=False) for _ in range(256)]) * 2 - 1

@@ -1,0 +1,91 @@
+"""Surgery: a student as a pure function of teacher and plan, every weight inherited by an explicit map."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from asdm_compress.assembly.plan import Plan, place
+from asdm_compress.assembly.stock import fold_into_config
+from asdm_compress.core.errors import AsdmError
+from asdm_compress.models.assembled_unet import AssembledUNet2DConditionModel
+from asdm_compress.models.edits import Edit
+
+
+@dataclass(frozen=True, slots=True)
+class StudentSpec:
+    """What a student is made of, without its weights.
+
+    `config` is a plain diffusers config. `edits`, in the student's own numbering, are those that no such config can
+    express; without any, the student is a stock UNet. `weight_map` gives every student tensor its teacher tensor.
+    """
+
+    config: Mapping[str, Any]
+    edits: Mapping[str, Edit]
+    weight_map: Mapping[str, str]
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether plain diffusers can open the student."""
+        return not self.edits
+
+
+def specify(unet: UNet2DConditionModel, plan: Plan) -> StudentSpec:
+    """Work out the student of a plan: as much as possible in the config, the rest as edits.
+
+    Raises AsdmError for a plan that does not fit the UNet (see `place`).
+    """
+    if unet.config.get("edits"):
+        raise AsdmError("this UNet is itself an assembled student", "Give its teacher, and one plan for both cuts.")
+    placed = place(unet, plan)
+    parts = fold_into_config(unet, placed)
+    student = _build(parts.config, parts.edits)
+    weight_map = {key: parts.teacher_key(key) for key in student.state_dict()}
+    _check_map(unet, student, weight_map)
+    return StudentSpec(parts.config, parts.edits, weight_map)
+
+
+def assemble(unet: UNet2DConditionModel, plan: Plan) -> UNet2DConditionModel:
+    """Build the student of a plan with copies of the teacher's weights; the teacher is not touched.
+
+    The same teacher and plan always give the same student; an empty plan gives a bit-identical UNet. Raises AsdmError
+    for a plan that does not fit the UNet.
+    """
+    spec = specify(unet, plan)
+    student = _build(spec.config, spec.edits)
+    weights = unet.state_dict()
+    inherited = {key: weights[source].detach().clone() for key, source in spec.weight_map.items()}
+    student.load_state_dict(inherited, strict=True, assign=True)
+    return student.eval().requires_grad_(False)
+
+
+def _build(config: Mapping[str, Any], edits: Mapping[str, Edit]) -> UNet2DConditionModel:
+    with torch.device("meta"):
+        if edits:
+            return AssembledUNet2DConditionModel(**config, edits=dict(edits))
+        return UNet2DConditionModel(**config)
+
+
+def _check_map(unet: UNet2DConditionModel, student: UNet2DConditionModel, weight_map: Mapping[str, str]) -> None:
+    teacher = unet.state_dict()
+    for key, tensor in student.state_dict().items():
+        source = weight_map[key]
+        if source not in teacher:
+            raise AsdmError(f"the student's {key} would come from {source}, which the teacher does not have")
+        if teacher[source].shape != tensor.shape:
+            raise AsdmError(
+                f"the student's {key} has the shape {tuple(tensor.shape)}, the teacher's {source} "
+                f"{tuple(teacher[source].shape)}"
+            )
+    if len(set(weight_map.values())) != len(weight_map):
+        raise AsdmError("two tensors of the student would come from one of the teacher")
+
+
+def removed_tensors(unet: UNet2DConditionModel, spec: StudentSpec) -> tuple[str, ...]:
+    """The teacher's tensors that the student does not inherit, in the teacher's order."""
+    kept = set(spec.weight_map.values())
+    return tuple(key for key in unet.state_dict() if key not in kept)

@@ -1,0 +1,74 @@
+"""`asdm-compress assemble`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from asdm_compress.cli import options as o
+from asdm_compress.cli.console import Output
+from asdm_compress.core.files import check_output
+from asdm_compress.core.units import parse_budget
+
+
+def assemble(
+    model: o.Model = "mini-sd",
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--budget", "-b", help="latency=0.7x, latency=180ms, macs=280G, params=450M; several with commas."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the student, its recipe and its report.")] = Path(
+        "out"
+    ),
+    steps: o.Steps = 25,
+    guidance: o.Guidance = 5.0,
+    seed: o.Seed = 0,
+    prompts: o.Prompts = None,
+    calibration_prompts: Annotated[int, typer.Option(min=1, help="Prompts whose trajectories are measured on.")] = 16,
+    held_out_prompts: Annotated[int, typer.Option(min=1, help="Other prompts, for the report alone.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Batch of the timed pass; 2 is one image with guidance.")] = 2,
+    image_size: o.ImageSize = None,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Time in channels-last layout.")] = False,
+    repeats: Annotated[int, typer.Option(min=2, help="Timed passes.")] = 15,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    threads: o.Threads = None,
+    allow_pickle: o.AllowPickle = False,
+    overwrite: o.Overwrite = False,
+    quiet: o.Quiet = False,
+    as_json: o.Json = False,
+) -> None:
+    """Cut a model to a budget with the least damage, provably, and write the student with its evidence."""
+    limits = parse_budget(budget or [])
+    check_output(out, overwrite)
+    output = Output(quiet, as_json)
+    with output.stage("Starting torch"):
+        load = o.load_options(device, dtype, threads, allow_pickle)
+        from asdm_compress.workflows.assemble import AssembleSettings, run_assemble
+
+    from asdm_compress.assembly.calibration import SamplingSettings
+    from asdm_compress.profiling.profile import ProfileSettings
+    from asdm_compress.reporting.tables import evidence_table, plan_tree
+
+    settings = AssembleSettings(
+        ProfileSettings(image_size, batch, None, channels_last, repeats),
+        SamplingSettings(steps, guidance, seed, image_size),
+        prompts,
+        calibration_prompts,
+        held_out_prompts,
+    )
+    result = run_assemble(model, limits, out, load, settings, output, overwrite)
+    evidence = result.recipe.evidence
+    assert evidence is not None
+    output.show(plan_tree(result.plan))
+    output.show(evidence_table(evidence))
+    for name, value, meaning in result.quality.rows():
+        output.show(f"{name}: {value} ({meaning})")
+    proof = "proven optimal" if evidence.proven_optimal else f"at most {result.solution.gap:.1%} above the best"
+    output.show(f"Summed damage {evidence.predicted_damage:.6g}, lower bound {evidence.damage_bound:.6g}: {proof}.")
+    output.show(f"Wrote {out}: the student, recipe.yaml, profile.json, grid.png, and report.html to open in a browser.")
+    output.result({"out": str(out), "stock": result.is_stock, "recipe": result.recipe.model_dump(mode="json")})

@@ -1,0 +1,23 @@
+"""`asdm-compress doctor`."""
+
+from __future__ import annotations
+
+from asdm_compress.cli import options as o
+from asdm_compress.cli.console import Output
+
+
+def doctor(quiet: o.Quiet = False, as_json: o.Json = False) -> None:
+    """Show the environment: versions, devices, memory, and what is missing."""
+    output = Output(quiet, as_json)
+    with output.stage("Looking around"):
+        from asdm_compress.workflows.doctor import examine
+
+        findings = examine()
+    for finding in findings:
+        mark = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}[finding.state]
+        output.show(f"{mark:>16}  {finding.subject}: {finding.text}")
+    output.result({"findings": [finding.as_json() for finding in findings]})
+    if any(finding.state == "problem" for finding in findings):
+        from asdm_compress.core.errors import AsdmError, ExitCode
+
+        raise AsdmError("something that is needed is missing", "See the lines above.", ExitCode.ENVIRONMENT)

@@ -1,0 +1,49 @@
+"""`asdm-compress generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from asdm_compress.cli import options as o
+from asdm_compress.cli.console import Output
+from asdm_compress.core.files import check_output
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="mini-sd, a diffusers folder, a name or a hub id.")],
+    prompt: Annotated[list[str], typer.Argument(help="One or more prompts; each makes its images.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files and the grid.")] = Path("images"),
+    compare: Annotated[str | None, typer.Option(help="A teacher to sample beside it, at the same seeds.")] = None,
+    images: Annotated[int, typer.Option("--images", "-n", min=1, help="Images per prompt, with successive seeds.")] = 1,
+    seed: o.Seed = 0,
+    steps: o.Steps = 25,
+    guidance: o.Guidance = 5.0,
+    scheduler: Annotated[str | None, typer.Option(help="ddim, dpm++, euler, euler-a, heun, pndm, unipc, …")] = None,
+    image_size: o.ImageSize = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    threads: o.Threads = None,
+    allow_pickle: o.AllowPickle = False,
+    overwrite: o.Overwrite = False,
+    quiet: o.Quiet = False,
+    as_json: o.Json = False,
+) -> None:
+    """Make images, with a labelled grid and the seconds per image."""
+    check_output(out, overwrite)
+    output = Output(quiet, as_json)
+    with output.stage("Starting torch"):
+        load = o.load_options(device, dtype, threads, allow_pickle)
+        from asdm_compress.workflows.generate import GenerateSettings, run_generate
+
+    from asdm_compress.assembly.calibration import SamplingSettings
+
+    sampling = SamplingSettings(steps, guidance, seed, image_size)
+    settings = GenerateSettings(sampling, tuple(prompt), images, scheduler, compare)
+    result = run_generate(model, out, load, settings, output, overwrite)
+    for line in result.lines():
+        output.show(line)
+    output.show(f"Wrote {len(result.files)} files to {out}; grid.png shows them all.")
+    output.result(result.as_json())

@@ -1,0 +1,57 @@
+"""The `asdm-compress` program: its commands, and what happens when one fails."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from asdm_compress.cli.apply import apply
+from asdm_compress.cli.assemble import assemble
+from asdm_compress.cli.console import fail
+from asdm_compress.cli.doctor import doctor
+from asdm_compress.cli.generate import generate
+from asdm_compress.cli.profile import profile
+from asdm_compress.core.errors import AsdmError, ExitCode
+
+app = typer.Typer(
+    name="asdm-compress",
+    help="Make a Stable Diffusion UNet fit a budget: faster and smaller with the least loss, proven by measurement.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (profile, assemble, apply, generate, doctor):
+    app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version and leave.")
+) -> None:
+    """Make a Stable Diffusion UNet fit a budget: faster and smaller with the least loss, proven by measurement."""
+    if version:
+        from asdm_compress.core.provenance import package_version
+
+        typer.echo(f"asdm-compress {package_version('asdm-compress')}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; every expected failure is one message and its exit code."""
+    # Progress bars are our own; those of the libraries would break into them.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except AsdmError as error:
+        fail(error, as_json="--json" in sys.argv)
+    except KeyboardInterrupt:
+        fail(AsdmError("interrupted; nothing was written", None), as_json="--json" in sys.argv, code=130)
+    except MemoryError:
+        fail(
+            AsdmError("memory ran out", "Use --dtype bf16, a smaller --image-size or --batch.", ExitCode.ENVIRONMENT),
+            as_json="--json" in sys.argv,
+        )

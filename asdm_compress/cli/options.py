@@ -1,0 +1,64 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from asdm_compress.core.errors import AsdmError, ExitCode
+
+if TYPE_CHECKING:
+    from asdm_compress.models.loading import LoadOptions
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="mini-sd (bundled), sd15, sd21-base, sd21, a diffusers folder, a .safetensors or .ckpt file, or a hub id.",
+    ),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.")]
+Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16; auto is fp32 on a CPU and fp16 on a GPU.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default as many as torch takes.")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read pickle files that can run code. Only for files you trust.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
+Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 switches guidance off.")]
+Seed = Annotated[int, typer.Option(help="Seed of the first image.")]
+ImageSize = Annotated[int | None, typer.Option(min=8, help="Pixels per side, by default the model's own.")]
+Prompts = Annotated[Path | None, typer.Option(help="UTF-8 file with one prompt per line.")]
+
+
+def load_options(
+    device: str, dtype: str, threads: int | None, allow_pickle: bool = False, random_weights: bool = False
+) -> LoadOptions:
+    """Check the machine's part of the options; raises AsdmError for a device or dtype that is not there."""
+    import torch
+
+    from asdm_compress.models.loading import LoadOptions
+
+    if threads:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise AsdmError(f"unknown device {device!r}", "Use cpu, cuda, cuda:1 or mps.") from error
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(place.type, False):
+        raise AsdmError(
+            f"the device {device} is not available here", "See `asdm-compress doctor`.", ExitCode.ENVIRONMENT
+        )
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if dtype == "auto":
+        dtype = "fp32" if place.type == "cpu" else "fp16"
+    if dtype not in types:
+        raise AsdmError(f"unknown dtype {dtype!r}", f"Use auto, {', '.join(types)}.")
+    return LoadOptions(types[dtype], place, random_weights, allow_pickle)

@@ -1,0 +1,146 @@
+"""The recipe: a plan as a file that people read, edit, compare, and replay on other checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from asdm_compress.core.errors import AsdmError
+
+RECIPE_VERSION: Final = 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Base(_Strict):
+    """What the recipe was made for. A checkpoint with another architecture is refused."""
+
+    model: str
+    architecture: dict[str, Any]
+
+
+class EditEntry(_Strict):
+    """One edit: a site's path, and `drop` or `shortcut`."""
+
+    site: str = Field(min_length=1)
+    edit: Literal["drop", "shortcut"]
+
+
+class Costs(_Strict):
+    """Costs of one UNet; seconds hold for the machine and settings in `profile.json` only."""
+
+    latency: float = Field(gt=0)
+    macs: int = Field(gt=0)
+    params: int = Field(gt=0)
+
+
+class Evidence(_Strict):
+    """What the search predicted and what was then measured, beside the teacher's own costs.
+
+    Damages are weighted relative squared errors of the noise prediction; `held_out` ones are from prompts and seeds
+    that the search has not seen.
+    """
+
+    teacher: Costs
+    predicted: Costs
+    measured: Costs
+    measured_latency_ratio: float
+    predicted_damage: float
+    measured_damage: float
+    held_out_damage: float
+    damage_bound: float
+    proven_optimal: bool
+
+
+class Recipe(_Strict):
+    """A whole `recipe.yaml`. Only `asdm_recipe`, `base` and `edits` are needed to replay it."""
+
+    asdm_recipe: Literal[1]
+    base: Base
+    edits: list[EditEntry]
+    budget: list[str] = []
+    evidence: Evidence | None = None
+    provenance: dict[str, Any] = {}
+
+    def as_edits(self) -> dict[str, Literal["drop", "shortcut"]]:
+        """Site path to edit."""
+        return {entry.site: entry.edit for entry in self.edits}
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe.
+
+    Raises AsdmError with the file and the line for anything that is not right: bad YAML, unknown keys, wrong values, a
+    site named twice.
+    """
+    if not path.is_file():
+        raise AsdmError(f"there is no recipe {path}", "Give the recipe.yaml that `asdm-compress assemble` wrote.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise AsdmError(f"{path} is not UTF-8 text", "A recipe is a YAML file.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise AsdmError(f"{line}: no valid YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(content, Mapping):
+        raise AsdmError(f"{path}:1: a recipe is a mapping with the keys asdm_recipe, base and edits")
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        line_number = _line_of(node, first["loc"])
+        where = ".".join(str(part) for part in first["loc"])
+        raise AsdmError(f"{path}:{line_number}: {where}: {_explain(first)}", _hint(first)) from error
+    seen: dict[str, int] = {}
+    for i, entry in enumerate(recipe.edits):
+        if entry.site in seen:
+            raise AsdmError(f"{path}:{_line_of(node, ('edits', i))}: the site {entry.site} is named twice")
+        seen[entry.site] = i
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML text."""
+    content = recipe.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump(content, sort_keys=False, width=120, allow_unicode=True)
+
+
+def _explain(error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        return "unknown key"
+    return str(error["msg"]).removeprefix("Input should be ").replace("Field required", "this key is missing")
+
+
+def _hint(error: Any) -> str | None:
+    if error["type"] == "extra_forbidden":
+        return "Check the spelling; unknown keys are refused, so that none is silently ignored."
+    return None
+
+
+def _line_of(node: yaml.Node | None, location: Sequence[int | str]) -> int:
+    """The line (from 1) of the deepest part of `location` that the file has."""
+    line = 1
+    for part in location:
+        if node is None:
+            return line
+        line = node.start_mark.line + 1
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((k, v) for k, v in node.value if k.value == part), None)
+            if pair is None:
+                return line
+            line, node = pair[0].start_mark.line + 1, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            return line
+    return line

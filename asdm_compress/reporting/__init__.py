@@ -1,0 +1,1 @@
+"""Reporting: tables for the terminal, plots, labelled grids, and the offline report."""

@@ -1,0 +1,99 @@
+"""`generate`: images as PNG files and one labelled grid, with a teacher beside it where one is named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asdm_compress.assembly.calibration import SamplingSettings
+from asdm_compress.core.errors import AsdmError
+from asdm_compress.core.files import check_output, output_folder
+from asdm_compress.evaluation.fidelity import Fidelity, compare
+from asdm_compress.evaluation.sampling import Samples, make_scheduler, sample
+from asdm_compress.models.loading import LoadOptions, load_pipeline
+from asdm_compress.reporting.grid import labelled_grid
+from asdm_compress.workflows.progress import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateSettings:
+    """`images_per_prompt` images of each prompt; image i of all has seed `sampling.seed + i`."""
+
+    sampling: SamplingSettings
+    prompts: Sequence[str]
+    images_per_prompt: int = 1
+    scheduler: str | None = None
+    compare: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateResult:
+    """The files written, seconds per image by model, and the fidelity where there were two."""
+
+    files: Sequence[str]
+    seconds: dict[str, float]
+    fidelity: Fidelity | None
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        lines = [f"{name}: {seconds:.3f} s per image" for name, seconds in self.seconds.items()]
+        if self.fidelity:
+            lines.append(f"PSNR {self.fidelity.psnr:.2f} dB, SSIM {self.fidelity.ssim:.4f} against the teacher")
+        return lines
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        fidelity = None
+        if self.fidelity:
+            fidelity = {"psnr": self.fidelity.psnr, "ssim": self.fidelity.ssim, "latent_mse": self.fidelity.latent_mse}
+        return {"files": list(self.files), "seconds_per_image": self.seconds, "fidelity": fidelity}
+
+
+def run_generate(
+    model: str,
+    out: Path,
+    options: LoadOptions,
+    settings: GenerateSettings,
+    progress: Progress,
+    overwrite: bool = False,
+) -> GenerateResult:
+    """Sample and write; raises AsdmError for models, schedulers or sizes that cannot be used."""
+    check_output(out, overwrite)
+    prompts = [prompt for prompt in settings.prompts for _ in range(settings.images_per_prompt)]
+    names = [model] if settings.compare is None else [settings.compare, model]
+    runs: list[Samples] = []
+    for name in names:
+        with progress.stage(f"Opening {name}"):
+            pipeline = load_pipeline(name, options)
+            if settings.scheduler:
+                pipeline.scheduler = make_scheduler(settings.scheduler, pipeline)
+        _check_size(settings.sampling, 2 ** (len(pipeline.unet.down_blocks) - 1) * pipeline.vae_scale_factor)
+        with progress.bar(f"Sampling {name}") as bar:
+            runs.append(sample(pipeline, prompts, settings.sampling, progress=bar))
+    if len({run.latents.shape for run in runs}) > 1:
+        raise AsdmError("the two models make images of different sizes", "Give both one --image-size.")
+    labels = [f"{Path(name).name or name}\n{run.seconds:.2f} s/image" for name, run in zip(names, runs, strict=True)]
+    captions = [f"{prompt} [seed {settings.sampling.seed + i}]" for i, prompt in enumerate(prompts)]
+    grid = labelled_grid(list(zip(labels, [run.images for run in runs], strict=True)), captions)
+    files = []
+    with output_folder(out, overwrite) as aside:
+        for role, run in zip(("teacher", "student") if len(runs) == 2 else ("image",), runs, strict=True):
+            for i, image in enumerate(run.images):
+                name = f"{role}-{settings.sampling.seed + i:04d}-{_slug(prompts[i])}.png"
+                image.save(aside / name)
+                files.append(name)
+        grid.save(aside / "grid.png")
+    seconds = {name: run.seconds for name, run in zip(names, runs, strict=True)}
+    return GenerateResult([*files, "grid.png"], seconds, compare(runs[1], runs[0]) if len(runs) == 2 else None)
+
+
+def _check_size(sampling: SamplingSettings, step: int) -> None:
+    if sampling.image_size is not None and sampling.image_size % step:
+        raise AsdmError(f"the image size {sampling.image_size} is no multiple of {step}", f"For example {4 * step}.")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "empty"
