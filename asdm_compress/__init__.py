@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # Everything that needs torch is imported on first use, so that `--help` and this import stay fast.
 _LAZY = {
     "AssembledUNet2DConditionModel": "asdm_compress.models.assembled_unet",
+    # diffusers looks up the base class of a pipeline's part in the library that the part comes from.
+    "ModelMixin": "diffusers",
     "Plan": "asdm_compress.assembly.plan",
     "Profile": "asdm_compress.profiling.profile",
     "ProfileSettings": "asdm_compress.profiling.profile",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from asdm_compress.core.units import Limit, Resource, format_resource
 # CP-SAT works on integers. Objectives are scaled so that their sum stays below this; costs below 2^62 by their units.
 OBJECTIVE_RESOLUTION = 10**13
 TIME_LIMIT_SECONDS = 60.0
+_ROUNDING = 1e-6  # of a unit: what floating-point division may be off by
 _COST_UNITS: Mapping[Resource, float] = {"latency": 1e-9, "macs": 1.0, "params": 1.0}
 
 
@@ -49,7 +51,14 @@ def solve(
     that can be reached, when no choice of options meets the limits.
     """
     began = time.perf_counter()
-    scale = OBJECTIVE_RESOLUTION / max(sum(damages[o.name] for o in options), 1e-300)
+    total = sum(damages[o.name] for o in options)
+    if not math.isfinite(total):
+        broken = [o.name for o in options if not math.isfinite(damages[o.name])]
+        raise AsdmError(
+            f"the damage of {len(broken)} edits is not a finite number, the first is {broken[0]}",
+            "Does the model overflow in this dtype? Try --dtype fp32.",
+        )
+    scale = OBJECTIVE_RESOLUTION / (total or 1.0)
     model, chosen = _choice_model(options)
     for limit in limits:
         _require(model, chosen, options, limit.resource, limit.absolute(teacher[limit.resource]), teacher)
@@ -111,13 +120,13 @@ def _require(
     limit: float,
     teacher: Mapping[Resource, float],
 ) -> None:
-    # Savings are rounded down and what must be saved is rounded up: a plan that passes here meets the limit exactly.
-    missing = -((limit - teacher[resource]) // _COST_UNITS[resource])
-    model.add(sum(_integer(o.savings[resource], resource) * chosen[o.name] for o in options) >= int(missing))
+    # Savings are rounded down and what must be saved is rounded up: a plan that passes here meets the limit.
+    missing = math.ceil((teacher[resource] - limit) / _COST_UNITS[resource] - _ROUNDING)
+    model.add(sum(_integer(o.savings[resource], resource) * chosen[o.name] for o in options) >= missing)
 
 
 def _integer(saving: float, resource: Resource) -> int:
-    return int(saving // _COST_UNITS[resource])
+    return math.floor(saving / _COST_UNITS[resource] + _ROUNDING)
 
 
 def _solver() -> cp_model.CpSolver:

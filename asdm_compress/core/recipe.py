@@ -96,7 +96,8 @@ def load_recipe(path: Path) -> Recipe:
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt key is both unknown and missing; the first says more.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         line_number = _line_of(node, first["loc"])
         where = ".".join(str(part) for part in first["loc"])
         raise AsdmError(f"{path}:{line_number}: {where}: {_explain(first)}", _hint(first)) from error

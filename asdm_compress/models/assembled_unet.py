@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from diffusers import ModelMixin, UNet2DConditionModel  # noqa: F401 - diffusers looks ModelMixin up in this module
+from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 
 from asdm_compress.core.errors import AsdmError
@@ -30,6 +30,10 @@ class AssembledUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
     edits the class is its base class. Saving and loading are diffusers' own, except that loading a folder whose weights
     do not fit the config raises AsdmError, where the base class would fill the gaps with random numbers.
     """
+
+    # A saved pipeline names this as the class's library, and diffusers takes it from what has been imported: so
+    # `import asdm_compress` is enough, and stays right wherever the class moves inside the package.
+    __module__ = "asdm_compress"
 
     @register_to_config  # type: ignore[untyped-decorator]
     @_with_base_parameters

@@ -6,6 +6,7 @@ import difflib
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -263,7 +264,9 @@ def _family_of(path: Path, weights: Mapping[str, Tensor], prefix: str) -> Family
 
 def _read_pickle(path: Path, options: LoadOptions) -> Mapping[str, Tensor]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on pickle protocols
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" not in str(error) and "Unsupported" not in str(error):
             raise AsdmError(f"{path} is truncated or no checkpoint: {_first_line(error)}") from error

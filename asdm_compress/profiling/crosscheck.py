@@ -8,9 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import thop
 import torch
-from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
 
@@ -46,7 +44,10 @@ def _count_with_fvcore(unet: nn.Module, sample: Tensor, timestep: Tensor, text: 
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the tracer's remarks on shapes that are constant here
+            # The tracer's remarks on shapes that are constant here, and fvcore's own use of deprecated scripting.
+            warnings.simplefilter("ignore")
+            from fvcore.nn import FlopCountAnalysis
+
             analysis = FlopCountAnalysis(_TupleOutput(unet), (sample, timestep, text))
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
             counts = {name.removeprefix("unet").removeprefix("."): int(n) for name, n in analysis.by_module().items()}
@@ -59,7 +60,9 @@ def _count_with_fvcore(unet: nn.Module, sample: Tensor, timestep: Tensor, text: 
 
 def _count_with_thop(unet: nn.Module, sample: Tensor, timestep: Tensor, text: Tensor) -> CrossCheck:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # importing thop compares versions in a deprecated way
+        import thop
+
         macs, _, tree = thop.profile(unet, inputs=(sample, timestep, text), verbose=False, ret_layer_info=True)
     counts: dict[str, int] = {"": int(macs)}
     _flatten(tree, "", counts)

@@ -1,0 +1,166 @@
+"""Damage and calibration on the trained model: reuse changes nothing, kills lose nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from asdm_compress.assembly.calibration import SamplingSettings, record
+from asdm_compress.assembly.damage import compare_predictions, measure_damages, measure_plan
+from asdm_compress.assembly.options import find_options
+from asdm_compress.assembly.plan import Plan
+from asdm_compress.assembly.store import measurement_folder, recorded, weights_hash
+from asdm_compress.assembly.surgery import assemble
+from asdm_compress.core.errors import AsdmError
+from asdm_compress.evaluation.sampling import make_scheduler, sample
+from asdm_compress.models.edits import edited_copy
+from asdm_compress.scenes.captions import sample_captions
+
+PROMPTS = [c.text for c in sample_captions(3, 9)]
+SETTINGS = SamplingSettings(steps=8, guidance=4.0, seed=3)
+
+
+@pytest.fixture(scope="module")
+def calibration(pipeline):
+    return record(pipeline, PROMPTS, SETTINGS, bands=4)
+
+
+@pytest.fixture(scope="module")
+def few_options(unet, mini_profile):
+    wanted = ("mid_block", "levels.3", "down_blocks.0.layers.1", "up_blocks.3.resnets.2", "up_blocks.1.upsamplers.0",
+              "down_blocks.1.attentions.0.transformer_blocks.0.attn2")  # fmt: skip
+    return [o for o in find_options(unet, mini_profile) if o.site in wanted]
+
+
+def test_triples_are_one_moment_per_prompt_and_band(calibration):
+    triples = calibration.triples
+    assert len(triples) == len(PROMPTS) * 4
+    assert torch.bincount(triples.bands).tolist() == [3, 3, 3, 3]
+    order = triples.timesteps[torch.argsort(triples.bands, stable=True)].reshape(4, 3)
+    assert (order[:-1].amin(dim=1) > order[1:].amax(dim=1)).all()
+    assert triples.texts.shape[1] == 2
+    assert sum(calibration.band_weights) == pytest.approx(1)
+    assert all(w > 0 for w in calibration.band_weights)
+
+
+def test_recorded_runs_are_the_pipelines_own(pipeline):
+    """Oracle: diffusers' pipeline call from the same noise."""
+    from asdm_compress.assembly.calibration import _Sampler, encode
+
+    with torch.no_grad():
+        run = _Sampler(pipeline, encode(pipeline, PROMPTS, SETTINGS.guidance), SETTINGS)
+        while not run.finished:
+            run.advance()
+    expected = sample(pipeline, PROMPTS, SETTINGS).latents
+    assert torch.allclose(run.latents, expected, atol=2e-4)
+
+
+def test_reused_activations_give_the_damage_of_whole_passes(unet, calibration, few_options):
+    damages = measure_damages(unet, few_options, calibration)
+    for option in few_options:
+        whole = measure_plan(unet, option.plan, calibration)
+        assert damages[option.name].bands == pytest.approx(whole.bands, rel=1e-5), option.name
+        assert damages[option.name].total == pytest.approx(whole.total, rel=1e-5)
+        assert whole.total > 0
+
+
+def test_no_edit_does_no_damage_and_a_student_does_its_plans(unet, calibration):
+    assert measure_plan(unet, Plan(), calibration).total == 0
+    plan = Plan({"mid_block": "drop", "up_blocks.2.layers.1": "drop"})
+    student = assemble(unet, plan)
+    assert compare_predictions(unet, student, calibration).total == pytest.approx(
+        measure_plan(unet, plan, calibration).total, rel=1e-5
+    )
+
+
+def test_a_kill_half_way_loses_only_the_chunk_in_work(unet, calibration, few_options, tmp_path, monkeypatch):
+    store = tmp_path / "damages.jsonl"
+    monkeypatch.setattr("asdm_compress.assembly.damage.CHUNK", 4)
+    expected = measure_damages(unet, few_options, calibration)
+
+    class Killed(Exception):
+        pass
+
+    def killed_after(calls):
+        def progress(done, total):
+            if done == calls:
+                raise Killed
+
+        return progress
+
+    with pytest.raises(Killed):
+        measure_damages(unet, few_options, calibration, store, killed_after(2 * len(few_options) + 1))
+    with store.open("a") as file:
+        file.write('{"chunk": 2, "energy": [1.0, ')
+    assert len([line for line in store.read_text().splitlines() if line.startswith("{")]) == 3
+    calls: list[int] = []
+    again = measure_damages(unet, few_options, calibration, store, lambda done, total: calls.append(done))
+    assert again == expected
+    # Two chunks were taken from the store: only one was measured.
+    assert len(calls) == 2 + len(few_options)
+    assert measure_damages(unet, few_options, calibration, store) == expected
+
+
+def test_a_store_without_an_option_is_measured_again(unet, calibration, few_options, tmp_path):
+    store = tmp_path / "damages.jsonl"
+    measure_damages(unet, few_options[:1], calibration, store)
+    found = measure_damages(unet, few_options, calibration, store)
+    assert set(found) == {o.name for o in few_options}
+
+
+def test_recordings_are_kept_by_content(pipeline, unet, tmp_path, monkeypatch):
+    monkeypatch.setenv("ASDM_COMPRESS_CACHE", str(tmp_path))
+    folder = measurement_folder(pipeline, PROMPTS, SETTINGS, 4)
+    assert folder == measurement_folder(pipeline, PROMPTS, SETTINGS, 4)
+    assert folder != measurement_folder(pipeline, PROMPTS[:2], SETTINGS, 4)
+    assert folder != measurement_folder(pipeline, PROMPTS, SamplingSettings(8, 4.5, 3), 4)
+    path = folder / "triples.pt"
+    first = recorded(path, lambda: record(pipeline, PROMPTS[:1], SETTINGS, 4))
+    second = recorded(path, lambda: pytest.fail("recorded twice"))
+    assert torch.equal(first.triples.samples, second.triples.samples)
+    assert first.band_weights == second.band_weights
+    changed = edited_copy(unet, {"mid_block.attentions.0": "drop"})
+    assert weights_hash(changed) != weights_hash(unet)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "euler-a", "unipc", "lms"])
+def test_calibration_works_with_every_kind_of_sampler(pipeline, name):
+    scheduler = pipeline.scheduler
+    try:
+        pipeline.scheduler = make_scheduler(name, pipeline)
+        found = record(pipeline, PROMPTS[:2], SETTINGS, bands=2)
+    finally:
+        pipeline.scheduler = scheduler
+    assert torch.isfinite(found.triples.samples).all()
+    assert sum(found.band_weights) == pytest.approx(1)
+
+
+def test_samplers_with_two_evaluations_per_step_are_named(pipeline):
+    scheduler = pipeline.scheduler
+    try:
+        pipeline.scheduler = make_scheduler("heun", pipeline)
+        with pytest.raises(AsdmError, match="HeunDiscreteScheduler visits 15 timesteps"):
+            record(pipeline, PROMPTS, SETTINGS, bands=2)
+    finally:
+        pipeline.scheduler = scheduler
+
+
+def test_guidance_off_needs_one_branch(pipeline):
+    found = record(pipeline, PROMPTS[:1], SamplingSettings(4, 1.0, 0), bands=2)
+    assert found.triples.texts.shape[1] == 1
+
+
+def test_what_cannot_be_calibrated_is_refused(pipeline):
+    with pytest.raises(AsdmError, match="at least one prompt"):
+        record(pipeline, [], SETTINGS)
+    with pytest.raises(AsdmError, match="cannot be split"):
+        record(pipeline, PROMPTS, SamplingSettings(4), bands=8)
+
+
+def test_the_store_is_plain_json_lines(unet, calibration, few_options, tmp_path):
+    store = tmp_path / "damages.jsonl"
+    measure_damages(unet, few_options, calibration, store)
+    lines = [json.loads(line) for line in store.read_text().splitlines() if line]
+    assert [line["chunk"] for line in lines] == list(range(len(lines)))

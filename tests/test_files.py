@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from asdm_compress.core.errors import AsdmError, ExitCode
+from asdm_compress.core.files import output_file, output_folder
+
+
+def test_a_folder_appears_only_when_it_is_whole(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with output_folder(out) as aside:
+        (aside / "a.txt").write_text("a")
+        assert not out.exists()
+    assert [p.name for p in out.iterdir()] == ["a.txt"]
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path, error):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    with pytest.raises(error), output_folder(out, overwrite=True) as aside:
+        (aside / "new.txt").write_text("new")
+        raise error
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (out / "old.txt").read_text() == "old"
+
+
+def test_an_existing_folder_is_refused_or_replaced(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    with pytest.raises(AsdmError, match="exists already"), output_folder(out):
+        pass
+    with output_folder(out, overwrite=True) as aside:
+        (aside / "new.txt").write_text("new")
+    assert [p.name for p in out.iterdir()] == ["new.txt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only some systems have a device that is always full")
+def test_a_full_disk_is_one_message(tmp_path):
+    with (
+        pytest.raises(AsdmError, match="disk is full") as caught,
+        output_folder(tmp_path / "out"),
+        Path("/dev/full").open("w") as file,
+    ):
+        file.write("x" * 100_000)
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="stop"), output_file(path) as aside:
+        aside.write_text("half")
+        raise ValueError("stop")
+    assert path.read_text() == "old"
+    with output_file(path) as aside:
+        aside.write_text("new")
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

@@ -1,0 +1,232 @@
+"""Every way in, and every way in which a file can be wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from asdm_compress.core.errors import AsdmError, ExitCode
+from asdm_compress.models.families import FAMILIES, random_unet
+from asdm_compress.models.loading import LoadOptions, load_pipeline, load_unet, resolve
+from asdm_compress.models.names import MINI_SD_FOLDER
+
+OPTIONS = LoadOptions()
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    shutil.copytree(MINI_SD_FOLDER, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def weights_of(folder: Path) -> Path:
+    return folder / "unet" / "diffusion_pytorch_model.safetensors"
+
+
+def test_a_pipeline_folder_and_its_unet_folder_open_alike(copy, unet):
+    for reference in (copy, copy / "unet"):
+        found = load_unet(str(reference), OPTIONS)
+        assert all(torch.equal(a, b) for a, b in zip(found.parameters(), unet.parameters(), strict=True))
+
+
+def test_dtype_and_device_are_followed(copy):
+    found = load_pipeline(str(copy), LoadOptions(dtype=torch.bfloat16))
+    assert {p.dtype for p in found.unet.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in found.vae.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in found.text_encoder.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("mini-ds", "mini-sd"), ("sd51", "sd15"), ("sd2.1", "sd21"), ("zzz", "Known names")],
+)
+def test_unknown_names_get_the_nearest(name, words):
+    with pytest.raises(AsdmError) as caught:
+        resolve(name, OPTIONS)
+    assert caught.value.exit_code == ExitCode.USER
+    assert words in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sd21-base"])
+def test_named_models_without_weights_say_how_to_get_them(name, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(AsdmError) as caught:
+        resolve(name, OPTIONS)
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+    assert "--random-weights" in str(caught.value.hint)
+    assert resolve(name, LoadOptions(random_weights=True)).kind == "random weights"
+
+
+def test_a_named_model_is_taken_from_the_local_hub_cache(monkeypatch, tmp_path):
+    cache = tmp_path / "hub"
+    snapshot = cache / "models--stable-diffusion-v1-5--stable-diffusion-v1-5" / "snapshots" / "abc"
+    shutil.copytree(MINI_SD_FOLDER, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    assert resolve("sd15", OPTIONS).path == snapshot
+
+
+@pytest.mark.parametrize("reference", ["./nothing", "/no/such/folder", "model.safetensors", "a/b/c"])
+def test_missing_paths(reference):
+    with pytest.raises(AsdmError, match="no file or folder"):
+        resolve(reference, OPTIONS)
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(AsdmError, match=r"neither model_index\.json nor config\.json"):
+        resolve(str(tmp_path), OPTIONS)
+
+
+def test_a_missing_weights_file_is_named(copy):
+    weights_of(copy).unlink()
+    with pytest.raises(AsdmError, match="cannot be read") as caught:
+        load_unet(str(copy), OPTIONS)
+    assert caught.value.exit_code == ExitCode.USER
+
+
+def test_truncated_and_empty_weights_are_named(copy):
+    path = weights_of(copy)
+    path.write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(AsdmError, match=r"diffusion_pytorch_model\.safetensors is truncated"):
+        load_unet(str(copy), OPTIONS)
+    path.write_bytes(b"")
+    with pytest.raises(AsdmError, match="is empty"):
+        load_unet(str(copy), OPTIONS)
+
+
+def test_a_damaged_text_encoder_is_named_too(copy):
+    path = copy / "text_encoder" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5_000])
+    with pytest.raises(AsdmError, match=r"model\.safetensors is truncated"):
+        load_pipeline(str(copy), OPTIONS)
+
+
+def test_a_stale_config_is_refused_instead_of_filled_with_random_weights(copy):
+    path = weights_of(copy)
+    weights = {k: v for k, v in load_file(path).items() if not k.startswith("mid_block.resnets.1")}
+    save_file(weights, path)
+    with pytest.raises(AsdmError, match=r"missing, the first is mid_block\.resnets\.1"):
+        load_unet(str(copy), OPTIONS)
+
+
+def test_a_broken_config_is_named(copy):
+    (copy / "unet" / "config.json").write_text("{")
+    with pytest.raises(AsdmError, match="no valid JSON"):
+        load_unet(str(copy), OPTIONS)
+
+
+def test_a_unet_of_another_family_is_named(tmp_path):
+    sdxl_like = UNet2DConditionModel(
+        block_out_channels=(32, 64), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=32, norm_num_groups=8,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64,
+    )  # fmt: skip
+    sdxl_like.save_pretrained(tmp_path)
+    with pytest.raises(AsdmError, match="another family: addition_embed_type text_time"):
+        load_unet(str(tmp_path), OPTIONS)
+
+
+def test_another_kind_of_model_is_named(copy):
+    with pytest.raises(AsdmError, match="holds a AutoencoderKL"):
+        load_unet(str(copy / "vae"), OPTIONS)
+
+
+class _Harmful:
+    def __reduce__(self):
+        return (Path.touch, (Path("harm-was-done"),))
+
+
+def test_an_unsafe_pickle_is_refused_and_does_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Path("bad.ckpt").open("wb") as file:
+        pickle.dump({"state_dict": {"a": _Harmful()}}, file)
+    with pytest.raises(AsdmError, match="would run code") as caught:
+        load_unet("bad.ckpt", OPTIONS)
+    assert "--allow-pickle" in str(caught.value.hint)
+    torch.save({"state_dict": {"a": _Harmful()}}, "bad2.ckpt")
+    with pytest.raises(AsdmError, match="would run code"):
+        load_unet("bad2.ckpt", OPTIONS)
+    assert not Path("harm-was-done").exists()
+
+
+def test_a_truncated_pickle_is_named(tmp_path):
+    path = tmp_path / "cut.ckpt"
+    torch.save({"conv_in.weight": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(AsdmError, match="truncated or no checkpoint"):
+        load_unet(str(path), OPTIONS)
+
+
+def test_a_checkpoint_without_a_unet_is_named(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    save_file({"lora_unet_down.weight": torch.zeros(4, 4)}, path)
+    with pytest.raises(AsdmError, match="no checkpoint of Stable Diffusion"):
+        load_unet(str(path), OPTIONS)
+
+
+def test_a_unet_alone_is_no_pipeline(copy):
+    with pytest.raises(AsdmError, match="needs a whole pipeline"):
+        load_pipeline(str(copy / "unet"), OPTIONS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_a_full_size_ldm_file_opens_with_every_weight_in_its_place(tmp_path, suffix):
+    unet = random_unet(FAMILIES["sd15"], torch.bfloat16, torch.device("cpu"))
+    path = tmp_path / f"model{suffix}"
+    weights = {f"model.diffusion_model.{key}": value for key, value in _ldm_keys(unet).items()}
+    if suffix == ".ckpt":
+        torch.save({"state_dict": weights}, path)
+    else:
+        save_file(weights, path)
+    found = load_unet(str(path), LoadOptions(dtype=torch.bfloat16))
+    assert sum(p.numel() for p in found.parameters()) == 859_520_964
+    for (name, a), (_, b) in zip(found.state_dict().items(), unet.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def _ldm_keys(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    """The tensors of a stock SD UNet under the names of the original latent-diffusion code."""
+    resnet = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+              "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+    top = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+           "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}  # fmt: skip
+    result = {}
+    for key, value in unet.state_dict().items():
+        parts = key.split(".")
+        if not key.startswith(("down_blocks", "mid_block", "up_blocks")):
+            prefix = next(p for p in top if key.startswith(p + "."))
+            result[top[prefix] + key.removeprefix(prefix)] = value
+            continue
+        if parts[0] == "mid_block":
+            place = f"middle_block.{2 * int(parts[2]) if parts[1] == 'resnets' else 1}"
+            kind, rest = parts[1], parts[3:]
+        else:
+            i, kind, j, rest = int(parts[1]), parts[2], int(parts[3]), parts[4:]
+            place = {
+                "down_blocks": f"input_blocks.{3 * i + (j + 1 if kind != 'downsamplers' else 3)}",
+                "up_blocks": f"output_blocks.{3 * i + (j if kind != 'upsamplers' else 2)}",
+            }[parts[0]]
+            inside = {"resnets": 0, "attentions": 1, "downsamplers": 0, "upsamplers": 2 if i else 1}[kind]
+            place += f".{inside}"
+        if kind == "resnets":
+            rest[0] = resnet[rest[0]]
+        if kind == "downsamplers":
+            rest[0] = "op"
+        result[".".join([place, *rest])] = value
+    return result
+
+
+def test_model_index_of_the_bundled_model_is_a_whole_stable_diffusion_pipeline():
+    index = json.loads((MINI_SD_FOLDER / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    total = sum(path.stat().st_size for path in MINI_SD_FOLDER.rglob("*"))
+    assert total <= 25e6

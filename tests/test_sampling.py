@@ -1,0 +1,99 @@
+"""Images: seeds, batches, schedulers, and how near two runs are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from asdm_compress.assembly.calibration import SamplingSettings
+from asdm_compress.core.errors import AsdmError
+from asdm_compress.evaluation.fidelity import compare
+from asdm_compress.evaluation.prompts import choose_prompts, read_prompts, understands_scenes
+from asdm_compress.evaluation.quality import frechet_distance
+from asdm_compress.evaluation.sampling import SCHEDULERS, make_scheduler, sample
+from asdm_compress.reporting.grid import labelled_grid
+
+SETTINGS = SamplingSettings(steps=3, guidance=4.0, seed=11)
+PROMPTS = ["a small red circle", "a large blue square on a white background", "a green ring"]
+
+
+def test_an_image_depends_on_its_seed_and_not_on_its_batch(pipeline):
+    together = sample(pipeline, PROMPTS, SETTINGS, batch=3)
+    one_by_one = sample(pipeline, PROMPTS, SETTINGS, batch=1)
+    assert torch.allclose(together.latents, one_by_one.latents, atol=1e-3)
+    other = sample(pipeline, PROMPTS, SamplingSettings(3, 4.0, 12))
+    assert not torch.allclose(together.latents, other.latents, atol=1e-1)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+def test_every_scheduler_samples(pipeline, name):
+    scheduler = pipeline.scheduler
+    try:
+        pipeline.scheduler = make_scheduler(name, pipeline)
+        found = sample(pipeline, PROMPTS[:1], SamplingSettings(4, 4.0, 0))
+    finally:
+        pipeline.scheduler = scheduler
+    assert torch.isfinite(found.latents).all()
+    assert found.images[0].size == (128, 128)
+
+
+def test_unknown_schedulers_and_zero_steps_are_refused(pipeline):
+    with pytest.raises(AsdmError, match="unknown scheduler"):
+        make_scheduler("magic", pipeline)
+    with pytest.raises(AsdmError, match="make no image"):
+        sample(pipeline, PROMPTS, SamplingSettings(0))
+
+
+def test_fidelity_is_perfect_for_equal_runs_and_falls(pipeline):
+    run = sample(pipeline, PROMPTS, SETTINGS)
+    same = compare(run, run)
+    assert (same.latent_mse, same.psnr, same.ssim) == (0, 100, pytest.approx(1))
+    other = compare(sample(pipeline, PROMPTS, SamplingSettings(3, 4.0, 50)), run)
+    assert other.psnr < 30
+    assert other.ssim < 1
+    # Oracle: the definition of PSNR, by numpy.
+    a, b = (
+        np.asarray(r.images[0], dtype=float) for r in (run, sample(pipeline, PROMPTS, SamplingSettings(3, 4.0, 50)))
+    )
+    one = compare(sample(pipeline, PROMPTS[:1], SamplingSettings(3, 4.0, 50)), sample(pipeline, PROMPTS[:1], SETTINGS))
+    assert one.psnr == pytest.approx(10 * np.log10(255**2 / ((a - b) ** 2).mean()), abs=0.1)
+
+
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=(200_000, 2)) * (1.0, 2.0)
+    second = rng.normal(size=(200_000, 2)) * (3.0, 2.0) + (1.0, 0.0)
+    assert frechet_distance(first, second) == pytest.approx(1 + (3 - 1) ** 2, rel=0.03)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
+
+
+def test_prompts_are_split_and_held_out_ones_are_new(pipeline, tmp_path):
+    assert understands_scenes(pipeline)
+    split = choose_prompts(pipeline, None, 8, 8)
+    assert not set(split.calibration) & set(split.held_out)
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\ntwo\n\nthree\nfour\n")
+    split = choose_prompts(pipeline, path, 16, 16)
+    assert (split.calibration, split.held_out) == (("one", "two"), ("three", "four"))
+
+
+def test_bad_prompt_files_are_named(tmp_path):
+    path = tmp_path / "prompts.txt"
+    with pytest.raises(AsdmError, match="cannot be read"):
+        read_prompts(path)
+    path.write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(AsdmError, match="not UTF-8"):
+        read_prompts(path)
+    path.write_text("\n\n")
+    with pytest.raises(AsdmError, match="has 0 prompts"):
+        read_prompts(path)
+
+
+def test_the_grid_holds_every_image_in_its_place():
+    rows = [("teacher", [Image.new("RGB", (32, 32), c) for c in ("red", "green")]),
+            ("student\nfast", [Image.new("RGB", (32, 32), c) for c in ("blue", "black")])]  # fmt: skip
+    grid = labelled_grid(rows, ["first", "second one with a long text"])
+    seen = {grid.getpixel((x, y)) for x in range(grid.width) for y in range(grid.height)}
+    assert {(255, 0, 0), (0, 128, 0), (0, 0, 255), (0, 0, 0)} <= seen

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from asdm_compress.assembly.options import Option
+from asdm_compress.assembly.search import solve
+from asdm_compress.core.errors import AsdmError, ExitCode
+from asdm_compress.core.units import Limit
+
+TEACHER = {"latency": 1.0, "macs": 10_000.0, "params": 1_000.0}
+
+
+@st.composite
+def problems(draw, max_options):
+    """Options over a small set of atoms, some of which overlap, with damages."""
+    count = draw(st.integers(1, max_options))
+    options, damages = [], {}
+    for i in range(count):
+        atoms = frozenset(draw(st.sets(st.sampled_from("abcdefgh"), min_size=1, max_size=3)))
+        savings = {
+            "latency": draw(st.integers(0, 120)) / 1000,
+            "macs": float(draw(st.integers(0, 1500))),
+            "params": float(draw(st.integers(0, 150))),
+        }
+        options.append(Option(f"site{i}", "drop", atoms, savings))
+        damages[options[-1].name] = draw(st.integers(0, 1000)) / 997
+    limits = [Limit("macs", draw(st.integers(60, 100)) / 100, True)]
+    if draw(st.booleans()):
+        limits.append(Limit("latency", draw(st.integers(60, 100)) / 100, True))
+    return options, damages, limits
+
+
+def feasible(chosen, limits):
+    atoms = [a for o in chosen for a in o.atoms]
+    if len(set(atoms)) < len(atoms):
+        return False
+    return all(
+        sum(o.savings[limit.resource] for o in chosen)
+        >= TEACHER[limit.resource] - limit.absolute(TEACHER[limit.resource]) - 1e-12
+        for limit in limits
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(8))
+def test_the_optimum_is_that_of_brute_force(problem):
+    options, damages, limits = problem
+    subsets = (
+        [o for o, used in zip(options, bits, strict=True) if used] for bits in product((0, 1), repeat=len(options))
+    )
+    best = min((sum(damages[o.name] for o in s) for s in subsets if feasible(s, limits)), default=None)
+    if best is None:
+        with pytest.raises(AsdmError) as caught:
+            solve(options, damages, TEACHER, limits)
+        assert caught.value.exit_code == ExitCode.INFEASIBLE
+        return
+    solution = solve(options, damages, TEACHER, limits)
+    assert solution.proven
+    assert solution.damage == pytest.approx(best, abs=1e-9)
+    assert solution.bound == pytest.approx(best, abs=1e-6)
+    assert feasible(solution.options, limits)
+
+
+@settings(max_examples=25, deadline=None)
+@given(problem=problems(40))
+def test_the_optimum_is_that_of_another_solver(problem):
+    options, damages, limits = problem
+    atoms = sorted({a for o in options for a in o.atoms})
+    overlap = LinearConstraint(np.array([[a in o.atoms for o in options] for a in atoms], dtype=float), ub=1)
+    savings = np.array([[o.savings[limit.resource] for o in options] for limit in limits])
+    needed = [TEACHER[limit.resource] - limit.absolute(TEACHER[limit.resource]) for limit in limits]
+    result = milp(
+        np.array([damages[o.name] for o in options]),
+        integrality=np.ones(len(options)),
+        bounds=Bounds(0, 1),
+        constraints=[overlap, LinearConstraint(savings, lb=np.array(needed) - 1e-12)],
+    )
+    if not result.success:
+        with pytest.raises(AsdmError):
+            solve(options, damages, TEACHER, limits)
+        return
+    assert solve(options, damages, TEACHER, limits).damage == pytest.approx(result.fun, abs=1e-6)
+
+
+def test_an_infeasible_budget_names_the_smallest_that_is_not():
+    options = [
+        Option("a", "drop", frozenset("a"), {"latency": 0.2, "macs": 100.0, "params": 10.0}),
+        Option("b", "drop", frozenset("b"), {"latency": 0.1, "macs": 100.0, "params": 10.0}),
+    ]
+    damages = {o.name: 1.0 for o in options}
+    with pytest.raises(AsdmError, match=r"latency=0\.7000x") as caught:
+        solve(options, damages, TEACHER, [Limit("latency", 0.5, True)])
+    assert caught.value.exit_code == ExitCode.INFEASIBLE
+    assert solve(options, damages, TEACHER, [Limit("latency", 0.7, True)]).plan.edits == {"a": "drop", "b": "drop"}

@@ -1,0 +1,177 @@
+"""Students: pure functions of teacher and plan, saved and opened again without a difference."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from asdm_compress.assembly.plan import Plan, edited
+from asdm_compress.assembly.surgery import assemble, removed_tensors, specify
+from asdm_compress.core.errors import AsdmError
+from asdm_compress.models.assembled_unet import AssembledUNet2DConditionModel
+from asdm_compress.models.edits import legal_edits
+
+# BK-SDM's three students of SD 1.x, as plans (Kim et al., 2305.15798).
+BK_BASE = {
+    **{f"down_blocks.{i}.layers.1": "drop" for i in range(3)},
+    "down_blocks.3.resnets.1": "drop",
+    "up_blocks.0.resnets.1": "drop",
+    **{f"up_blocks.{i}.layers.1": "drop" for i in (1, 2, 3)},
+}
+BK_SMALL = {**BK_BASE, "mid_block": "drop"}
+BK_TINY = {
+    **{site: edit for site, edit in BK_BASE.items() if not site.startswith(("down_blocks.3", "up_blocks.0"))},
+    "levels.3": "drop",
+}
+MIXED = {
+    "down_blocks.0.attentions.1.transformer_blocks.0.attn1": "drop",
+    "down_blocks.1.layers.1": "drop",
+    "up_blocks.2.layers.1": "drop",
+    "up_blocks.1.resnets.2": "drop",
+    "up_blocks.3.resnets.0": "shortcut",
+    "down_blocks.2.downsamplers.0": "drop",
+    "up_blocks.1.upsamplers.0": "drop",
+}
+
+
+@torch.no_grad()
+def predict(unet, inputs):
+    return unet(*inputs, return_dict=False)[0]
+
+
+def test_an_empty_plan_is_bit_identical_and_stock(unet, inputs):
+    student = assemble(unet, Plan())
+    assert type(student) is UNet2DConditionModel
+    assert torch.equal(predict(student, inputs), predict(unet, inputs))
+
+
+def test_the_teacher_is_neither_touched_nor_shared(unet, inputs):
+    before = predict(unet, inputs)
+    student = assemble(unet, Plan(MIXED))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.zero_()
+    assert torch.equal(predict(unet, inputs), before)
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_the_student_of_any_plan_is_the_edited_teacher(unet, inputs, data):
+    legal = legal_edits(unet)
+    sites = data.draw(st.lists(st.sampled_from(sorted(legal)), unique=True, max_size=20))
+    plan = Plan(
+        {
+            site: data.draw(st.sampled_from(legal[site]))
+            for site in sites
+            if not any(site.startswith(f"{other}.") for other in sites)
+        }
+    )
+    student = assemble(unet, plan)
+    assert torch.equal(predict(student, inputs), predict(edited(unet, plan), inputs))
+    spec = specify(unet, plan)
+    assert set(spec.weight_map) == set(student.state_dict())
+    assert len(spec.weight_map) + len(removed_tensors(unet, spec)) == len(unet.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("plan", "parameters"),
+    [(BK_BASE, 579_384_964), (BK_SMALL, 482_346_884), (BK_TINY, 323_384_964)],
+    ids=["base", "small", "tiny"],
+)
+def test_bk_sdm_students_are_stock_and_have_the_published_size(unet, inputs, sd15_on_meta, plan, parameters):
+    full = specify(sd15_on_meta, Plan(plan))
+    assert full.is_stock
+    with torch.device("meta"):
+        student = UNet2DConditionModel(**full.config)
+    assert sum(p.numel() for p in student.parameters()) == parameters
+    mini = assemble(unet, Plan(plan))
+    assert type(mini) is UNet2DConditionModel
+    assert torch.equal(predict(mini, inputs), predict(edited(unet, Plan(plan)), inputs))
+
+
+def test_bk_sdm_weight_maps_are_the_published_ones(sd15_on_meta):
+    base = specify(sd15_on_meta, Plan(BK_BASE)).weight_map
+    assert base["up_blocks.1.resnets.1.conv1.weight"] == "up_blocks.1.resnets.2.conv1.weight"
+    assert base["down_blocks.1.attentions.0.norm.weight"] == "down_blocks.1.attentions.0.norm.weight"
+    tiny = specify(sd15_on_meta, Plan(BK_TINY)).weight_map
+    assert tiny["up_blocks.0.attentions.1.proj_in.weight"] == "up_blocks.1.attentions.2.proj_in.weight"
+    assert tiny["up_blocks.2.resnets.0.conv1.bias"] == "up_blocks.3.resnets.0.conv1.bias"
+
+
+@pytest.mark.parametrize(("plan", "stock"), [(BK_TINY, True), (MIXED, False)], ids=["stock", "assembled"])
+def test_saving_and_opening_in_a_fresh_process_makes_no_difference(pipeline, unet, inputs, tmp_path, plan, stock):
+    student = assemble(unet, Plan(plan))
+    whole = StableDiffusionPipeline(**{**pipeline.components, "unet": student}, requires_safety_checker=False)
+    whole.save_pretrained(tmp_path / "student")
+    config = json.loads((tmp_path / "student" / "unet" / "config.json").read_text())
+    assert (config["_class_name"] == "UNet2DConditionModel") == stock
+    save_file(
+        {"sample": inputs[0], "timestep": inputs[1], "text": inputs[2], "expected": predict(student, inputs)},
+        tmp_path / "case.safetensors",
+    )
+    script = """
+import sys, torch
+if sys.argv[3] == "False":
+    import asdm_compress
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+case = load_file(sys.argv[2])
+pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1], dtype=torch.float32)
+with torch.no_grad():
+    found = pipeline.unet(case["sample"], case["timestep"], case["text"], return_dict=False)[0]
+assert pipeline("a red circle", num_inference_steps=2, output_type="np").images.shape == (1, 128, 128, 3)
+print("DIFFERENCE", (found - case["expected"]).abs().max().item())
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "student"), str(tmp_path / "case.safetensors"), str(stock)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "DIFFERENCE 0.0" in result.stdout, result.stderr
+
+
+def test_a_student_with_missing_weights_does_not_open(unet, tmp_path):
+    assemble(unet, Plan(MIXED)).save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    removed = weights.pop("up_blocks.3.resnets.0.conv_shortcut.weight")
+    save_file(weights, path)
+    with pytest.raises(AsdmError, match=r"1 missing keys.*up_blocks\.3\.resnets\.0\.conv_shortcut\.weight"):
+        AssembledUNet2DConditionModel.from_pretrained(tmp_path)
+    save_file({**weights, "up_blocks.3.resnets.0.conv_shortcut.weight": removed, "strange": removed.clone()}, path)
+    with pytest.raises(AsdmError, match="unexpected"):
+        AssembledUNet2DConditionModel.from_pretrained(tmp_path)
+
+
+def test_a_student_is_no_teacher(unet):
+    with pytest.raises(AsdmError, match="assembled student"):
+        assemble(assemble(unet, Plan(MIXED)), Plan())
+
+
+def test_half_precision_and_channels_last_students_run(unet, inputs):
+    student = assemble(unet, Plan(MIXED)).to(dtype=torch.bfloat16, memory_format=torch.channels_last)
+    found = predict(student, (inputs[0].bfloat16(), inputs[1], inputs[2].bfloat16())).float()
+    reference = predict(assemble(unet, Plan(MIXED)), inputs)
+    assert (found - reference).norm() < 0.05 * reference.norm()
+
+
+def test_students_train_with_gradient_checkpointing(unet, inputs):
+    student = assemble(unet, Plan(MIXED)).train().requires_grad_(True)
+    student.enable_gradient_checkpointing()
+    student(*inputs).sample.square().mean().backward()
+    assert all(p.grad is not None for p in student.parameters())
+
+
+@pytest.fixture(autouse=True)
+def _stay_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
