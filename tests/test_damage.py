@@ -80,17 +80,17 @@ def test_a_kill_half_way_loses_only_the_chunk_in_work(unet, calibration, few_opt
     monkeypatch.setattr("asdm_compress.assembly.damage.CHUNK", 4)
     expected = measure_damages(unet, few_options, calibration)
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     def killed_after(calls):
         def progress(done, total):
             if done == calls:
-                raise Killed
+                raise KilledError
 
         return progress
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         measure_damages(unet, few_options, calibration, store, killed_after(2 * len(few_options) + 1))
     with store.open("a") as file:
         file.write('{"chunk": 2, "energy": [1.0, ')

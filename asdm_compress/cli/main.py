@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from types import FrameType
 
 import typer
 
@@ -39,17 +41,28 @@ def root(
         raise typer.Exit
 
 
+class _InterruptedError(BaseException):
+    """Ctrl-C or a polite kill. No KeyboardInterrupt, which the command-line library would turn into its own exit."""
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    raise _InterruptedError(number)
+
+
 def main() -> None:
     """Run the command line; every expected failure is one message and its exit code."""
     # Progress bars are our own; those of the libraries would break into them.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         app()
     except AsdmError as error:
         fail(error, as_json="--json" in sys.argv)
-    except KeyboardInterrupt:
-        fail(AsdmError("interrupted; nothing was written", None), as_json="--json" in sys.argv, code=130)
+    except _InterruptedError as interruption:
+        code = 128 + int(str(interruption))
+        fail(AsdmError("interrupted; no half-written output is left"), as_json="--json" in sys.argv, code=code)
     except MemoryError:
         fail(
             AsdmError("memory ran out", "Use --dtype bf16, a smaller --image-size or --batch.", ExitCode.ENVIRONMENT),

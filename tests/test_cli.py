@@ -1,0 +1,241 @@
+"""The command line as users meet it: real processes, their output, their files, their exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from asdm_compress.core.recipe import load_recipe
+from asdm_compress.profiling.profile import load_profile
+
+COMMANDS = ("profile", "assemble", "apply", "generate", "doctor")
+
+
+def test_help_is_complete_and_imports_no_torch():
+    script = (
+        "import sys\n"
+        "from asdm_compress.cli.main import app\n"
+        "for arguments in [['--help']] + [[c, '--help'] for c in sys.argv[1:]]:\n"
+        "    app(arguments, standalone_mode=False)\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'ortools', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script, *COMMANDS], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert all(command in result.stdout for command in COMMANDS)
+    assert "--budget" in result.stdout
+
+
+def test_version_and_missing_command(cli):
+    assert cli("--version").stdout.startswith("asdm-compress 0.")
+    assert cli("paint").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["assemble", "--budget", "latency=fast"], 2, "does not parse"),
+        (["assemble"], 2, "no budget"),
+        (["assemble", "--budget", "latency=0.7x", "--out", "there"], 2, "exists already"),
+        (["assemble", "mini-ds", "--budget", "latency=0.7x"], 2, "Did you mean mini-sd"),
+        (["assemble", "--budget", "params=0.5x", "--prompts", "none.txt"], 2, "none.txt cannot be read"),
+        (["profile", "sd15"], 4, "not on this machine"),
+        (["profile", "--device", "cuda:7"], 4, "not available"),
+        (["profile", "--dtype", "int3"], 2, "unknown dtype"),
+        (["apply", "none.yaml"], 2, "there is no recipe"),
+        (["apply", "typo.yaml"], 2, "typo.yaml:3: bugdet: unknown key"),
+        (["generate", "mini-sd", "a red circle", "--scheduler", "magic"], 2, "unknown scheduler"),
+        (["generate", "mini-sd", "a red circle", "--image-size", "100"], 2, "no multiple of 64"),
+    ],
+)
+def test_mistakes_end_in_one_message_and_the_right_code(cli, tmp_path, arguments, code, words):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "typo.yaml").write_text("asdm_recipe: 1\nbase: {model: m, architecture: {}}\nbugdet: []\nedits: []\n")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    result = cli(*arguments)
+    assert result.returncode == code, result.stderr
+    assert words in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+    after = sorted(p.name for p in tmp_path.iterdir())
+    assert [name for name in after if name != "cache"] == before
+
+
+def test_errors_are_json_when_json_is_asked_for(cli):
+    result = cli("assemble", "--budget", "latency=fast", "--json")
+    assert result.returncode == 2
+    error = json.loads(result.stdout)["error"]
+    assert error["exit_code"] == 2
+    assert "does not parse" in error["message"]
+
+
+def test_profile_writes_its_files_and_prints_json(cli, tmp_path):
+    result = cli("profile", "--out", "p", "--repeats", "2", "--json", "--cross-check")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    printed = json.loads(result.stdout)
+    found = load_profile(tmp_path / "p" / "profile.json")
+    assert printed == found.model_dump(mode="json")
+    assert found.fingerprint.model == "mini-sd"
+    assert found.fingerprint.text_tokens == 40
+    assert [c.counter for c in found.cross_check] == ["fvcore", "thop"]
+    assert (tmp_path / "p" / "profile.svg").read_text().startswith("<svg")
+
+
+def test_profile_prints_a_table_and_quiet_prints_nothing(cli):
+    table = cli("profile", "--repeats", "1", "--depth", "sub-unit", "--batch", "1")
+    assert table.returncode == 0, table.stderr
+    for words in ("up_blocks.3", "cross-attention", "whole UNet", "efficiency"):
+        assert words in table.stdout
+    quiet = cli("profile", "--repeats", "1", "-q")
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+
+
+@pytest.fixture(scope="module")
+def assembled(tmp_path_factory):
+    """One real run of the main job, small in prompts alone; several tests look at what it left."""
+    folder = tmp_path_factory.mktemp("assembled")
+    environment = {**os.environ, "ASDM_COMPRESS_CACHE": str(folder / "cache"), "NO_COLOR": "1"}
+    arguments = ["assemble", "mini-sd", "--budget", "macs=0.7x,params=0.75x", "--out", "out", "--json"]
+    small = ["--calibration-prompts", "2", "--held-out-prompts", "2", "--repeats", "3", "--steps", "8"]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "asdm_compress", *arguments, *small, *more],
+            cwd=folder, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    result = run()
+    assert result.returncode == 0, result.stderr
+    return folder, json.loads(result.stdout), run
+
+
+def test_assemble_leaves_a_student_that_meets_its_budget(assembled):
+    folder, printed, _ = assembled
+    out = folder / "out"
+    assert sorted(p.name for p in folder.iterdir()) == ["cache", "out"]
+    names = {p.name for p in out.iterdir()}
+    assert {"unet", "vae", "model_index.json", "profile.json", "recipe.yaml", "report.html", "grid.png"} <= names
+    recipe = load_recipe(out / "recipe.yaml")
+    assert printed["recipe"]["edits"] == [e.model_dump() for e in recipe.edits]
+    evidence = recipe.evidence
+    assert evidence is not None
+    assert evidence.proven_optimal
+    assert evidence.measured.macs <= 0.7 * evidence.teacher.macs
+    assert evidence.measured.params <= 0.75 * evidence.teacher.params
+    # Counts are predicted exactly, damages nearly.
+    assert (evidence.measured.macs, evidence.measured.params) == (evidence.predicted.macs, evidence.predicted.params)
+    assert 0 < evidence.measured_damage < 1
+    assert evidence.damage_bound == pytest.approx(evidence.predicted_damage, rel=1e-3)
+
+
+def test_the_report_is_one_file_that_needs_no_network(assembled):
+    folder, _, _ = assembled
+    text = (folder / "out" / "report.html").read_text()
+    assert "data:image/png;base64," in text
+    assert text.count("<svg") == 2
+    for link in ('src="http', 'href="http', "url(http", "@import"):
+        assert link not in text
+    with Image.open(folder / "out" / "grid.png") as grid:
+        assert grid.width > 2 * 128
+        assert grid.height > 2 * 128
+
+
+def test_a_second_budget_reuses_what_was_measured(assembled):
+    folder, _, run = assembled
+    stores = {p: p.stat().st_mtime_ns for p in (folder / "cache").rglob("*") if p.is_file()}
+    result = run("--overwrite", "--budget", "latency=0.9x")
+    assert result.returncode in (0, 2), result.stderr
+    assert {p: p.stat().st_mtime_ns for p in (folder / "cache").rglob("*") if p.is_file()} == stores
+
+
+def test_an_infeasible_budget_ends_with_three_and_the_smallest(assembled):
+    folder, _, run = assembled
+    before = (folder / "out" / "recipe.yaml").read_text()
+    result = run("--overwrite", "--budget", "latency=0.001x")
+    error = json.loads(result.stdout)["error"]
+    assert (result.returncode, error["exit_code"]) == (3, 3)
+    assert "latency=0." in error["message"].partition("smallest")[2]
+    assert (folder / "out" / "recipe.yaml").read_text() == before
+
+
+def test_apply_replays_the_recipe_to_the_same_weights(assembled, cli, tmp_path):
+    folder, printed, _ = assembled
+    result = cli("apply", str(folder / "out" / "recipe.yaml"), "mini-sd", "--out", "again", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["stock"] == printed["stock"]
+    weights = Path("unet") / "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (folder / "out" / weights).read_bytes()
+
+
+def test_apply_refuses_another_architecture_and_says_what_differs(assembled, cli, tmp_path):
+    folder, _, _ = assembled
+    changed = (
+        (folder / "out" / "recipe.yaml").read_text().replace("cross_attention_dim: 96", "cross_attention_dim: 768")
+    )
+    (tmp_path / "other.yaml").write_text(changed)
+    result = cli("apply", "other.yaml", "mini-sd")
+    assert result.returncode == 2
+    assert "cross_attention_dim is 96, the recipe's is 768" in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_generate_compares_student_and_teacher(assembled, cli, tmp_path):
+    folder, _, _ = assembled
+    result = cli(
+        "generate", str(folder / "out"), "a small red circle", "a large blue ring", "--compare", "mini-sd",
+        "--steps", "4", "--out", "images", "--images", "2", "--seed", "5", "--json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert sorted(printed["files"]) == sorted(p.name for p in (tmp_path / "images").iterdir())
+    assert len(printed["files"]) == 2 * 4 + 1
+    assert set(printed["seconds_per_image"]) == {"mini-sd", str(folder / "out")}
+    assert 0 < printed["fidelity"]["psnr"] < 100
+    with Image.open(tmp_path / "images" / "teacher-0005-a-small-red-circle.png") as image:
+        assert image.size == (128, 128)
+
+
+def test_generating_twice_gives_the_same_bytes(cli, tmp_path):
+    for out in ("a", "b"):
+        assert cli("generate", "mini-sd", "a green cross", "--steps", "3", "--out", out, "-q").returncode == 0
+    name = "image-0000-a-green-cross.png"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_doctor_tells_versions_and_devices(cli):
+    result = cli("doctor", "--json")
+    findings = {f["subject"]: f for f in json.loads(result.stdout)["findings"]}
+    assert result.returncode == 0
+    assert findings["mini-sd"]["state"] == "ok"
+    assert {"torch", "diffusers", "cpu", "memory", "cache"} <= set(findings)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals differ")
+def test_ctrl_c_half_way_leaves_no_half_written_folder(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "asdm_compress", "assemble", "--budget", "macs=0.7x", "--out", "out"],
+        cwd=tmp_path,
+        env={**os.environ, "ASDM_COMPRESS_CACHE": str(tmp_path / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    # The store of damages appears when the work is in full swing.
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("cache/measurements/*/damages.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in stderr
+    assert "Traceback" not in stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["cache"]
