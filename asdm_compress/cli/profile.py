@@ -22,7 +22,9 @@ def profile(
     image_size: o.ImageSize = None,
     text_tokens: Annotated[int | None, typer.Option(min=1, help="Text tokens, by default the model's own.")] = None,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Profile in channels-last layout.")] = False,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed passes; medians are shown, all samples kept.")] = 10,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Timed passes, fewer where they take long; medians are shown, all samples kept.")
+    ] = 10,
     cross_check: Annotated[
         bool, typer.Option("--cross-check", help="Add what fvcore and thop count, and why it differs.")
     ] = False,

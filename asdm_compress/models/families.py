@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from asdm_compress.core.errors import AsdmError
+from asdm_compress.models.quiet import quiet_libraries
 
 _SD_BLOCKS: Final = {
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -96,7 +97,8 @@ def random_unet(family: Family, dtype: torch.dtype, device: torch.device, seed: 
     """A full-size UNet with random weights, for costs only: its pictures and its damages mean nothing."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**family.unet_config)
-    unet = unet.to(dtype=dtype).to_empty(device=device)
+    with quiet_libraries():
+        unet = unet.to(dtype=dtype).to_empty(device=device)
     generator = torch.Generator().manual_seed(seed)
     # One million numbers, repeated: filling 860 M weights with fresh ones takes longer than profiling them.
     pool = torch.randn(1_000_003, generator=generator).to(device=device, dtype=dtype)

@@ -16,18 +16,17 @@ from typing import Any, Final, Literal
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.models.assembled_unet import AssembledUNet2DConditionModel
 from asdm_compress.models.families import FAMILIES, Family, check_supported, random_unet
 from asdm_compress.models.names import HUB_NAMES, MINI_SD, MINI_SD_FOLDER, NAMES
+from asdm_compress.models.quiet import quiet_libraries
 
 PICKLE_SUFFIXES: Final = (".ckpt", ".pt", ".pth", ".bin")
 FILE_SUFFIXES: Final = (".safetensors", *PICKLE_SUFFIXES)
@@ -285,23 +284,6 @@ def _read_pickle(path: Path, options: LoadOptions) -> Mapping[str, Tensor]:
     if not weights:
         raise AsdmError(f"{path} holds no weights")
     return weights
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Silence the remarks and progress bars of diffusers and transformers, whose findings we check ourselves."""
-    libraries = (diffusers_logging, transformers_logging)
-    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, (level, had_bar) in zip(libraries, before, strict=True):
-            library.set_verbosity(level)
-            if had_bar:
-                library.enable_progress_bar()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from asdm_compress.models.sites import Site
 
 ForwardPass = Callable[[], Any]
+PATIENCE: Final = 20.0
+FEWEST_REPEATS: Final = 3
 
 
 class _Clock(Protocol):
@@ -69,12 +71,17 @@ def time_sites(
 ) -> SiteTimes:
     """Time every site inside whole forward passes, alternating passes with timers and plain ones.
 
+    Stops early once `PATIENCE` seconds have gone by and `FEWEST_REPEATS` repeats are done: long passes vary less.
+
     Sites whose modules do not run in one go (layers, projections) are left to the caller, who has their parts.
     """
     clock, times = _clock(device), SiteTimes()
     forward()
     clock.synchronise()
-    for _ in range(repeats):
+    began = time.perf_counter()
+    for done in range(repeats):
+        if done >= FEWEST_REPEATS and time.perf_counter() - began > PATIENCE:
+            break
         times.whole.append(_time_once(forward, clock))
         marks: dict[str, list[Any]] = {}
         with _timers(unet, sites, clock, marks):
@@ -131,7 +138,10 @@ def time_side_by_side(passes: Sequence[ForwardPass], repeats: int, device: torch
     for forward in passes:
         forward()
     samples: list[list[float]] = [[] for _ in passes]
-    for _ in range(repeats):
+    began = time.perf_counter()
+    for done in range(repeats):
+        if done >= FEWEST_REPEATS and time.perf_counter() - began > PATIENCE:
+            break
         for forward, seconds in zip(passes, samples, strict=True):
             seconds.append(_time_once(forward, clock))
     return samples

@@ -13,7 +13,8 @@ from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_output, output_folder
 from asdm_compress.core.recipe import Recipe, dump_recipe
 from asdm_compress.models.families import architecture
-from asdm_compress.models.loading import LoadOptions, load_pipeline, load_unet, quiet_libraries, resolve
+from asdm_compress.models.loading import LoadOptions, load_pipeline, load_unet, resolve
+from asdm_compress.models.quiet import quiet_libraries
 from asdm_compress.workflows.progress import Progress
 
 

@@ -25,7 +25,8 @@ from asdm_compress.evaluation.prompts import HELD_OUT_SEED, PromptSplit, choose_
 from asdm_compress.evaluation.quality import Quality, assess
 from asdm_compress.evaluation.sampling import Samples, sample
 from asdm_compress.models.families import architecture
-from asdm_compress.models.loading import LoadOptions, load_pipeline, quiet_libraries
+from asdm_compress.models.loading import LoadOptions, load_pipeline
+from asdm_compress.models.quiet import quiet_libraries
 from asdm_compress.profiling.counting import count
 from asdm_compress.profiling.latency import median_ratio, time_side_by_side
 from asdm_compress.profiling.profile import Profile, ProfileSettings, forward_pass, profile
