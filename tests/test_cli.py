@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -201,6 +202,16 @@ def test_generate_compares_student_and_teacher(assembled, cli, tmp_path):
     assert 0 < printed["fidelity"]["psnr"] < 100
     with Image.open(tmp_path / "images" / "teacher-0005-a-small-red-circle.png") as image:
         assert image.size == (128, 128)
+
+
+def test_the_readmes_python_runs(assembled, tmp_path):
+    folder, _, _ = assembled
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    (tmp_path / "mini-light").symlink_to(folder / "out")
+    result = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) > 0
 
 
 def test_generating_twice_gives_the_same_bytes(cli, tmp_path):

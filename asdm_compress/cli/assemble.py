@@ -71,4 +71,11 @@ def assemble(
     proof = "proven optimal" if evidence.proven_optimal else f"at most {result.solution.gap:.1%} above the best"
     output.show(f"Summed damage {evidence.predicted_damage:.6g}, lower bound {evidence.damage_bound:.6g}: {proof}.")
     output.show(f"Wrote {out}: the student, recipe.yaml, profile.json, grid.png, and report.html to open in a browser.")
-    output.result({"out": str(out), "stock": result.is_stock, "recipe": result.recipe.model_dump(mode="json")})
+    output.result(
+        {
+            "out": str(out),
+            "stock": result.is_stock,
+            "quality": result.quality.as_json(),
+            "recipe": result.recipe.model_dump(mode="json"),
+        }
+    )

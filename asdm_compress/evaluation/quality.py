@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -24,6 +24,15 @@ class Quality:
     count: int
     teacher_right: int | None = None
     student_right: int | None = None
+
+    def as_json(self) -> dict[str, float | int | None]:
+        """For files and `--json`."""
+        return {
+            "pairs": self.count,
+            **asdict(self.fidelity),
+            "teacher_right": self.teacher_right,
+            "student_right": self.student_right,
+        }
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Name, value and meaning, for reports."""

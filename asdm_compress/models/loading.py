@@ -111,8 +111,9 @@ def text_tokens_of(source: Source) -> int:
     return int(json.loads(config.read_text(encoding="utf-8")).get("model_max_length", CLIP_TOKENS))
 
 
-def load_pipeline(reference: str, options: LoadOptions) -> StableDiffusionPipeline:
+def load_pipeline(reference: str, options: LoadOptions | None = None) -> StableDiffusionPipeline:
     """Open a whole text-to-image pipeline; raises AsdmError where there is only a UNet."""
+    options = options or LoadOptions()
     source = resolve(reference, options)
     if source.kind != "pipeline folder":
         raise AsdmError(

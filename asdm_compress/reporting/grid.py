@@ -18,7 +18,7 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], captions: S
     width, height = rows[0][1][0].size
     font = ImageFont.load_default(_FONT_SIZE)
     characters = max(8, int(width / 6.3))
-    wrapped = [textwrap.wrap(caption, characters)[:5] for caption in captions]
+    wrapped = [textwrap.wrap(caption, characters) for caption in captions]
     head = _LINE * max((len(lines) for lines in wrapped), default=0) + _MARGIN
     labels = [label.splitlines() for label, _ in rows]
     side = int(max(font.getlength(line) for lines in labels for line in lines)) + 2 * _MARGIN

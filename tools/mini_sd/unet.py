@@ -19,8 +19,8 @@ from mini_sd.progress import TrainingRun
 from mini_sd.text import load_text_encoder, tokenize
 from mini_sd.vae import load_vae
 
-LEARNING_RATE: Final = 1e-3
-BATCH: Final = 64
+LEARNING_RATE: Final = 8e-4
+BATCH: Final = 32
 CAPTION_DROPOUT: Final = 0.1
 MIN_SNR_GAMMA: Final = 5.0  # Hang et al., 2303.09556
 EMA_DECAY: Final = 0.999
@@ -34,7 +34,7 @@ def train_unet(folder: Path, minutes: float, seed: int, device: torch.device) ->
     tokenizer, text_encoder = load_text_encoder(folder)
     text_encoder.to(device)
     unet, noising = make_unet().to(device), make_noise_scheduler()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.995), weight_decay=1e-2)
     ema = EMAModel(unet.parameters(), decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
     run = TrainingRun(folder, "unet", minutes, {"model": unet, "optimizer": optimizer, "ema": ema})
     torch.manual_seed(seed + run.step)
