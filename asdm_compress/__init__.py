@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from asdm_compress.models.assembled_unet import AssembledUNet2DConditionModel
     from asdm_compress.models.loading import load_pipeline
     from asdm_compress.profiling.profile import Profile, ProfileSettings, load_profile, profile
+    from asdm_compress.workflows.plan import plan
 
 # Everything that needs torch is imported on first use, so that `--help` and this import stay fast.
 _LAZY = {
@@ -23,6 +24,7 @@ _LAZY = {
     "Profile": "asdm_compress.profiling.profile",
     "ProfileSettings": "asdm_compress.profiling.profile",
     "assemble": "asdm_compress.assembly.surgery",
+    "plan": "asdm_compress.workflows.plan",
     "load_pipeline": "asdm_compress.models.loading",
     "load_profile": "asdm_compress.profiling.profile",
     "profile": "asdm_compress.profiling.profile",
@@ -38,6 +40,7 @@ __all__ = [
     "assemble",
     "load_pipeline",
     "load_profile",
+    "plan",
     "profile",
 ]
 

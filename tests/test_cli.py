@@ -49,7 +49,12 @@ def test_version_and_missing_command(cli):
         (["assemble", "mini-ds", "--budget", "latency=0.7x"], 2, "Did you mean mini-sd"),
         (["assemble", "--budget", "params=0.5x", "--prompts", "none.txt"], 2, "none.txt cannot be read"),
         (["profile", "sd15"], 4, "not on this machine"),
-        (["profile", "--device", "cuda:7"], 4, "not available"),
+        (["profile", "--device", "cuda:77"], 4, "not available"),
+        (["profile", "--device", "abacus"], 2, "unknown device"),
+        (["assemble", "--budget", "macs=0.7x", "--scheduler", "heun"], 2, "--scheduler dpm++"),
+        (["assemble", "--budget", "macs=0.7x", "--steps", "4"], 2, "cannot be split into 8"),
+        (["assemble", "--budget", "macs=0.7x", "--out", "typo.yaml/x"], 2, "no folder that can be written"),
+        (["assemble", "there", "--budget", "macs=0.7x"], 2, "neither model_index.json nor"),
         (["profile", "--dtype", "int3"], 2, "unknown dtype"),
         (["apply", "none.yaml"], 2, "there is no recipe"),
         (["apply", "typo.yaml"], 2, "typo.yaml:3: bugdet: unknown key"),
@@ -104,16 +109,16 @@ def assembled(tmp_path_factory):
     """One real run of the main job, small in prompts alone; several tests look at what it left."""
     folder = tmp_path_factory.mktemp("assembled")
     environment = {**os.environ, "ASDM_COMPRESS_CACHE": str(folder / "cache"), "NO_COLOR": "1"}
-    arguments = ["assemble", "mini-sd", "--budget", "macs=0.7x,params=0.75x", "--out", "out", "--json"]
+    arguments = ["assemble", "mini-sd", "--out", "out", "--json"]
     small = ["--calibration-prompts", "2", "--held-out-prompts", "2", "--repeats", "3", "--steps", "8"]
 
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
+    def run(budget: str, *more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "asdm_compress", *arguments, *small, *more],
+            [sys.executable, "-m", "asdm_compress", *arguments, *small, "--budget", budget, *more],
             cwd=folder, env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
 
-    result = run()
+    result = run("macs=0.7x,params=0.75x")
     assert result.returncode == 0, result.stderr
     return folder, json.loads(result.stdout), run
 
@@ -152,15 +157,16 @@ def test_the_report_is_one_file_that_needs_no_network(assembled):
 def test_a_second_budget_reuses_what_was_measured(assembled):
     folder, _, run = assembled
     stores = {p: p.stat().st_mtime_ns for p in (folder / "cache").rglob("*") if p.is_file()}
-    result = run("--overwrite", "--budget", "latency=0.9x")
-    assert result.returncode in (0, 2), result.stderr
+    result = run("macs=0.9x", "--overwrite", "--profile", "out/profile.json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["recipe"]["evidence"]["measured"]["macs"] < 0.9 * 501_571_584 + 1
     assert {p: p.stat().st_mtime_ns for p in (folder / "cache").rglob("*") if p.is_file()} == stores
 
 
 def test_an_infeasible_budget_ends_with_three_and_the_smallest(assembled):
     folder, _, run = assembled
     before = (folder / "out" / "recipe.yaml").read_text()
-    result = run("--overwrite", "--budget", "latency=0.001x")
+    result = run("latency=0.001x", "--overwrite")
     error = json.loads(result.stdout)["error"]
     assert (result.returncode, error["exit_code"]) == (3, 3)
     assert "latency=0." in error["message"].partition("smallest")[2]
@@ -174,6 +180,22 @@ def test_apply_replays_the_recipe_to_the_same_weights(assembled, cli, tmp_path):
     assert json.loads(result.stdout)["stock"] == printed["stock"]
     weights = Path("unet") / "diffusion_pytorch_model.safetensors"
     assert (tmp_path / "again" / weights).read_bytes() == (folder / "out" / weights).read_bytes()
+
+
+def test_a_student_is_no_teacher(assembled, cli):
+    folder, printed, _ = assembled
+    assert not printed["stock"]
+    result = cli("assemble", str(folder / "out"), "--budget", "macs=0.9x")
+    assert result.returncode == 2
+    assert "itself an assembled student" in " ".join(result.stderr.split())
+
+
+def test_a_model_is_not_replaced_by_its_own_student(assembled, cli):
+    folder, _, _ = assembled
+    out = str(folder / "out")
+    result = cli("apply", f"{out}/recipe.yaml", out, "--out", out, "--overwrite")
+    assert result.returncode == 2
+    assert "holds the model itself" in " ".join(result.stderr.split())
 
 
 def test_apply_refuses_another_architecture_and_says_what_differs(assembled, cli, tmp_path):

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
 
-from asdm_compress.assembly.calibration import SamplingSettings, record
+from asdm_compress.assembly.calibration import measure_band_weights, record
 from asdm_compress.assembly.damage import compare_predictions, measure_damages, measure_plan
 from asdm_compress.assembly.options import find_options
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.store import measurement_folder, recorded, weights_hash
 from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.errors import AsdmError
-from asdm_compress.evaluation.sampling import make_scheduler, sample
 from asdm_compress.models.edits import edited_copy
+from asdm_compress.sampling.images import sample
+from asdm_compress.sampling.run import SamplingRun
+from asdm_compress.sampling.schedulers import make_scheduler
+from asdm_compress.sampling.settings import SamplingSettings, encode
 from asdm_compress.scenes.captions import sample_captions
 
 PROMPTS = [c.text for c in sample_captions(3, 9)]
@@ -35,22 +39,20 @@ def few_options(unet, mini_profile):
 
 
 def test_triples_are_one_moment_per_prompt_and_band(calibration):
-    triples = calibration.triples
-    assert len(triples) == len(PROMPTS) * 4
-    assert torch.bincount(triples.bands).tolist() == [3, 3, 3, 3]
-    order = triples.timesteps[torch.argsort(triples.bands, stable=True)].reshape(4, 3)
+    inputs = calibration.inputs
+    assert len(calibration) == len(inputs) == len(PROMPTS) * 4
+    assert torch.bincount(calibration.bands).tolist() == [3, 3, 3, 3]
+    order = inputs.timesteps[torch.argsort(calibration.bands, stable=True)].reshape(4, 3)
     assert (order[:-1].amin(dim=1) > order[1:].amax(dim=1)).all()
-    assert triples.texts.shape[1] == 2
+    assert inputs.texts.shape[1] == 2
     assert sum(calibration.band_weights) == pytest.approx(1)
     assert all(w > 0 for w in calibration.band_weights)
 
 
 def test_recorded_runs_are_the_pipelines_own(pipeline):
     """Oracle: diffusers' pipeline call from the same noise."""
-    from asdm_compress.assembly.calibration import _Sampler, encode
-
     with torch.no_grad():
-        run = _Sampler(pipeline, encode(pipeline, PROMPTS, SETTINGS.guidance), SETTINGS)
+        run = SamplingRun(pipeline, encode(pipeline, PROMPTS, SETTINGS.guidance), SETTINGS)
         while not run.finished:
             run.advance()
     expected = sample(pipeline, PROMPTS, SETTINGS).latents
@@ -119,10 +121,43 @@ def test_recordings_are_kept_by_content(pipeline, unet, tmp_path, monkeypatch):
     path = folder / "triples.pt"
     first = recorded(path, lambda: record(pipeline, PROMPTS[:1], SETTINGS, 4))
     second = recorded(path, lambda: pytest.fail("recorded twice"))
-    assert torch.equal(first.triples.samples, second.triples.samples)
+    assert torch.equal(first.inputs.samples, second.inputs.samples)
     assert first.band_weights == second.band_weights
     changed = edited_copy(unet, {"mid_block.attentions.0": "drop"})
     assert weights_hash(changed) != weights_hash(unet)
+
+
+@pytest.mark.parametrize("name", ["dpm++", "euler-a", "ddpm"])
+def test_a_fork_goes_on_as_its_original_would(pipeline, name):
+    scheduler = pipeline.scheduler
+    prompts = [c.text for c in sample_captions(9, 4)]
+    try:
+        pipeline.scheduler = make_scheduler(name, pipeline)
+        with torch.no_grad():
+            run = SamplingRun(pipeline, encode(pipeline, prompts, 4.0), SETTINGS)
+            run.advance()
+            run.advance()
+            fork = run.fork()
+            while not run.finished:
+                run.advance()
+            while not fork.finished:
+                fork.advance()
+    finally:
+        pipeline.scheduler = scheduler
+    assert torch.equal(run.latents, fork.latents)
+
+
+def test_band_weights_do_not_depend_on_the_precision_of_the_model(pipeline, calibration):
+    """The other components stay as they are: only the UNet's rounding could change what is measured."""
+    half = edited_copy(pipeline.unet, {})
+    texts = encode(pipeline, PROMPTS, SETTINGS.guidance)
+    exact = measure_band_weights(pipeline, texts, SETTINGS, 4)
+    assert exact == pytest.approx(calibration.band_weights)
+    twin = type(pipeline)(
+        **{**pipeline.components, "unet": copy.deepcopy(half).to(torch.bfloat16)}, requires_safety_checker=False
+    )
+    rounded = measure_band_weights(twin, texts, SETTINGS, 4)
+    assert rounded == pytest.approx(exact, rel=0.3, abs=0.03)
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "euler-a", "unipc", "lms"])
@@ -133,15 +168,19 @@ def test_calibration_works_with_every_kind_of_sampler(pipeline, name):
         found = record(pipeline, PROMPTS[:2], SETTINGS, bands=2)
     finally:
         pipeline.scheduler = scheduler
-    assert torch.isfinite(found.triples.samples).all()
+    assert torch.isfinite(found.inputs.samples).all()
     assert sum(found.band_weights) == pytest.approx(1)
 
 
-def test_samplers_with_two_evaluations_per_step_are_named(pipeline):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("heun", "HeunDiscreteScheduler calls the UNet 15 times in"), ("pndm", "PNDMScheduler calls the UNet 9 times in")],
+)
+def test_samplers_with_two_evaluations_per_step_are_named(pipeline, name, words):
     scheduler = pipeline.scheduler
     try:
-        pipeline.scheduler = make_scheduler("heun", pipeline)
-        with pytest.raises(AsdmError, match="HeunDiscreteScheduler visits 15 timesteps"):
+        pipeline.scheduler = make_scheduler(name, pipeline)
+        with pytest.raises(AsdmError, match=f"{words} 8 steps"):
             record(pipeline, PROMPTS, SETTINGS, bands=2)
     finally:
         pipeline.scheduler = scheduler
@@ -149,7 +188,7 @@ def test_samplers_with_two_evaluations_per_step_are_named(pipeline):
 
 def test_guidance_off_needs_one_branch(pipeline):
     found = record(pipeline, PROMPTS[:1], SamplingSettings(4, 1.0, 0), bands=2)
-    assert found.triples.texts.shape[1] == 1
+    assert found.inputs.texts.shape[1] == 1
 
 
 def test_what_cannot_be_calibrated_is_refused(pipeline):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from asdm_compress.core.errors import AsdmError, ExitCode
-from asdm_compress.models.families import FAMILIES, random_unet
+from asdm_compress.models.families import FAMILIES, check_supported, random_unet
 from asdm_compress.models.loading import LoadOptions, load_pipeline, load_unet, resolve
 from asdm_compress.models.names import MINI_SD_FOLDER
 
@@ -115,6 +116,75 @@ def test_a_stale_config_is_refused_instead_of_filled_with_random_weights(copy):
     save_file(weights, path)
     with pytest.raises(AsdmError, match=r"missing, the first is mid_block\.resnets\.1"):
         load_unet(str(copy), OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "key"),
+    [
+        ("text_encoder", "model", "encoder.layers.1.mlp.fc1.weight"),
+        ("vae", "diffusion_pytorch_model", "decoder.conv_in.bias"),
+    ],
+)
+def test_missing_weights_of_other_parts_are_named_too(copy, part, file, key):
+    path = copy / part / f"{file}.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if not k.endswith(key)}, path, metadata={"format": "pt"})
+    with pytest.raises(AsdmError, match=rf"{part} do not fit their config: 1 missing, the first is .*{re.escape(key)}"):
+        load_pipeline(str(copy), OPTIONS)
+
+
+def test_weights_in_the_fp16_variant_alone_are_found(copy, unet):
+    for path in copy.rglob("*.safetensors"):
+        path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    found = load_pipeline(str(copy), OPTIONS)
+    assert all(torch.equal(a, b) for a, b in zip(found.unet.parameters(), unet.parameters(), strict=True))
+
+
+def test_the_stored_precision_is_kept_when_asked_for(copy):
+    found = load_pipeline(str(copy), LoadOptions(dtype=None))
+    assert {p.dtype for part in (found.unet, found.vae, found.text_encoder) for p in part.parameters()} == {
+        torch.float16
+    }
+
+
+def test_a_safe_bin_folder_opens_and_an_unsafe_one_does_not(copy, unet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = weights_of(copy)
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.unlink()
+    found = load_unet(str(copy), OPTIONS)
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), unet.parameters(), strict=True))
+    torch.save({"a": _Harmful()}, path.with_suffix(".bin"))
+    with pytest.raises(AsdmError, match="would run code"):
+        load_unet(str(copy), OPTIONS)
+    assert not Path("harm-was-done").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "\u00ff"])
+def test_a_broken_model_index_is_named(copy, content):
+    (copy / "model_index.json").write_text(content, encoding="latin-1")
+    with pytest.raises(AsdmError, match=r"model_index\.json is no"):
+        load_pipeline(str(copy), OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"center_input_sample": True}, {"only_cross_attention": True}, {"dual_cross_attention": True},
+     {"time_cond_proj_dim": 32}, {"attention_type": "gated"}],
+)  # fmt: skip
+def test_switches_that_are_not_supported_are_named(unet, change):
+    config = {**unet.config, **change}
+    with torch.device("meta"):
+        strange = UNet2DConditionModel.from_config(config)
+    with pytest.raises(AsdmError, match=next(iter(change))):
+        check_supported(strange)
+
+
+def test_garbage_is_no_pickle(tmp_path):
+    path = tmp_path / "noise.ckpt"
+    path.write_bytes(b"garbage" * 100)
+    for allow in (False, True):
+        with pytest.raises(AsdmError, match="truncated or no checkpoint"):
+            load_unet(str(path), LoadOptions(allow_pickle=allow))
 
 
 def test_a_broken_config_is_named(copy):

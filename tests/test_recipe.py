@@ -50,6 +50,8 @@ def test_writing_and_reading_is_identity(tmp_path_factory, sites):
         (("  edit: drop", "  edit: [drop"), 8, "no valid YAML"),
         (("up_blocks.2.resnets.0", "mid_block"), 8, "named twice"),
         (("edits:", "edit:"), 5, "unknown key"),
+        (("asdm_recipe: 1", "asdm_recipe: 1\nasdm_recipe: 1"), 2, "there twice"),
+        (("  edit: shortcut", "  edit: shortcut\nedits: []"), 10, "there twice"),
     ],
 )
 def test_mistakes_are_named_with_file_and_line(tmp_path, change, line, words):

@@ -7,13 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from asdm_compress.assembly.calibration import SamplingSettings
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.evaluation.fidelity import compare
 from asdm_compress.evaluation.prompts import choose_prompts, read_prompts, understands_scenes
 from asdm_compress.evaluation.quality import frechet_distance
-from asdm_compress.evaluation.sampling import SCHEDULERS, make_scheduler, sample
 from asdm_compress.reporting.grid import labelled_grid
+from asdm_compress.sampling.images import sample
+from asdm_compress.sampling.schedulers import SCHEDULERS, make_scheduler
+from asdm_compress.sampling.settings import SamplingSettings
 
 SETTINGS = SamplingSettings(steps=3, guidance=4.0, seed=11)
 PROMPTS = ["a small red circle", "a large blue square on a white background", "a green ring"]
@@ -73,9 +74,11 @@ def test_prompts_are_split_and_held_out_ones_are_new(pipeline, tmp_path):
     assert understands_scenes(pipeline)
     split = choose_prompts(pipeline, None, 8, 8)
     assert not set(split.calibration) & set(split.held_out)
+    assert split.captions is not None
+    assert tuple(c.text for c in split.captions) == split.held_out
     path = tmp_path / "prompts.txt"
     path.write_text("one\ntwo\n\nthree\nfour\n")
-    split = choose_prompts(pipeline, path, 16, 16)
+    split = choose_prompts(pipeline, read_prompts(path), 16, 16)
     assert (split.calibration, split.held_out) == (("one", "two"), ("three", "four"))
 
 

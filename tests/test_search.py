@@ -97,4 +97,12 @@ def test_an_infeasible_budget_names_the_smallest_that_is_not():
     with pytest.raises(AsdmError, match=r"latency=0\.7000x") as caught:
         solve(options, damages, TEACHER, [Limit("latency", 0.5, True)])
     assert caught.value.exit_code == ExitCode.INFEASIBLE
+    # What is named can be reached, also where it had to be rounded.
+    odd = [Option("a", "drop", frozenset("a"), {"latency": 0.1, "macs": 1.0, "params": 333.0})]
+    teacher = {**TEACHER, "params": 997.0}
+    with pytest.raises(AsdmError) as caught:
+        solve(odd, {"a:drop": 1.0}, teacher, [Limit("params", 0.5, True)])
+    named = float(caught.value.message.rpartition("params=")[2].partition("x")[0])
+    assert named == pytest.approx(664 / 997, abs=1e-4)
+    assert solve(odd, {"a:drop": 1.0}, teacher, [Limit("params", named, True)]).plan.edits == {"a": "drop"}
     assert solve(options, damages, TEACHER, [Limit("latency", 0.7, True)]).plan.edits == {"a": "drop", "b": "drop"}

@@ -11,8 +11,8 @@ from asdm_compress.assembly.plan import Plan, edited, place
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.edits import apply_edits, edited_copy, legal_edits, removable_levels
 from asdm_compress.models.sites import find_sites
+from asdm_compress.models.tree import meta_copy, sharing_copy
 from asdm_compress.models.walk import finish, shared_prefix, start, steps_of
-from asdm_compress.profiling.counting import meta_copy
 
 
 @torch.no_grad()
@@ -112,6 +112,14 @@ def test_illegal_edits_are_named(unet):
 def test_levels_can_go_only_where_widths_meet(unet, sd15_on_meta):
     assert removable_levels(unet) == (3,)
     assert removable_levels(sd15_on_meta) == (3,)
+
+
+def test_a_sharing_copy_is_the_same_function_of_the_same_weights(unet, inputs):
+    twin = sharing_copy(unet)
+    assert torch.equal(predict(twin, inputs), predict(unet, inputs))
+    twin.mid_block = None
+    assert unet.mid_block is not None
+    assert all(a is b for a, b in zip(twin.conv_in.parameters(), unet.conv_in.parameters(), strict=True))
 
 
 def test_removing_a_level_or_the_mid_block_runs(unet, inputs):

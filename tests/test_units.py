@@ -32,6 +32,18 @@ def test_absolute_budgets(text, resource, value):
     assert limit.value == pytest.approx(value)
 
 
+@given(
+    resource=st.sampled_from(RESOURCES),
+    value=st.one_of(st.integers(1, 10**13), st.floats(1e-4, 1e3)),
+    relative=st.booleans(),
+)
+def test_limits_are_printed_as_they_are_read(resource, value, relative):
+    limit = Limit(resource, value % 1 or 1.0, True) if relative else Limit(resource, float(value), False)
+    (again,) = parse_budget([str(limit)])
+    assert (again.resource, again.relative) == (limit.resource, limit.relative)
+    assert again.value == pytest.approx(limit.value, rel=1e-6)
+
+
 def test_several_budgets_come_separately_or_with_commas():
     assert parse_budget(["latency=0.7x,params=0.6x"]) == parse_budget(["latency=0.7x", "params=0.6x"])
 

@@ -5,82 +5,53 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from asdm_compress.core.errors import AsdmError
+from asdm_compress.sampling.run import GuidedInputs, SamplingRun
+from asdm_compress.sampling.settings import SamplingSettings, check_text_to_image, encode
 
 DEFAULT_BANDS: Final = 8
 PERTURBATION: Final = 0.05  # of the noise prediction's norm, when the sampler's response is measured
+PROBES: Final = 8  # runs whose response is measured
 
-
-@dataclass(frozen=True, slots=True)
-class SamplingSettings:
-    """How the teacher samples: the pipeline's own scheduler with this many steps and this guidance scale."""
-
-    steps: int = 25
-    guidance: float = 7.5
-    seed: int = 0
-    image_size: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Triples:
-    """N moments of sampling runs.
-
-    `samples` (N, C, H, W) as the UNet gets them, `timesteps` (N,), `texts` (N, branches, tokens, width) with the
-    unconditional branch first where there is guidance, `bands` (N,) from 0 (most noise) on.
-    """
-
-    samples: Tensor
-    timesteps: Tensor
-    texts: Tensor
-    bands: Tensor
-    guidance: float
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def part(self, start: int, stop: int) -> Triples:
-        """The triples from `start` to before `stop`."""
-        rows = slice(start, stop)
-        return Triples(self.samples[rows], self.timesteps[rows], self.texts[rows], self.bands[rows], self.guidance)
-
-    def unet_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """One row per branch, R = N · branches: samples (R, C, H, W), timesteps (R,), texts (R, tokens, width)."""
-        branches = self.texts.shape[1]
-        return (
-            self.samples.repeat_interleave(branches, 0),
-            self.timesteps.repeat_interleave(branches, 0),
-            self.texts.flatten(0, 1),
-        )
-
-    def guided(self, predictions: Tensor) -> Tensor:
-        """The prediction that the sampler uses, (N, C, H, W), from one row per branch (Ho & Salimans, 2207.12598)."""
-        if self.texts.shape[1] == 1:
-            return predictions
-        unconditional, conditional = predictions[0::2], predictions[1::2]
-        return unconditional + self.guidance * (conditional - unconditional)
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Triples, and per band the share of the final latent's error that an equal relative error there causes."""
+    """N moments of sampling runs: `inputs`, the band of each, (N,), from 0 (most noise) on, and the bands' weights.
 
-    triples: Triples
+    A band's weight is the share of the final latent's error that an equal relative error there causes.
+    """
+
+    inputs: GuidedInputs
+    bands: Tensor
     band_weights: tuple[float, ...]
 
+    def __len__(self) -> int:
+        return len(self.bands)
+
+    def part(self, start: int, stop: int) -> GuidedInputs:
+        """The inputs from `start` to before `stop`."""
+        rows, i = slice(start, stop), self.inputs
+        return GuidedInputs(i.samples[rows], i.timesteps[rows], i.texts[rows], i.guidance)
+
     def to(self, device: torch.device) -> Calibration:
-        """The same on another device; the bands stay where numpy can read them."""
-        t = self.triples
-        moved = Triples(t.samples.to(device), t.timesteps.to(device), t.texts.to(device), t.bands.cpu(), t.guidance)
-        return Calibration(moved, self.band_weights)
+        """The same with the inputs on another device."""
+        i = self.inputs
+        moved = GuidedInputs(i.samples.to(device), i.timesteps.to(device), i.texts.to(device), i.guidance)
+        return Calibration(moved, self.bands, self.band_weights)
 
 
-Progress = Callable[[int, int], None]
+def check_bands(steps: int, bands: int) -> None:
+    """Raise AsdmError where there are fewer steps than bands."""
+    if steps < bands:
+        raise AsdmError(f"{steps} sampling steps cannot be split into {bands} timestep bands", "Use more steps.")
 
 
 @torch.no_grad()
@@ -94,146 +65,96 @@ def record(
 ) -> Calibration:
     """Run the sampler on the prompts and keep one moment per prompt and band.
 
-    The weights of the bands are measured by disturbing one step per band, unless they are known and given. Raises
-    AsdmError without prompts or with fewer steps than bands.
+    The bands' weights are measured (see `measure_band_weights`) unless they are known and given. Raises AsdmError
+    without prompts, with fewer steps than bands, and for a scheduler that calls the UNet more than once per step.
     """
     if not prompts:
         raise AsdmError("calibration needs at least one prompt")
-    if settings.steps < bands:
-        raise AsdmError(f"{settings.steps} sampling steps cannot be split into {bands} bands", "Use more steps.")
+    check_bands(settings.steps, bands)
+    check_text_to_image(pipeline)
     report = progress or (lambda done, total: None)
-    texts = encode(pipeline, prompts, settings.guidance)
-    runs = _Sampler(pipeline, texts, settings)
-    band_of = [i * bands // settings.steps for i in range(settings.steps)]
-    chosen = torch.Generator().manual_seed(settings.seed + 1)
-    picks = torch.stack(
-        [
-            torch.tensor([b for b in range(settings.steps) if band_of[b] == band])[
-                torch.randint(band_of.count(band), (len(prompts),), generator=chosen)
-            ]
-            for band in range(bands)
-        ]
+    probe_steps = (
+        0 if band_weights else settings.steps + sum(settings.steps - s for s in _middles(settings.steps, bands))
     )
+    total = settings.steps + probe_steps
+    texts = encode(pipeline, prompts, settings.guidance)
+    run = SamplingRun(pipeline, texts, settings)
+    picks = _pick_steps(len(prompts), settings, bands)
     kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    energy = torch.zeros(settings.steps, dtype=torch.float64)
-    middle = {band_of.index(band) + band_of.count(band) // 2: band for band in range(bands)}
-    middle = {} if band_weights is not None else middle
-    saved: dict[int, _Sampler] = {}
-    total = settings.steps + sum(settings.steps - step for step in middle)
+    for step in range(settings.steps):
+        _, model_input = run.advance()
+        rows = (picks == step).any(dim=0).nonzero()[:, 0]
+        if len(rows):
+            when = run.timesteps[step].expand(len(rows))
+            band = torch.full((len(rows),), step * bands // settings.steps)
+            kept.append((model_input[rows].clone(), when, texts[rows], band))
+        report(step + 1, total)
+    samples, timesteps, kept_texts, kept_bands = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    if band_weights is None:
+        done = settings.steps
+
+        def probing(taken: int, _: int) -> None:
+            report(done + taken, total)
+
+        band_weights = measure_band_weights(pipeline, texts[:PROBES], settings, bands, probing)
+    return Calibration(GuidedInputs(samples, timesteps, kept_texts, settings.guidance), kept_bands, band_weights)
+
+
+@torch.no_grad()
+def measure_band_weights(
+    pipeline: StableDiffusionPipeline,
+    texts: Tensor,
+    settings: SamplingSettings,
+    bands: int,
+    progress: Progress | None = None,
+) -> tuple[float, ...]:
+    """How much an equal relative error of the prediction in each band moves the final latent; sums to 1.
+
+    In the middle of every band a small random error is put into one step of a fork of the run, and both are run to the
+    end: ‖Δx_0‖² per ‖Δε‖², the median over the runs (single runs can jump to another picture), times the prediction's
+    energy and the band's number of steps. Always in fp32: in half precision, rounding alone moves the end as far.
+    """
+    exact = pipeline.unet if pipeline.unet.dtype == torch.float32 else copy.deepcopy(pipeline.unet).float()
+    report = progress or (lambda done, total: None)
+    run = SamplingRun(pipeline, texts, settings, exact)
+    middles = _middles(settings.steps, bands)
+    total = settings.steps + sum(settings.steps - step for step in middles)
+    forks: list[tuple[SamplingRun, Tensor]] = []
+    energy: list[float] = []
     done = 0
     for step in range(settings.steps):
-        if step in middle:
-            saved[step] = runs.fork(min(len(prompts), 8))
-        rows = (picks[band_of[step]] == step).nonzero()[:, 0]
-        prediction, model_input = runs.advance()
-        energy[step] = prediction.double().square().mean()
-        if len(rows):
-            when = runs.timesteps[step].expand(len(rows))
-            kept.append((model_input[rows].clone(), when, texts[rows], torch.full((len(rows),), band_of[step])))
+        fork = run.fork() if step in middles else None
+        prediction, _ = run.advance()
+        energy.append(float(prediction.double().square().mean()))
+        if fork is not None:
+            noise = torch.randn(prediction.shape, generator=torch.Generator().manual_seed(step)).to(prediction)
+            forks.append((fork, noise * PERTURBATION * energy[-1] ** 0.5))
         report(done := done + 1, total)
-    weights = torch.zeros(bands, dtype=torch.float64)
-    for step, band in middle.items():
-        gain, taken = _response(saved[step], runs.latents)
-        weights[band] = gain * energy[step] * band_of.count(band)
-        report(done := done + taken, total)
-    samples, timesteps, triple_texts, triple_bands = (torch.cat(parts) for parts in zip(*kept, strict=True))
-    triples = Triples(samples, timesteps, triple_texts, triple_bands, settings.guidance)
-    return Calibration(triples, band_weights or tuple((weights / weights.sum()).tolist()))
+    weights = []
+    for band, (fork, error) in enumerate(forks):
+        step = fork.step
+        fork.advance(error.add)
+        while not fork.finished:
+            fork.advance()
+        moved = (fork.latents - run.latents).double().square().mean(dim=(1, 2, 3))
+        gain = float((moved / error.double().square().mean(dim=(1, 2, 3))).median())
+        steps_in_band = sum(i * bands // settings.steps == band for i in range(settings.steps))
+        weights.append(gain * energy[step] * steps_in_band)
+        report(done := done + settings.steps - step, total)
+    return tuple(weight / sum(weights) for weight in weights)
 
 
-def _response(sampler: _Sampler, undisturbed: Tensor) -> tuple[float, int]:
-    """‖Δx_0‖² per ‖Δε‖² of a small random error in one step's prediction, and the steps that measuring took."""
-    generator = torch.Generator().manual_seed(sampler.step)
-    began = sampler.step
-    scale = 0.0
-
-    def disturb(prediction: Tensor) -> Tensor:
-        nonlocal scale
-        noise = torch.randn(prediction.shape, generator=generator).to(prediction)
-        noise *= PERTURBATION * prediction.norm() / noise.norm()
-        scale = float(noise.double().square().mean())
-        return prediction + noise
-
-    sampler.advance(disturb)
-    while not sampler.finished:
-        sampler.advance()
-    moved = (sampler.latents - undisturbed[: len(sampler.latents)]).double().square().mean()
-    return float(moved) / scale, sampler.step - began
+def _middles(steps: int, bands: int) -> list[int]:
+    """The middle step of every band."""
+    in_band = [[i for i in range(steps) if i * bands // steps == band] for band in range(bands)]
+    return [members[len(members) // 2] for members in in_band]
 
 
-class _Sampler:
-    """A batch of sampling runs that can be stopped between steps and forked."""
-
-    def __init__(self, pipeline: StableDiffusionPipeline, texts: Tensor, settings: SamplingSettings) -> None:
-        self.unet, self.texts, self.guidance = pipeline.unet, texts, settings.guidance
-        self.scheduler = copy.deepcopy(pipeline.scheduler)
-        self.scheduler.set_timesteps(settings.steps, device=pipeline.device)
-        if len(self.scheduler.timesteps) != settings.steps:
-            raise AsdmError(
-                f"{type(self.scheduler).__name__} visits {len(self.scheduler.timesteps)} timesteps in {settings.steps} "
-                "steps",
-                "Calibrate with a sampler of one evaluation per step, for example DPMSolverMultistepScheduler.",
-            )
-        self.timesteps: Tensor = self.scheduler.timesteps
-        self.latents = initial_latents(pipeline, len(texts), settings) * self.scheduler.init_noise_sigma
-        # Samplers that add noise draw it from here, so that a fork sees the same noise as its original.
-        self.noise = torch.Generator(device="cpu").manual_seed(settings.seed + 2)
-        self.takes_generator = "generator" in self.scheduler.step.__code__.co_varnames
-        self.step = 0
-
-    @property
-    def finished(self) -> bool:
-        return self.step == len(self.timesteps)
-
-    def fork(self, rows: int) -> _Sampler:
-        """A copy of the first `rows` runs at this moment."""
-        twin = copy.copy(self)
-        twin.scheduler = _first_rows(self.scheduler, rows, len(self.latents))
-        twin.latents, twin.texts = self.latents[:rows].clone(), self.texts[:rows]
-        twin.noise = torch.Generator(device="cpu")
-        twin.noise.set_state(self.noise.get_state())
-        return twin
-
-    def advance(self, change: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Take a step; the guided prediction (N, C, H, W), and the UNet's input before it was repeated per branch."""
-        timestep = self.timesteps[self.step]
-        model_input = self.scheduler.scale_model_input(self.latents, timestep)
-        here = Triples(model_input, timestep.expand(len(model_input)), self.texts, model_input, self.guidance)
-        prediction = here.guided(self.unet(*here.unet_inputs(), return_dict=False)[0])
-        used = change(prediction) if change else prediction
-        extra: dict[str, Any] = {"generator": self.noise} if self.takes_generator else {}
-        self.latents = self.scheduler.step(used, timestep, self.latents, return_dict=False, **extra)[0]
-        self.step += 1
-        return prediction, model_input
-
-
-def _first_rows(scheduler: Any, rows: int, batch: int) -> Any:
-    """A copy of a scheduler whose remembered predictions hold only the first rows of the batch."""
-    twin = copy.deepcopy(scheduler)
-    for name, value in vars(twin).items():
-        if isinstance(value, Tensor) and value.ndim == 4 and len(value) == batch:
-            setattr(twin, name, value[:rows])
-        elif isinstance(value, list):
-            cut = [v[:rows] if isinstance(v, Tensor) and v.ndim == 4 and len(v) == batch else v for v in value]
-            setattr(twin, name, cut)
-    return twin
-
-
-def encode(pipeline: StableDiffusionPipeline, prompts: Sequence[str], guidance: float) -> Tensor:
-    """Text embeddings (N, branches, tokens, width), the empty prompt first where there is guidance."""
-    guided = guidance > 1
-    with torch.no_grad():
-        conditional, unconditional = pipeline.encode_prompt(list(prompts), pipeline.device, 1, guided)
-    parts = [unconditional, conditional] if guided else [conditional]
-    return torch.stack(parts, dim=1)
-
-
-def initial_latents(pipeline: StableDiffusionPipeline, count: int, settings: SamplingSettings) -> Tensor:
-    """Unit noise (count, C, H, W); image i has its own seed, so that it does not depend on the batch it is in."""
-    config = pipeline.unet.config
-    size = settings.image_size // pipeline.vae_scale_factor if settings.image_size else int(config["sample_size"])
-    rows = [
-        torch.randn(config["in_channels"], size, size, generator=torch.Generator().manual_seed(settings.seed + i))
-        for i in range(count)
-    ]
-    return torch.stack(rows).to(pipeline.device, pipeline.unet.dtype)
+def _pick_steps(count: int, settings: SamplingSettings, bands: int) -> Tensor:
+    """One random step per band and prompt, (bands, count)."""
+    generator = torch.Generator().manual_seed(settings.seed + 1)
+    picks = []
+    for band in range(bands):
+        members = torch.tensor([i for i in range(settings.steps) if i * bands // settings.steps == band])
+        picks.append(members[torch.randint(len(members), (count,), generator=generator)])
+    return torch.stack(picks)

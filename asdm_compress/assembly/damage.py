@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
-from asdm_compress.assembly.calibration import Calibration, Triples
+from asdm_compress.assembly.calibration import Calibration
 from asdm_compress.assembly.options import Option
 from asdm_compress.assembly.plan import Plan, edited
+from asdm_compress.core.files import CACHE_HINT, disk_errors
 from asdm_compress.models.walk import State, Step, finish, shared_prefix, start, steps_of, take
+from asdm_compress.sampling.run import GuidedInputs
 
 Progress = Callable[[int, int], None]
 CHUNK = 16  # triples at a time: bounds the memory of the kept activations
@@ -48,8 +50,8 @@ def measure_damages(
     after a kill.
     """
     names = [o.name for o in options]
-    triples = calibration.triples
-    chunks = [(i, min(i + CHUNK, len(triples))) for i in range(0, len(triples), CHUNK)]
+    count = len(calibration)
+    chunks = [(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)]
     known = _read_store(store, names)
     report = progress or (lambda done, total: None)
     total = len(chunks) * len(options)
@@ -59,7 +61,7 @@ def measure_damages(
         if number in known:
             report((number + 1) * len(options), total)
             continue
-        part = triples.part(first, last)
+        part = calibration.part(first, last)
         states, reference = _teacher_pass(unet, teacher_steps, part)
         record: dict[str, Any] = {"energy": _squares(reference), "errors": {}}
         for i, name in enumerate(names):
@@ -89,9 +91,9 @@ def compare_predictions(
 ) -> Damage:
     """The damage of any UNet that takes the same inputs as the teacher."""
     energy, errors = [], []
-    for first in range(0, len(calibration.triples), CHUNK):
-        part = calibration.triples.part(first, first + CHUNK)
-        inputs = part.unet_inputs()
+    for first in range(0, len(calibration), CHUNK):
+        part = calibration.part(first, first + CHUNK)
+        inputs = part.rows()
         reference = part.guided(teacher(*inputs, return_dict=False)[0])
         energy.append(_squares(reference))
         errors.append(_squares(part.guided(student(*inputs, return_dict=False)[0]) - reference))
@@ -100,7 +102,7 @@ def compare_predictions(
 
 def summarise(errors: np.ndarray, energy: np.ndarray, calibration: Calibration) -> Damage:
     """Per-triple squared errors and energies (N,) to damages per band and their weighted sum."""
-    bands = calibration.triples.bands.numpy()
+    bands = calibration.bands.numpy()
     per_band = tuple(
         float(errors[bands == band].sum() / energy[bands == band].sum())
         for band in range(len(calibration.band_weights))
@@ -108,9 +110,11 @@ def summarise(errors: np.ndarray, energy: np.ndarray, calibration: Calibration) 
     return Damage(per_band, float(np.dot(calibration.band_weights, per_band)))
 
 
-def _teacher_pass(unet: UNet2DConditionModel, steps: Sequence[Step], part: Triples) -> tuple[list[State], torch.Tensor]:
+def _teacher_pass(
+    unet: UNet2DConditionModel, steps: Sequence[Step], part: GuidedInputs
+) -> tuple[list[State], torch.Tensor]:
     """The states before every step and after the last, and the guided prediction."""
-    states = [start(unet, *part.unet_inputs())]
+    states = [start(unet, *part.rows())]
     for step in steps:
         states.append(take(step, states[-1]))
     return states, part.guided(states[-1].hidden)
@@ -139,9 +143,14 @@ def _read_store(store: Path | None, names: Sequence[str]) -> dict[int, dict[str,
 def _append_to_store(store: Path | None, number: int, record: Mapping[str, Any]) -> None:
     if store is None:
         return
-    store.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(store, CACHE_HINT):
+        store.parent.mkdir(parents=True, exist_ok=True)
+        _append_line(store, json.dumps({"chunk": number, **record}))
+
+
+def _append_line(store: Path, line: str) -> None:
     with store.open("a", encoding="utf-8") as file:
         # A line starts anew even behind one that a kill cut short.
-        file.write("\n" + json.dumps({"chunk": number, **record}) + "\n")
+        file.write("\n" + line + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -64,7 +64,9 @@ def _candidates(
     legal = legal_edits(unet)
     for path, edits in legal.items():
         for edit in edits:
-            yield path, edit, [path], _what_stays(path, edit, sites)
+            # What remains of an upsampler without its convolution is the interpolation.
+            going = f"{path}.conv" if ".upsamplers." in path else path
+            yield path, edit, [going], _what_stays(path, edit, sites)
     for site in sites.values():
         # A layer of one unit is that unit.
         if site.level != "layer" or len(site.modules) == 1:

@@ -31,11 +31,18 @@ class PlacedEdits:
     keep_levels: int | None = None
 
 
+def check_teacher(unet: UNet2DConditionModel) -> None:
+    """Raise AsdmError for an assembled student, whose slots cannot be cut again."""
+    if unet.config.get("edits"):
+        raise AsdmError("this UNet is itself an assembled student", "Give its teacher, and one plan for both cuts.")
+
+
 def place(unet: UNet2DConditionModel, plan: Plan) -> PlacedEdits:
     """Resolve a plan against a UNet.
 
     Raises AsdmError for a site that the UNet does not have, an edit that is not possible there, and edits that overlap.
     """
+    check_teacher(unet)
     sites = {site.path: site for site in find_sites(unet)}
     legal = legal_edits(unet)
     taken: dict[str, str] = {}

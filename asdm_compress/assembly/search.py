@@ -134,6 +134,8 @@ def _solver() -> cp_model.CpSolver:
     solver.parameters.max_time_in_seconds = TIME_LIMIT_SECONDS
     solver.parameters.random_seed = 0
     solver.parameters.relative_gap_limit = 0.0
+    # Ctrl-C ends the program, not only the search, which would go on with an unproven plan.
+    solver.parameters.catch_sigint_signal = False
     return solver
 
 
@@ -145,7 +147,7 @@ def _infeasible(options: Sequence[Option], teacher: Mapping[Resource, float], li
         if best is None:
             reachable.append(f"{limit.resource}: none, the other limits cannot be met")
         elif best > limit.absolute(teacher[limit.resource]):
-            share = best / teacher[limit.resource]
+            share = math.ceil(1e4 * best / teacher[limit.resource]) / 1e4  # rounded up: what is named can be reached
             reachable.append(f"{limit.resource}={share:.4f}x ({format_resource(limit.resource, best)})")
     wanted = ", ".join(str(limit) for limit in limits)
     return AsdmError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from asdm_compress.assembly.calibration import Calibration, SamplingSettings, Triples
-from asdm_compress.core.files import cache_folder, output_file
+from asdm_compress.assembly.calibration import Calibration
+from asdm_compress.assembly.damage import CHUNK
+from asdm_compress.core.files import CACHE_HINT, cache_folder, output_file
 from asdm_compress.core.provenance import content_hash, package_version
+from asdm_compress.sampling.run import GuidedInputs
+from asdm_compress.sampling.settings import SamplingSettings
 
-STORE_VERSION = 1
+# To be raised when the meaning of a kept measurement changes.
+STORE_VERSION = 2
 
 
 def weights_hash(unet: UNet2DConditionModel) -> str:
@@ -31,13 +35,15 @@ def measurement_folder(
     pipeline: StableDiffusionPipeline, prompts: Sequence[str], settings: SamplingSettings, bands: int
 ) -> Path:
     """The folder for everything measured with this teacher, these prompts, this sampler, device and precision."""
-    scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     key = content_hash(
         {
             "store": STORE_VERSION,
             "weights": weights_hash(pipeline.unet),
             "text": weights_hash(pipeline.text_encoder),
-            "scheduler": {"class": type(pipeline.scheduler).__name__, **scheduler},
+            "configs": [_plain(pipeline.unet.config), pipeline.text_encoder.config.to_dict()],
+            "tokens": [pipeline.tokenizer.model_max_length, sorted(pipeline.tokenizer.get_vocab().items())],
+            "chunk": CHUNK,
+            "scheduler": {"class": type(pipeline.scheduler).__name__, **_plain(pipeline.scheduler.config)},
             "prompts": list(prompts),
             "settings": asdict(settings),
             "bands": bands,
@@ -49,15 +55,24 @@ def measurement_folder(
     return cache_folder() / "measurements" / key
 
 
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A diffusers config without its private entries, such as the path that it was read from."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
 def recorded(path: Path, record: Callable[[], Calibration]) -> Calibration:
     """The calibration kept at `path`, recorded now if it is not there."""
     if path.exists():
         kept: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return Calibration(Triples(**kept["triples"]), tuple(kept["band_weights"]))
-    calibration = record()
-    triples = calibration.triples
-    tensors = {name: getattr(triples, name).cpu() for name in ("samples", "timesteps", "texts", "bands")}
-    with output_file(path) as aside:
-        content = {"triples": {**tensors, "guidance": triples.guidance}, "band_weights": calibration.band_weights}
+        return Calibration(GuidedInputs(**kept["inputs"]), kept["bands"], tuple(kept["band_weights"]))
+    found = record()
+    calibration = found.to(torch.device("cpu"))
+    inputs = calibration.inputs
+    with output_file(path, CACHE_HINT) as aside:
+        content = {
+            "inputs": {name: getattr(inputs, name) for name in ("samples", "timesteps", "texts", "guidance")},
+            "bands": calibration.bands,
+            "band_weights": calibration.band_weights,
+        }
         torch.save(content, aside)
-    return Calibration(Triples(**tensors, guidance=triples.guidance), calibration.band_weights)
+    return calibration

@@ -39,8 +39,6 @@ def specify(unet: UNet2DConditionModel, plan: Plan) -> StudentSpec:
 
     Raises AsdmError for a plan that does not fit the UNet (see `place`).
     """
-    if unet.config.get("edits"):
-        raise AsdmError("this UNet is itself an assembled student", "Give its teacher, and one plan for both cuts.")
     placed = place(unet, plan)
     parts = fold_into_config(unet, placed)
     student = _build(parts.config, parts.edits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ def apply(
     recipe: Annotated[Path, typer.Argument(help="The recipe.yaml of an assembled model.")],
     model: o.Model = "mini-sd",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the student.")] = Path("out"),
-    dtype: o.Dtype = "auto",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; auto keeps the checkpoint's own.")] = "auto",
     allow_pickle: o.AllowPickle = False,
     overwrite: o.Overwrite = False,
     quiet: o.Quiet = False,
@@ -28,7 +29,8 @@ def apply(
     check_output(out, overwrite)
     output = Output(quiet, as_json)
     with output.stage("Starting torch"):
-        load = o.load_options("cpu", dtype, None, allow_pickle)
+        load = o.load_options("cpu", "fp32" if dtype == "auto" else dtype, None, allow_pickle)
+        load = replace(load, dtype=None) if dtype == "auto" else load
         from asdm_compress.workflows.apply import run_apply
 
     result = run_apply(content, model, out, load, output, overwrite)

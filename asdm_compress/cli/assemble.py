@@ -27,9 +27,11 @@ def assemble(
     steps: o.Steps = 25,
     guidance: o.Guidance = 5.0,
     seed: o.Seed = 0,
+    scheduler: o.Scheduler = None,
     prompts: o.Prompts = None,
     calibration_prompts: Annotated[int, typer.Option(min=1, help="Prompts whose trajectories are measured on.")] = 16,
     held_out_prompts: Annotated[int, typer.Option(min=1, help="Other prompts, for the report alone.")] = 16,
+    profile: Annotated[Path | None, typer.Option(help="A profile.json made here before, instead of a new one.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch of the timed pass; 2 is one image with guidance.")] = 2,
     image_size: o.ImageSize = None,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Time in channels-last layout.")] = False,
@@ -48,18 +50,22 @@ def assemble(
     output = Output(quiet, as_json)
     with output.stage("Starting torch"):
         load = o.load_options(device, dtype, threads, allow_pickle)
-        from asdm_compress.workflows.assemble import AssembleSettings, run_assemble
+        from asdm_compress.workflows.assemble import run_assemble
 
-    from asdm_compress.assembly.calibration import SamplingSettings
+    from asdm_compress.evaluation.prompts import read_prompts
     from asdm_compress.profiling.profile import ProfileSettings
     from asdm_compress.reporting.tables import evidence_table, plan_tree
+    from asdm_compress.sampling.settings import SamplingSettings
+    from asdm_compress.workflows.plan import PlanSettings
 
-    settings = AssembleSettings(
+    settings = PlanSettings(
         ProfileSettings(image_size, batch, None, channels_last, repeats),
         SamplingSettings(steps, guidance, seed, image_size),
-        prompts,
-        calibration_prompts,
-        held_out_prompts,
+        scheduler=scheduler,
+        prompts=None if prompts is None else tuple(read_prompts(prompts)),
+        calibration_prompts=calibration_prompts,
+        held_out_prompts=held_out_prompts,
+        known_profile=profile,
     )
     result = run_assemble(model, limits, out, load, settings, output, overwrite)
     evidence = result.recipe.evidence
@@ -68,8 +74,7 @@ def assemble(
     output.show(evidence_table(evidence))
     for name, value, meaning in result.quality.rows():
         output.show(f"{name}: {value} ({meaning})")
-    proof = "proven optimal" if evidence.proven_optimal else f"at most {result.solution.gap:.1%} above the best"
-    output.show(f"Summed damage {evidence.predicted_damage:.6g}, lower bound {evidence.damage_bound:.6g}: {proof}.")
+    output.show(result.proof)
     output.show(f"Wrote {out}: the student, recipe.yaml, profile.json, grid.png, and report.html to open in a browser.")
     output.result(
         {

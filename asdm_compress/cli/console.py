@@ -26,7 +26,8 @@ class Output:
     def show(self, what: RenderableType) -> None:
         """Print a table or a line, unless quiet or JSON is asked for."""
         if not (self.quiet or self.as_json):
-            self._out.print(what)
+            # Texts hold paths and prompts, in which brackets are no markup.
+            self._out.print(what, markup=False)
 
     def result(self, value: dict[str, Any]) -> None:
         """Print the JSON object, if JSON is asked for."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import typer
+
 from asdm_compress.cli import options as o
 from asdm_compress.cli.console import Output
+from asdm_compress.core.errors import ExitCode
 
 
 def doctor(quiet: o.Quiet = False, as_json: o.Json = False) -> None:
@@ -14,10 +17,7 @@ def doctor(quiet: o.Quiet = False, as_json: o.Json = False) -> None:
 
         findings = examine()
     for finding in findings:
-        mark = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}[finding.state]
-        output.show(f"{mark:>16}  {finding.subject}: {finding.text}")
+        output.show(f"{finding.state:>7}  {finding.subject}: {finding.text}")
     output.result({"findings": [finding.as_json() for finding in findings]})
     if any(finding.state == "problem" for finding in findings):
-        from asdm_compress.core.errors import AsdmError, ExitCode
-
-        raise AsdmError("something that is needed is missing", "See the lines above.", ExitCode.ENVIRONMENT)
+        raise typer.Exit(int(ExitCode.ENVIRONMENT))

@@ -21,7 +21,7 @@ def generate(
     seed: o.Seed = 0,
     steps: o.Steps = 25,
     guidance: o.Guidance = 5.0,
-    scheduler: Annotated[str | None, typer.Option(help="ddim, dpm++, euler, euler-a, heun, pndm, unipc, …")] = None,
+    scheduler: o.Scheduler = None,
     image_size: o.ImageSize = None,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
@@ -38,7 +38,7 @@ def generate(
         load = o.load_options(device, dtype, threads, allow_pickle)
         from asdm_compress.workflows.generate import GenerateSettings, run_generate
 
-    from asdm_compress.assembly.calibration import SamplingSettings
+    from asdm_compress.sampling.settings import SamplingSettings
 
     sampling = SamplingSettings(steps, guidance, seed, image_size)
     settings = GenerateSettings(sampling, tuple(prompt), images, scheduler, compare)

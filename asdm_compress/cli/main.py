@@ -46,6 +46,9 @@ class _InterruptedError(BaseException):
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:
+    # Once is enough: a second signal must not cut the clean-up short.
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, signal.SIG_IGN)
     raise _InterruptedError(number)
 
 
@@ -63,8 +66,10 @@ def main() -> None:
     except _InterruptedError as interruption:
         code = 128 + int(str(interruption))
         fail(AsdmError("interrupted; no half-written output is left"), as_json="--json" in sys.argv, code=code)
-    except MemoryError:
-        fail(
-            AsdmError("memory ran out", "Use --dtype bf16, a smaller --image-size or --batch.", ExitCode.ENVIRONMENT),
-            as_json="--json" in sys.argv,
-        )
+    except (MemoryError, RuntimeError) as error:
+        # torch reports both kinds of memory that run out as RuntimeErrors of several types.
+        text = str(error)
+        if not isinstance(error, MemoryError) and "out of memory" not in text and "can't allocate memory" not in text:
+            raise
+        hint = "Use --dtype bf16, a smaller --image-size or a smaller --batch."
+        fail(AsdmError("memory ran out", hint, ExitCode.ENVIRONMENT), as_json="--json" in sys.argv)

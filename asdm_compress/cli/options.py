@@ -19,7 +19,7 @@ Model = Annotated[
         help="mini-sd (bundled), sd15, sd21-base, sd21, a diffusers folder, a .safetensors or .ckpt file, or a hub id.",
     ),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU where there is one.")]
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16; auto is fp32 on a CPU and fp16 on a GPU.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default as many as torch takes.")]
 AllowPickle = Annotated[
@@ -31,6 +31,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 switches guidance off.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first image.")]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(help="ddim, dpm++, dpm++-karras, euler, euler-a, lms, unipc, …; by default the model's own."),
+]
 ImageSize = Annotated[int | None, typer.Option(min=8, help="Pixels per side, by default the model's own.")]
 Prompts = Annotated[Path | None, typer.Option(help="UTF-8 file with one prompt per line.")]
 
@@ -50,12 +54,14 @@ def load_options(
     try:
         place = torch.device(device)
     except RuntimeError as error:
-        raise AsdmError(f"unknown device {device!r}", "Use cpu, cuda, cuda:1 or mps.") from error
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(place.type, False):
+        raise AsdmError(f"unknown device {device!r}", "Use cpu, cuda or cuda:1.") from error
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if place.type not in ("cpu", "cuda") or (place.type == "cuda" and (place.index or 0) >= cards):
         raise AsdmError(
             f"the device {device} is not available here", "See `asdm-compress doctor`.", ExitCode.ENVIRONMENT
         )
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if dtype == "auto":
         dtype = "fp32" if place.type == "cpu" else "fp16"

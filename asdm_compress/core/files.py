@@ -9,10 +9,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import platformdirs
 
 from asdm_compress.core.errors import AsdmError, ExitCode
+
+OUT_HINT: Final = "Choose another --out, or free some space."
+CACHE_HINT: Final = "Set ASDM_COMPRESS_CACHE to a folder that can be written and has space."
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
 def cache_folder() -> Path:
@@ -21,12 +27,21 @@ def cache_folder() -> Path:
     return Path(override) if override else Path(platformdirs.user_cache_dir("asdm-compress", appauthor=False))
 
 
-def check_output(out: Path, overwrite: bool) -> None:
-    """Refuse an output place that exists, before any time is spent."""
+def check_output(out: Path, overwrite: bool, source: Path | None = None) -> None:
+    """Refuse a place that cannot become the output, before any time is spent.
+
+    That is one that exists (without `overwrite`), that holds the current folder or `source`, or whose nearest existing
+    parent is no folder that can be written.
+    """
     if out.exists() and not overwrite:
         raise AsdmError(f"{out} exists already", "Choose another --out, or replace it with --overwrite.")
-    if out.exists() and out.is_dir() and out.resolve() in (Path.cwd().resolve(), *Path.cwd().resolve().parents):
-        raise AsdmError(f"{out} holds the current folder and cannot be replaced", "Choose another --out.")
+    place = out.resolve()
+    for what, holder in (("the current folder", Path.cwd()), ("the model itself", source)):
+        if holder is not None and out.exists() and place in (holder.resolve(), *holder.resolve().parents):
+            raise AsdmError(f"{out} holds {what} and cannot be replaced", "Choose another --out.")
+    parent = next(p for p in place.parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise AsdmError(f"{out} cannot be written: {parent} is no folder that can be written", OUT_HINT)
 
 
 @contextmanager
@@ -38,12 +53,12 @@ def output_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     parent cannot be written, and when the disk is full.
     """
     check_output(out, overwrite)
-    with _disk_errors(out):
+    with disk_errors(out, OUT_HINT):
         out.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         aside.chmod(0o755)
     try:
-        with _disk_errors(out):
+        with disk_errors(out, OUT_HINT):
             yield aside
             _replace(aside, out)
     finally:
@@ -51,15 +66,15 @@ def output_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def output_file(path: Path) -> Iterator[Path]:
+def output_file(path: Path, hint: str = OUT_HINT) -> Iterator[Path]:
     """A file path to write to that becomes `path` only when writing ended well."""
-    with _disk_errors(path):
+    with disk_errors(path, hint):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
     aside = Path(name)
     try:
-        with _disk_errors(path):
+        with disk_errors(path, hint):
             yield aside
             aside.chmod(0o644)
             aside.replace(path)
@@ -68,42 +83,38 @@ def output_file(path: Path) -> Iterator[Path]:
 
 
 def _replace(aside: Path, out: Path) -> None:
+    """Put `aside` in the place of `out`; whatever interrupts it, one of the two stands there afterwards."""
     if not out.exists():
         aside.rename(out)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-    out.rename(old / out.name)
+    old = aside.with_name(f"{aside.name}.old")
     try:
+        out.rename(old)
         aside.rename(out)
-    except OSError:
-        (old / out.name).rename(out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
         raise
-    finally:
+    if old.is_dir():
         shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink()
 
 
 @contextmanager
-def _disk_errors(place: Path) -> Iterator[None]:
+def disk_errors(place: Path, hint: str) -> Iterator[None]:
+    """Turn a full disk and a place that cannot be written into one message."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise AsdmError(
-                f"the disk is full: {place} was not written",
-                "Free some space, or choose another --out.",
-                ExitCode.ENVIRONMENT,
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise AsdmError(
-                f"{place} cannot be written: {error.strerror}", "Choose another --out.", ExitCode.ENVIRONMENT
-            ) from error
+    except AsdmError:
         raise
     except Exception as error:
-        # safetensors reports a full disk as its own error type with the system's text.
-        if "No space left on device" in str(error):
-            raise AsdmError(
-                f"the disk is full: {place} was not written",
-                "Free some space, or choose another --out.",
-                ExitCode.ENVIRONMENT,
-            ) from error
-        raise
+        code = error.errno if isinstance(error, OSError) else None
+        # safetensors and torch report a full disk as error types of their own, with the system's text.
+        if code in _FULL or "No space left on device" in str(error):
+            message = f"the disk is full: {place} was not written"
+        elif code in _FORBIDDEN:
+            message = f"{place} cannot be written: {os.strerror(code or 0)}"
+        else:
+            raise
+        raise AsdmError(message, hint, ExitCode.ENVIRONMENT) from error

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from asdm_compress.core.errors import AsdmError
-
-RECIPE_VERSION: Final = 1
 
 
 class _Strict(BaseModel):
@@ -44,13 +42,15 @@ class Evidence(_Strict):
     """What the search predicted and what was then measured, beside the teacher's own costs.
 
     Damages are weighted relative squared errors of the noise prediction; `held_out` ones are from prompts and seeds
-    that the search has not seen.
+    that the search has not seen. `solved_for` is what the proof of optimality holds for: the budget itself, or a
+    tighter one where a first plan measured slower than predicted.
     """
 
     teacher: Costs
     predicted: Costs
     measured: Costs
     measured_latency_ratio: float
+    solved_for: list[str]
     predicted_damage: float
     measured_damage: float
     held_out_damage: float
@@ -91,6 +91,7 @@ def load_recipe(path: Path) -> Recipe:
         mark = getattr(error, "problem_mark", None)
         line = f"{path}:{mark.line + 1}" if mark else str(path)
         raise AsdmError(f"{line}: no valid YAML: {getattr(error, 'problem', error)}") from error
+    _refuse_duplicates(node, path)
     if not isinstance(content, Mapping):
         raise AsdmError(f"{path}:1: a recipe is a mapping with the keys asdm_recipe, base and edits")
     try:
@@ -113,6 +114,20 @@ def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML text."""
     content = recipe.model_dump(mode="json", exclude_none=True)
     return yaml.safe_dump(content, sort_keys=False, width=120, allow_unicode=True)
+
+
+def _refuse_duplicates(node: yaml.Node | None, path: Path) -> None:
+    """YAML readers let a second key win silently."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                raise AsdmError(f"{path}:{key.start_mark.line + 1}: the key {key.value} is there twice")
+            seen.add(key.value)
+            _refuse_duplicates(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_duplicates(value, path)
 
 
 def _explain(error: Any) -> str:

@@ -33,10 +33,11 @@ class Limit:
         return self.value * teacher if self.relative else self.value
 
     def __str__(self) -> str:
+        """As `parse_budget` reads it."""
         if self.relative:
-            return f"{self.resource}={self.value:g}x"
-        amount = f"{self.value * 1e3:g}ms" if self.resource == "latency" else f"{self.value:g}"
-        return f"{self.resource}={amount}"
+            return f"{self.resource}={self.value:.12g}x"
+        number = f"{self.value:.12f}".rstrip("0").rstrip(".")
+        return f"{self.resource}={number}{'s' if self.resource == 'latency' else ''}"
 
 
 def parse_budget(texts: Iterable[str]) -> tuple[Limit, ...]:

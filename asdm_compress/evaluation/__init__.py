@@ -1,1 +1,1 @@
-"""Evaluation: seed-matched images, fidelity to the teacher, and what the bundled model's pictures show."""
+"""Evaluation: prompts, fidelity to the teacher, and what the bundled model's pictures show."""

@@ -11,7 +11,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from asdm_compress.evaluation.sampling import Samples
+from asdm_compress.sampling.images import Samples
 
 
 @dataclass(frozen=True, slots=True)

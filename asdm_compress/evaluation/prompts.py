@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.names import MINI_SD_FOLDER
-from asdm_compress.scenes.captions import sample_captions
+from asdm_compress.scenes.captions import Caption, sample_captions
 
 CALIBRATION_SEED: Final = 1
 HELD_OUT_SEED: Final = 2
@@ -26,35 +26,35 @@ _STYLES: Final = ("photograph, natural light", "oil painting", "pencil drawing",
 
 @dataclass(frozen=True, slots=True)
 class PromptSplit:
-    """Prompts that a search may see, and prompts that only reports use."""
+    """Prompts that a search may see, and prompts that only reports use.
+
+    `captions` are the held-out prompts' claims, where they are of the bundled model's world.
+    """
 
     calibration: tuple[str, ...]
     held_out: tuple[str, ...]
+    captions: tuple[Caption, ...] | None = None
 
 
 def choose_prompts(
-    pipeline: StableDiffusionPipeline, path: Path | None, calibration: int, held_out: int
+    pipeline: StableDiffusionPipeline, own: Sequence[str] | None, calibration: int, held_out: int
 ) -> PromptSplit:
-    """Prompts from a UTF-8 file with one per line; without one, such as the pipeline understands.
-
-    Raises AsdmError for a file that is missing, not UTF-8, or has fewer lines than two.
-    """
-    if path is not None:
-        lines = read_prompts(path)
-        share = max(1, round(len(lines) * calibration / (calibration + held_out)))
-        share = min(share, len(lines) - 1)
-        return PromptSplit(tuple(lines[:share][:calibration]), tuple(lines[share:][:held_out]))
+    """Split a user's own prompts; without any, take such as the pipeline understands."""
+    if own is not None:
+        share = max(1, round(len(own) * calibration / (calibration + held_out)))
+        share = min(share, len(own) - 1)
+        return PromptSplit(tuple(own[:share][:calibration]), tuple(own[share:][:held_out]))
     if understands_scenes(pipeline):
         seen = sample_captions(calibration, CALIBRATION_SEED, held_out=False)
         unseen = sample_captions(held_out, HELD_OUT_SEED, held_out=True)
-        return PromptSplit(tuple(c.text for c in seen), tuple(c.text for c in unseen))
+        return PromptSplit(tuple(c.text for c in seen), tuple(c.text for c in unseen), unseen)
     everything = [f"{subject}, {style}" for style in _STYLES for subject in _SUBJECTS]
     middle = len(everything) // 2
     return PromptSplit(tuple(everything[:middle][:calibration]), tuple(everything[middle:][:held_out]))
 
 
-def read_prompts(path: Path) -> Sequence[str]:
-    """The non-empty lines of a UTF-8 file."""
+def read_prompts(path: Path) -> list[str]:
+    """The non-empty lines of a UTF-8 file; raises AsdmError for one that cannot be read or has fewer than two."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:

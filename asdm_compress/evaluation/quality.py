@@ -11,8 +11,8 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from asdm_compress.evaluation.fidelity import Fidelity, compare, to_tensor
-from asdm_compress.evaluation.sampling import Samples
-from asdm_compress.scenes.captions import sample_captions
+from asdm_compress.sampling.images import Samples
+from asdm_compress.scenes.captions import Caption
 from asdm_compress.scenes.reader import load_reader
 
 
@@ -49,12 +49,12 @@ class Quality:
         return rows
 
 
-def assess(teacher: Samples, student: Samples, captions_seed: int | None) -> Quality:
-    """Compare two runs; with the seed of their captions, also read the pictures of the bundled model's world."""
+def assess(teacher: Samples, student: Samples, captions: Sequence[Caption] | None) -> Quality:
+    """Compare two runs; with captions of the bundled model's world, also read what the pictures show."""
     fidelity, count = compare(student, teacher), len(teacher.images)
-    if captions_seed is None:
+    if captions is None:
         return Quality(fidelity, count)
-    reader, captions = load_reader(), sample_captions(count, captions_seed, held_out=True)
+    reader = load_reader()
     right = [sum(reader.accuracy(to_tensor(s.images), captions)) for s in (teacher, student)]
     return Quality(fidelity, count, *right)
 

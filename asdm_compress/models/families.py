@@ -22,39 +22,49 @@ _SD_BLOCKS: Final = {
 }
 
 
+_SD2_BLOCKS: Final = {
+    **_SD_BLOCKS,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One architecture: its UNet's configuration, its native image size, and what its prediction means."""
+    """One architecture: its UNet's configuration and its native image size in pixels."""
 
     name: str
-    title: str
     unet_config: Mapping[str, Any]
     image_size: int
-    text_tokens: int
-    prediction_type: str
 
 
 FAMILIES: Final = {
     family.name: family
     for family in (
-        Family("sd15", "Stable Diffusion 1.x", {
-            **_SD_BLOCKS, "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8,
-        }, 512, 77, "epsilon"),
-        Family("sd21-base", "Stable Diffusion 2.x base", {
-            **_SD_BLOCKS, "sample_size": 64, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
-            "use_linear_projection": True,
-        }, 512, 77, "epsilon"),
-        Family("sd21", "Stable Diffusion 2.x at 768 pixels", {
-            **_SD_BLOCKS, "sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
-            "use_linear_projection": True,
-        }, 768, 77, "v_prediction"),
+        # Stable Diffusion 1.x, 2.x base, and 2.x at 768 pixels.
+        Family("sd15", {**_SD_BLOCKS, "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}, 512),
+        Family("sd21-base", {**_SD2_BLOCKS, "sample_size": 64}, 512),
+        Family("sd21", {**_SD2_BLOCKS, "sample_size": 96}, 768),
     )
-}  # fmt: skip
+}
 
 _SUPPORTED_BLOCKS: Final[Mapping[str, Collection[str | None]]] = {
     "down_block_types": {"CrossAttnDownBlock2D", "DownBlock2D"},
     "up_block_types": {"CrossAttnUpBlock2D", "UpBlock2D"},
     "mid_block_type": {"UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None},
+}
+
+
+# Switches of diffusers' class that no Stable Diffusion 1.x or 2.x UNet sets, and that walk and slots do not know.
+_USUAL: Final[Mapping[str, Any]] = {
+    "resnet_time_scale_shift": "default",
+    "center_input_sample": False,
+    "only_cross_attention": False,
+    "dual_cross_attention": False,
+    "attention_type": "default",
+    "time_cond_proj_dim": None,
+    "resnet_skip_time_act": False,
 }
 
 
@@ -72,8 +82,10 @@ def check_supported(unet: UNet2DConditionModel) -> None:
         strange.append("class embeddings")
     if config.get("encoder_hid_dim_type") is not None:
         strange.append(f"encoder_hid_dim_type {config['encoder_hid_dim_type']}")
-    if config.get("resnet_time_scale_shift", "default") != "default":
-        strange.append(f"resnet_time_scale_shift {config['resnet_time_scale_shift']}")
+    for key, usual in _USUAL.items():
+        value = config.get(key, usual)
+        if (any(value) if isinstance(value, (list, tuple)) else value) != usual:
+            strange.append(f"{key} {value}")
     if strange:
         raise AsdmError(
             f"this UNet is of another family: {'; '.join(strange)}",

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import pickle
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,34 +12,48 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import CLIPTextModel
 
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.models.assembled_unet import AssembledUNet2DConditionModel
 from asdm_compress.models.families import FAMILIES, Family, check_supported, random_unet
+from asdm_compress.models.files import (
+    check_folder,
+    check_safetensors,
+    first_line,
+    read_pickle,
+    stored_dtype,
+    variant_of,
+)
 from asdm_compress.models.names import HUB_NAMES, MINI_SD, MINI_SD_FOLDER, NAMES
 from asdm_compress.models.quiet import quiet_libraries
 
-PICKLE_SUFFIXES: Final = (".ckpt", ".pt", ".pth", ".bin")
-FILE_SUFFIXES: Final = (".safetensors", *PICKLE_SUFFIXES)
+FILE_SUFFIXES: Final = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 CLIP_TOKENS: Final = 77
 _LDM_PREFIX: Final = "model.diffusion_model."
 _HUB_ID: Final = re.compile(r"^[\w.-]+/[\w.-]+$")
+_UNET_CLASSES: Final = {c.__name__: c for c in (UNet2DConditionModel, AssembledUNet2DConditionModel)}
+# The other parts of a pipeline whose weights are checked as strictly as the UNet's.
+_CHECKED_PARTS: Final = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
 SourceKind = Literal["pipeline folder", "unet folder", "single file", "random weights"]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How a model is to be opened. `allow_pickle` lets a file run code while it is read, so it is off."""
+    """How a model is to be opened; `dtype` None takes the weights' own.
 
-    dtype: torch.dtype = torch.float32
+    `allow_pickle` lets a file run code while it is read, so it is off.
+    """
+
+    dtype: torch.dtype | None = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     random_weights: bool = False
     allow_pickle: bool = False
@@ -55,6 +67,13 @@ class Source:
     kind: SourceKind
     path: Path | None
     family: Family | None = None
+
+    @property
+    def unet_folder(self) -> Path | None:
+        """The folder of the UNet, where there is one."""
+        if self.path is None or self.kind == "single file":
+            return None
+        return self.path / "unet" if self.kind == "pipeline folder" else self.path
 
 
 def resolve(reference: str, options: LoadOptions) -> Source:
@@ -90,17 +109,49 @@ def load_unet(reference: str, options: LoadOptions) -> UNet2DConditionModel:
 
     Raises AsdmError for everything that is wrong with the reference or the files.
     """
-    source = resolve(reference, options)
+    return open_unet(resolve(reference, options), options)
+
+
+def open_unet(source: Source, options: LoadOptions) -> UNet2DConditionModel:
+    """As `load_unet`, for a source that is already resolved."""
     if source.family is not None:
-        return random_unet(source.family, options.dtype, options.device)
+        return random_unet(source.family, options.dtype or torch.float32, options.device)
     assert source.path is not None
-    if source.kind == "single file":
-        unet = _unet_from_file(source.path, options)
-    else:
-        folder = source.path / "unet" if source.kind == "pipeline folder" else source.path
-        unet = _unet_from_folder(folder, options)
+    folder = source.unet_folder
+    unet = _unet_from_file(source.path, options) if folder is None else _unet_from_folder(folder, options)
     check_supported(unet)
     return unet.to(options.device).eval().requires_grad_(False)
+
+
+def load_pipeline(reference: str, options: LoadOptions | None = None) -> StableDiffusionPipeline:
+    """Open a whole text-to-image pipeline; raises AsdmError where there is only a UNet."""
+    options = options or LoadOptions()
+    return open_pipeline(resolve(reference, options), options)
+
+
+def open_pipeline(source: Source, options: LoadOptions) -> StableDiffusionPipeline:
+    """As `load_pipeline`, for a source that is already resolved."""
+    if source.kind != "pipeline folder":
+        raise AsdmError(
+            f"{source.name} is a {source.kind.replace('random', 'UNet with random')}, and this command samples images: "
+            "it needs a whole pipeline",
+            "Give a diffusers folder with a model_index.json, or mini-sd.",
+        )
+    assert source.path is not None
+    assert source.unet_folder is not None
+    dtype = options.dtype or stored_dtype(source.unet_folder)
+    parts: dict[str, Any] = {"unet": open_unet(source, options)}
+    index = _read_json(source.path / "model_index.json")
+    for name, part_class in _CHECKED_PARTS.items():
+        if index.get(name, [None, None])[1] == part_class.__name__:
+            parts[name] = _open_part(part_class, source.path / name, dtype, options)
+    with _readable(source.path):
+        check_folder(source.path, options.allow_pickle)
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            source.path, **parts, dtype=dtype, variant=variant_of(source.unet_folder), local_files_only=True
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(options.device)
 
 
 def text_tokens_of(source: Source) -> int:
@@ -108,28 +159,7 @@ def text_tokens_of(source: Source) -> int:
     config = source.path / "tokenizer" / "tokenizer_config.json" if source.path else None
     if config is None or not config.is_file():
         return CLIP_TOKENS
-    return int(json.loads(config.read_text(encoding="utf-8")).get("model_max_length", CLIP_TOKENS))
-
-
-def load_pipeline(reference: str, options: LoadOptions | None = None) -> StableDiffusionPipeline:
-    """Open a whole text-to-image pipeline; raises AsdmError where there is only a UNet."""
-    options = options or LoadOptions()
-    source = resolve(reference, options)
-    if source.kind != "pipeline folder":
-        raise AsdmError(
-            f"{reference} is a {source.kind.replace('random', 'UNet with random')}, and this command samples images: "
-            "it needs a whole pipeline",
-            "Give a diffusers folder with a model_index.json, or mini-sd.",
-        )
-    assert source.path is not None
-    unet = load_unet(reference, options)
-    with _readable(source.path):
-        _check_weight_files(source.path, options)
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            source.path, unet=unet, dtype=options.dtype, local_files_only=True
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(options.device)
+    return int(_read_json(config).get("model_max_length", CLIP_TOKENS))
 
 
 def _resolve_name(name: str, options: LoadOptions) -> Source:
@@ -149,11 +179,12 @@ def _resolve_name(name: str, options: LoadOptions) -> Source:
 
 
 def _resolve_hub_id(repository: str) -> Source:
+    wanted = ["*.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
     try:
-        folder = Path(snapshot_download(repository, ignore_patterns=["*.ckpt", "*.onnx*", "*.msgpack", "*.h5"]))
+        folder = Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=["*.fp16.*", "*.non_ema.*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise AsdmError(
-            f"{repository} is neither a folder here nor a model that the hub gave: {_first_line(error)}",
+            f"{repository} is neither a folder here nor a model that the hub gave: {first_line(error)}",
             "Check the spelling and the network connection; private models need `hf auth login`.",
             ExitCode.ENVIRONMENT,
         ) from error
@@ -172,23 +203,23 @@ def _resolve_folder(reference: str, folder: Path) -> Source:
 
 
 def _unet_from_folder(folder: Path, options: LoadOptions) -> UNet2DConditionModel:
-    config_path = folder / "config.json"
-    if not config_path.is_file():
-        raise AsdmError(f"{config_path} is missing", "The folder is no diffusers UNet.")
-    try:
-        name = json.loads(config_path.read_text(encoding="utf-8")).get("_class_name")
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AsdmError(f"{config_path} is no valid JSON: {_first_line(error)}") from error
-    classes = {c.__name__: c for c in (UNet2DConditionModel, AssembledUNet2DConditionModel)}
-    if name not in classes:
+    name = _read_json(folder / "config.json").get("_class_name")
+    if name not in _UNET_CLASSES:
         raise AsdmError(f"{folder} holds a {name}, not a UNet2DConditionModel", "Give the UNet's folder.")
+    return _open_part(_UNET_CLASSES[name], folder, options.dtype or stored_dtype(folder), options)
+
+
+def _open_part(part_class: Any, folder: Path, dtype: torch.dtype, options: LoadOptions) -> Any:
+    """A part of a pipeline, every weight read from its files."""
     with _readable(folder):
-        _check_weight_files(folder, options)
-        unet, info = classes[name].from_pretrained(
-            folder, dtype=options.dtype, output_loading_info=True, local_files_only=True
+        check_folder(folder, options.allow_pickle)
+        part, info = part_class.from_pretrained(
+            folder, dtype=dtype, variant=variant_of(folder), output_loading_info=True, local_files_only=True
         )
-    _refuse_misfit(folder, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
-    return unet
+    # Text encoders of old checkpoints carry position ids, which are no weights.
+    unexpected = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]
+    _refuse_misfit(folder, info["missing_keys"], unexpected, info["mismatched_keys"])
+    return part
 
 
 def _refuse_misfit(place: Path, missing: Any, unexpected: Any, mismatched: Any) -> None:
@@ -196,52 +227,32 @@ def _refuse_misfit(place: Path, missing: Any, unexpected: Any, mismatched: Any) 
         if keys:
             raise AsdmError(
                 f"the weights in {place} do not fit their config: {len(keys)} {kind}, the first is {next(iter(keys))}",
-                "The folder is damaged, or its config.json is not that of its weights.",
+                "The files are damaged, or the config.json is not that of the weights.",
             )
-
-
-def _check_weight_files(folder: Path, options: LoadOptions) -> None:
-    """Read the headers of all weight files, so that a damaged one is named; refuse pickles that would run code."""
-    for path in sorted(folder.rglob("*.safetensors")):
-        _check_safetensors(path)
-    safe = {path.parent for path in folder.rglob("*.safetensors")}
-    for path in sorted(folder.rglob("*.bin")):
-        if path.parent not in safe:
-            _read_pickle(path, options)
-
-
-def _check_safetensors(path: Path) -> None:
-    if path.stat().st_size == 0:
-        raise AsdmError(f"{path} is empty", "Fetch or copy the file again.")
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise AsdmError(
-            f"{path} is truncated or no safetensors file: {_first_line(error)}", "Fetch or copy the file again."
-        ) from error
 
 
 def _unet_from_file(path: Path, options: LoadOptions) -> UNet2DConditionModel:
     if path.suffix == ".safetensors":
-        _check_safetensors(path)
+        check_safetensors(path)
         weights: Mapping[str, Tensor] = load_file(path)
     else:
-        weights = _read_pickle(path, options)
-    is_ldm = any(key.startswith(_LDM_PREFIX) for key in weights)
-    prefix = _LDM_PREFIX if is_ldm else ""
+        weights = read_pickle(path, options.allow_pickle)
+    prefix = _LDM_PREFIX if any(key.startswith(_LDM_PREFIX) for key in weights) else ""
+    is_ldm = f"{prefix}input_blocks.0.0.weight" in weights
     family = _family_of(path, weights, prefix)
-    first = "input_blocks.0.0.weight" if is_ldm else "conv_in.weight"
-    config = {**family.unet_config, "in_channels": weights[prefix + first].shape[1]}
+    first = f"{prefix}input_blocks.0.0.weight" if is_ldm else "conv_in.weight"
+    channels = weights[first].shape[1] if first in weights else family.unet_config.get("in_channels", 4)
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**config)
+        unet = UNet2DConditionModel(**{**family.unet_config, "in_channels": channels})
     if is_ldm:
-        plain = {key: value for key, value in weights.items() if key.startswith(prefix)}
-        weights = convert_ldm_unet_checkpoint(plain, {"layers_per_block": 2, **unet.config})
+        plain = {_LDM_PREFIX + k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        with _readable(path):
+            weights = convert_ldm_unet_checkpoint(plain, dict(unet.config))
     expected = unet.state_dict()
     mismatched = [k for k, v in expected.items() if k in weights and weights[k].shape != v.shape]
     _refuse_misfit(path, expected.keys() - weights.keys(), weights.keys() - expected.keys(), mismatched)
-    unet.load_state_dict({key: value.to(options.dtype) for key, value in weights.items()}, assign=True)
+    dtype = options.dtype or next(iter(weights.values())).dtype
+    unet.load_state_dict({key: value.to(dtype) for key, value in weights.items()}, assign=True)
     return unet
 
 
@@ -254,7 +265,7 @@ def _family_of(path: Path, weights: Mapping[str, Tensor], prefix: str) -> Family
     found = next((weights[key] for key in keys if key in weights), None)
     widths = {int(family.unet_config["cross_attention_dim"]): family for family in reversed(FAMILIES.values())}
     if found is None or found.shape[1] not in widths:
-        hint = "an SDXL file is recognised by its text width of 2048" if found is not None else "no UNet is in it"
+        hint = f"its text width is {found.shape[1]}" if found is not None else "no UNet is in it"
         raise AsdmError(
             f"{path} is no checkpoint of Stable Diffusion 1.x or 2.x ({hint})",
             "Give a UNet or a whole checkpoint of these families.",
@@ -262,45 +273,27 @@ def _family_of(path: Path, weights: Mapping[str, Tensor], prefix: str) -> Family
     return widths[found.shape[1]]
 
 
-def _read_pickle(path: Path, options: LoadOptions) -> Mapping[str, Tensor]:
+def _read_json(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise AsdmError(f"{path} is missing", "The folder is no whole diffusers folder.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on pickle protocols
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Weights only load failed" not in str(error) and "Unsupported" not in str(error):
-            raise AsdmError(f"{path} is truncated or no checkpoint: {_first_line(error)}") from error
-        if not options.allow_pickle:
-            raise AsdmError(
-                f"{path} is a pickle that would run code while it is read, and is refused",
-                "Ask for a safetensors file; if you trust the file's author, add --allow-pickle.",
-            ) from error
-        loaded = torch.load(path, map_location="cpu", weights_only=False)
-    except (EOFError, RuntimeError, ValueError) as error:
-        raise AsdmError(
-            f"{path} is truncated or no checkpoint: {_first_line(error)}", "Fetch or copy the file again."
-        ) from error
-    inner = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else {}
-    weights = {key: value for key, value in inner.items() if isinstance(value, Tensor)}
-    if not weights:
-        raise AsdmError(f"{path} holds no weights")
-    return weights
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AsdmError(f"{path} is no valid JSON: {first_line(error)}") from error
+    if not isinstance(content, Mapping):
+        raise AsdmError(f"{path} is no JSON object", "Fetch or copy the file again.")
+    return content
 
 
 @contextmanager
 def _readable(place: Path) -> Iterator[None]:
-    """Turn the loaders' errors about files into one message."""
+    """Turn the loaders' errors about files into one message; silence what they print besides."""
     try:
         with quiet_libraries():
             yield
-    except AsdmError:
+    except (AsdmError, NotImplementedError, MemoryError):
         raise
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise AsdmError(
-            f"{place} cannot be read: {_first_line(error)}", "Is every file of the folder there?"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            raise
+        raise AsdmError(f"{place} cannot be read: {first_line(error)}", "Is every file there, and whole?") from error

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from asdm_compress.models.tree import meta_copy
+
 # The kind of work that an operator's multiply-accumulates belong to; anything else that the counter knows is a linear.
 _CONVOLUTIONS: Final = ("convolution", "_convolution", "convolution_backward")
 _ATTENTION_PRODUCTS: Final = ("bmm", "baddbmm")
@@ -95,23 +97,6 @@ def _as_macs(operator: Any, flop: int) -> MacCount:
     if name in _ATTENTION_PRODUCTS or "attention" in name:
         return MacCount(attention=flop // 2)
     return MacCount(linear=flop // 2)
-
-
-def meta_copy(module: nn.Module) -> Any:
-    """A copy of a module tree with parameters on the meta device; nothing of the original's tensors is read."""
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    twin._modules = {name: None if m is None else meta_copy(m) for name, m in module._modules.items()}
-    twin._parameters = {
-        name: None if p is None else nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
-        for name, p in module._parameters.items()
-    }
-    twin._buffers = {
-        name: None if b is None else torch.empty_like(b, device="meta") for name, b in module._buffers.items()
-    }
-    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-        setattr(twin, hooks, type(getattr(module, hooks))())
-    return twin
 
 
 class _FusedAttention(TorchFunctionMode):

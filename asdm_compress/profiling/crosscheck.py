@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from asdm_compress.models.tree import sharing_copy
+
 
 @dataclass(frozen=True, slots=True)
 class CrossCheck:
@@ -63,7 +65,9 @@ def _count_with_thop(unet: nn.Module, sample: Tensor, timestep: Tensor, text: Te
         warnings.simplefilter("ignore")  # importing thop compares versions in a deprecated way
         import thop
 
-        macs, _, tree = thop.profile(unet, inputs=(sample, timestep, text), verbose=False, ret_layer_info=True)
+        # thop leaves buffers in the modules that it has looked at: not in ours.
+        twin = sharing_copy(unet)
+        macs, _, tree = thop.profile(twin, inputs=(sample, timestep, text), verbose=False, ret_layer_info=True)
     counts: dict[str, int] = {"": int(macs)}
     _flatten(tree, "", counts)
     return CrossCheck(

@@ -41,20 +41,23 @@ class _HostClock:
 class _CudaClock:
     """Device events, so that marking does not wait for the device."""
 
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def synchronise(self) -> None:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self.device)
 
     def between(self, first: torch.cuda.Event, second: torch.cuda.Event) -> float:
         return float(first.elapsed_time(second)) / 1e3
 
 
 def _clock(device: torch.device) -> _Clock:
-    return _CudaClock() if device.type == "cuda" else _HostClock()
+    return _CudaClock(device) if device.type == "cuda" else _HostClock()
 
 
 @dataclass(slots=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -32,7 +31,10 @@ class _Record(BaseModel):
 
 
 class SiteProfile(_Record):
-    """What one site costs. Seconds are medians over the repeats; `efficiency` is MACs per second over the peak's."""
+    """What one site costs. Seconds are medians over the repeats; `efficiency` is MACs per second over the peak's.
+
+    Sites too quick for the clock have no efficiency.
+    """
 
     path: str
     level: SiteLevel
@@ -47,7 +49,7 @@ class SiteProfile(_Record):
     latency_iqr: float
     latency_samples: list[float]
     share: float
-    efficiency: float
+    efficiency: float | None
 
 
 class Fingerprint(_Record):
@@ -143,27 +145,22 @@ def profile(
     unet: UNet2DConditionModel,
     settings: ProfileSettings | None = None,
     model_name: str = "unet",
-    progress: Callable[[str], None] | None = None,
 ) -> Profile:
     """Profile a UNet on the device and in the dtype that it has.
 
     Raises AsdmError where the image size does not fit the UNet, or memory does not suffice.
     """
     settings = settings or ProfileSettings()
-    say = progress or (lambda _: None)
     height = _latent_size(unet, settings)
     device, dtype = unet.device, next(unet.parameters()).dtype
     sites = find_sites(unet)
-    say("counting")
     counts = count(unet, settings.batch, height, height, settings.tokens)
     inputs = random_inputs(unet, settings)
     forward = forward_pass(unet, settings)
-    say("timing")
     times = time_sites(unet, sites, forward, settings.repeats, device)
     peak = matmul_peak(device, dtype)
     others = []
     if settings.cross_check:
-        say("cross-checking with fvcore and thop")
         for check in cross_check(unet, *inputs):
             by_site = {s.path: sum(check.macs.get(m, 0) for m in s.modules) for s in sites}
             others.append(
@@ -176,18 +173,7 @@ def profile(
         for i, seconds in enumerate(times.timed_whole)
     )
     return Profile(
-        fingerprint=Fingerprint(
-            model=model_name,
-            architecture=content_hash(architecture(unet) | {"edits": unet.config.get("edits")}),
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
-            dtype=str(dtype).removeprefix("torch."),
-            channels_last=settings.channels_last,
-            batch=settings.batch,
-            image_size=8 * height,
-            text_tokens=settings.tokens,
-            threads=torch.get_num_threads(),
-            versions=versions(),
-        ),
+        fingerprint=fingerprint(unet, settings, model_name),
         parameters=sum(p.numel() for p in unet.parameters()),
         bytes=sum(p.numel() * p.element_size() for p in unet.parameters()),
         macs=total.total,
@@ -228,12 +214,29 @@ def forward_pass(unet: UNet2DConditionModel, settings: ProfileSettings) -> Forwa
     return forward
 
 
+def fingerprint(unet: UNet2DConditionModel, settings: ProfileSettings, model_name: str) -> Fingerprint:
+    """What a profile of this UNet with these settings, made here and now, would hold for."""
+    device = unet.device
+    return Fingerprint(
+        model=model_name,
+        architecture=content_hash(architecture(unet) | {"edits": unet.config.get("edits")}),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+        dtype=str(next(unet.parameters()).dtype).removeprefix("torch."),
+        channels_last=settings.channels_last,
+        batch=settings.batch,
+        image_size=8 * _latent_size(unet, settings),
+        text_tokens=settings.tokens,
+        threads=torch.get_num_threads(),
+        versions=versions(),
+    )
+
+
 def check_fingerprint(wanted: Fingerprint, found: Fingerprint) -> None:
-    """Raise AsdmError, showing what differs, when a profile was made for something else."""
+    """Raise AsdmError, showing what differs, when a profile was made for something else; names do not matter."""
     differing = [
         f"{name}: {getattr(found, name)} in the profile, {getattr(wanted, name)} here"
         for name in Fingerprint.model_fields
-        if getattr(found, name) != getattr(wanted, name)
+        if name != "model" and getattr(found, name) != getattr(wanted, name)
     ]
     if differing:
         raise AsdmError(f"the profile was made for something else: {'; '.join(differing)}", "Make the profile again.")
@@ -277,7 +280,7 @@ def _site_profiles(
                 latency_iqr=spread,
                 latency_samples=[s * plain for s in seconds],
                 share=typical / whole,
-                efficiency=macs.total / (typical * plain) / peak if typical > 0 else math.nan,
+                efficiency=macs.total / (typical * plain) / peak if typical > 0 else None,
             )
         )
     return records

@@ -16,13 +16,23 @@ from asdm_compress.core.units import format_bytes, format_count, format_seconds
 
 
 @dataclass(frozen=True, slots=True)
+class PlanRow:
+    """One edit: where, which, the share of the teacher's latency that it saves, and its one-shot damage."""
+
+    site: str
+    edit: str
+    saved: float
+    damage: float
+
+
+@dataclass(frozen=True, slots=True)
 class ReportContent:
-    """What the report shows besides the recipe; rows of the plan are (site, edit, saved share, damage)."""
+    """What the report shows besides the recipe; `quality` are rows of name, value and meaning."""
 
     title: str
     recipe: Recipe
     summary: Sequence[str]
-    plan: Sequence[tuple[str, str, float, float]]
+    plan: Sequence[PlanRow]
     quality: Sequence[tuple[str, str, str]]
     grid: Image
     plots: Sequence[str]

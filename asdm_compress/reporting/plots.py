@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from asdm_compress.profiling.profile import Profile
@@ -58,7 +59,8 @@ def _svg(figure: Any) -> str:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.StringIO()
-    # A fixed date keeps the file the same for the same numbers.
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    # No date and fixed ids: the same numbers give the same file.
+    with rc_context({"svg.hashsalt": "asdm-compress"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

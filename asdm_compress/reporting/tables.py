@@ -11,6 +11,7 @@ from rich.tree import Tree
 from asdm_compress.core.recipe import Evidence
 from asdm_compress.core.units import format_bytes, format_count, format_seconds
 from asdm_compress.profiling.profile import Profile, SiteProfile
+from asdm_compress.reporting.html import PlanRow
 
 _DEPTH = {"block": 0, "layer": 1, "unit": 2, "sub-unit": 3}
 
@@ -34,7 +35,7 @@ def profile_table(profile: Profile, depth: str = "unit") -> Table:
             format_seconds(site.latency),
             format_seconds(site.latency_iqr),
             f"{site.share:.1%}",
-            f"{site.efficiency:.0%}",
+            "" if site.efficiency is None else f"{site.efficiency:.0%}",
         ]
         cells += [format_count(check.sites.get(site.path, 0)) for check in profile.cross_check]
         table.add_row(_label(site), *cells, style="bold" if site.level == "block" else "")
@@ -118,9 +119,9 @@ def evidence_table(evidence: Evidence) -> Table:
     return table
 
 
-def plan_tree(edits: Sequence[tuple[str, str, float, float]]) -> Tree:
-    """The plan's edits: site, edit, saved share of latency, damage."""
-    tree = Tree(f"Plan: {len(edits)} edits")
-    for site, edit, saved, damage in edits:
-        tree.add(f"{site}: {edit}  (saves {saved:.1%} of the latency, damage {damage:.3g})")
+def plan_tree(rows: Sequence[PlanRow]) -> Tree:
+    """The plan's edits with what each saves and damages."""
+    tree = Tree(f"Plan: {len(rows)} edits")
+    for row in rows:
+        tree.add(f"{row.site}: {row.edit}  (saves {row.saved:.1%} of the latency, damage {row.damage:.3g})")
     return tree

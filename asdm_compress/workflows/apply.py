@@ -13,7 +13,7 @@ from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_output, output_folder
 from asdm_compress.core.recipe import Recipe, dump_recipe
 from asdm_compress.models.families import architecture
-from asdm_compress.models.loading import LoadOptions, load_pipeline, load_unet, resolve
+from asdm_compress.models.loading import LoadOptions, open_pipeline, open_unet, resolve
 from asdm_compress.models.quiet import quiet_libraries
 from asdm_compress.workflows.progress import Progress
 
@@ -34,10 +34,11 @@ def run_apply(
 
     Raises AsdmError for a checkpoint that does not fit the recipe, naming what differs.
     """
-    check_output(out, overwrite)
     with progress.stage("Opening the model"):
-        pipeline = load_pipeline(model, options) if resolve(model, options).kind == "pipeline folder" else None
-        teacher = pipeline.unet if pipeline is not None else load_unet(model, options)
+        source = resolve(model, options)
+        check_output(out, overwrite, source.path)
+        pipeline = open_pipeline(source, options) if source.kind == "pipeline folder" else None
+        teacher = pipeline.unet if pipeline is not None else open_unet(source, options)
     check_fit(recipe, teacher, model)
     plan = Plan(recipe.as_edits())
     with progress.stage("Operating"):

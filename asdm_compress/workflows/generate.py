@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asdm_compress.assembly.calibration import SamplingSettings
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_output, output_folder
 from asdm_compress.evaluation.fidelity import Fidelity, compare
-from asdm_compress.evaluation.sampling import Samples, make_scheduler, sample
 from asdm_compress.models.loading import LoadOptions, load_pipeline
 from asdm_compress.reporting.grid import labelled_grid
+from asdm_compress.sampling.images import Samples, sample
+from asdm_compress.sampling.schedulers import make_scheduler
+from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.workflows.progress import Progress
 
 

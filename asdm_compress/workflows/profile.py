@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from asdm_compress.core.files import check_output, output_folder
-from asdm_compress.models.loading import LoadOptions, load_unet, resolve, text_tokens_of
+from asdm_compress.models.loading import LoadOptions, open_unet, resolve, text_tokens_of
 from asdm_compress.profiling.profile import Profile, ProfileSettings, profile
 from asdm_compress.reporting.plots import profile_svg
 from asdm_compress.workflows.progress import Progress
@@ -24,9 +24,10 @@ def run_profile(
     if out is not None:
         check_output(out, overwrite)
     with progress.stage("Opening the model"):
-        unet = load_unet(model, options)
+        source = resolve(model, options)
+        unet = open_unet(source, options)
     if settings.text_tokens is None:
-        settings = replace(settings, text_tokens=text_tokens_of(resolve(model, options)))
+        settings = replace(settings, text_tokens=text_tokens_of(source))
     with progress.stage("Measuring"):
         found = profile(unet, settings, model)
     if out is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -17,3 +17,17 @@ class Progress(Protocol):
     def bar(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
         """Gives a function to call with (done, total)."""
         ...
+
+
+class Silent:
+    """Tells nothing, for use from Python."""
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[None]:
+        """Nothing is shown."""
+        yield
+
+    @contextmanager
+    def bar(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """Nothing is shown."""
+        yield lambda done, total: None

@@ -5,30 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
 
-import diffusers
 import torch
-from diffusers import SchedulerMixin, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor
 
-from asdm_compress.assembly.calibration import SamplingSettings, initial_latents
 from asdm_compress.core.errors import AsdmError
-
-# The names that users of other programs know, for diffusers' classes with the options that make the difference.
-SCHEDULERS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False}),
-    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
-    "dpm++": ("DPMSolverMultistepScheduler", {}),
-    "dpm++-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
+from asdm_compress.sampling.run import GuidedInputs
+from asdm_compress.sampling.settings import (
+    SamplingSettings,
+    check_text_to_image,
+    encode,
+    initial_latents,
+    row_generators,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +31,6 @@ class Samples:
     seconds: float
 
 
-def make_scheduler(name: str, pipeline: StableDiffusionPipeline) -> SchedulerMixin:
-    """The scheduler called `name` with the noise schedule and prediction type of the pipeline's own.
-
-    Raises AsdmError for an unknown name.
-    """
-    if name not in SCHEDULERS:
-        raise AsdmError(f"unknown scheduler {name!r}", f"Known schedulers: {', '.join(SCHEDULERS)}.")
-    class_name, options = SCHEDULERS[name]
-    scheduler: SchedulerMixin = getattr(diffusers, class_name).from_config(pipeline.scheduler.config, **options)
-    return scheduler
-
-
 def sample(
     pipeline: StableDiffusionPipeline,
     prompts: Sequence[str],
@@ -61,13 +40,17 @@ def sample(
 ) -> Samples:
     """One image per prompt; image i starts from seed `settings.seed + i` whatever the batch size.
 
-    Raises AsdmError for settings that the sampler cannot take.
+    The clock starts after one pass that warms the machine up. Raises AsdmError for settings that the sampler cannot
+    take.
     """
     if settings.steps < 1:
         raise AsdmError(f"{settings.steps} sampling steps make no image", "Use at least 1.")
+    check_text_to_image(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     noise = initial_latents(pipeline, len(prompts), settings)
+    _warm_up(pipeline, noise[:batch], prompts[:batch], settings.guidance)
     latents: list[Tensor] = []
+    _synchronise(pipeline.device)
     began = time.perf_counter()
     for first in range(0, len(prompts), batch):
         rows = range(first, min(first + batch, len(prompts)))
@@ -79,7 +62,7 @@ def sample(
             height=settings.image_size,
             width=settings.image_size,
             # Samplers that add noise: each image draws its own, so that pairs stay matched.
-            generator=[torch.Generator().manual_seed(settings.seed + i) for i in rows],
+            generator=row_generators(len(rows), settings.seed + first),
             output_type="latent",
         )
         latents.append(output.images)
@@ -87,8 +70,7 @@ def sample(
             progress(rows.stop, len(prompts))
     together = torch.cat(latents)
     images = decode(pipeline, together)
-    if pipeline.device.type == "cuda":
-        torch.cuda.synchronize()
+    _synchronise(pipeline.device)
     return Samples(images, together, (time.perf_counter() - began) / len(prompts))
 
 
@@ -100,3 +82,15 @@ def decode(pipeline: StableDiffusionPipeline, latents: Tensor, batch: int = 8) -
         pixels = pipeline.vae.decode(part / pipeline.vae.config.scaling_factor, return_dict=False)[0]
         images += pipeline.image_processor.postprocess(pixels, output_type="pil")
     return images
+
+
+@torch.no_grad()
+def _warm_up(pipeline: StableDiffusionPipeline, noise: Tensor, prompts: Sequence[str], guidance: float) -> None:
+    texts = encode(pipeline, prompts, guidance)
+    timesteps = torch.full((len(noise),), 500, device=noise.device)
+    pipeline.unet(*GuidedInputs(noise, timesteps, texts, guidance).rows(), return_dict=False)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

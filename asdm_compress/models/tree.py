@@ -1,0 +1,40 @@
+"""Copies of a module tree whose modules are new and whose tensors are chosen by the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def copy_tree(module: ModuleT, parameter: Callable[[nn.Parameter], nn.Parameter]) -> ModuleT:
+    """A copy with new modules everywhere, hooks left behind, and `parameter(p)` in the place of every parameter p."""
+    twin: ModuleT = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin._modules = {name: None if m is None else copy_tree(m, parameter) for name, m in module._modules.items()}
+    twin._parameters = {name: None if p is None else parameter(p) for name, p in module._parameters.items()}
+    twin._buffers = dict(module._buffers)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        setattr(twin, hooks, type(getattr(module, hooks))())
+    return twin
+
+
+def meta_copy(module: ModuleT) -> ModuleT:
+    """A copy with its parameters on the meta device; nothing of the original's tensors is read."""
+
+    def on_meta(tensor: Tensor) -> nn.Parameter:
+        return nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
+
+    twin = copy_tree(module, on_meta)
+    for part in twin.modules():
+        part._buffers = {k: None if b is None else torch.empty_like(b, device="meta") for k, b in part._buffers.items()}
+    return twin
+
+
+def sharing_copy(module: ModuleT) -> ModuleT:
+    """A copy with the very parameters of the original."""
+    return copy_tree(module, lambda p: p)

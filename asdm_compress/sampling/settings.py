@@ -1,0 +1,56 @@
+"""How a pipeline samples, and the noise and text that a run starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from asdm_compress.core.errors import AsdmError
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSettings:
+    """Steps of the pipeline's own scheduler, guidance scale, the seed of the first image, pixels per side."""
+
+    steps: int = 25
+    guidance: float = 5.0
+    seed: int = 0
+    image_size: int | None = None
+
+
+def check_text_to_image(pipeline: StableDiffusionPipeline) -> None:
+    """Raise AsdmError for a UNet that wants more than a noisy latent, such as an inpainting one."""
+    config = pipeline.unet.config
+    if config["in_channels"] != config["out_channels"]:
+        raise AsdmError(
+            f"this UNet takes {config['in_channels']} channels and gives {config['out_channels']}: it is no plain "
+            "text-to-image model, and this command samples from text alone",
+            "`profile` and `apply` work on it.",
+        )
+
+
+def encode(pipeline: StableDiffusionPipeline, prompts: Sequence[str], guidance: float) -> Tensor:
+    """Text embeddings (N, branches, tokens, width), the empty prompt first where there is guidance."""
+    guided = guidance > 1
+    with torch.no_grad():
+        conditional, unconditional = pipeline.encode_prompt(list(prompts), pipeline.device, 1, guided)
+    parts = [unconditional, conditional] if guided else [conditional]
+    return torch.stack(parts, dim=1)
+
+
+def initial_latents(pipeline: StableDiffusionPipeline, count: int, settings: SamplingSettings) -> Tensor:
+    """Unit noise (count, C, H, W); image i has its own seed, so that it does not depend on the batch it is in."""
+    config = pipeline.unet.config
+    size = settings.image_size // pipeline.vae_scale_factor if settings.image_size else int(config["sample_size"])
+    shape = (config["in_channels"], size, size)
+    rows = [torch.randn(shape, generator=generator) for generator in row_generators(count, settings.seed)]
+    return torch.stack(rows).to(pipeline.device, pipeline.unet.dtype)
+
+
+def row_generators(count: int, seed: int) -> list[torch.Generator]:
+    """One generator per image, on the CPU so that every device draws the same numbers."""
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
