@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from asdm_compress.core.errors import AsdmError, ExitCode
@@ -293,6 +293,12 @@ def _ldm_keys(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
             rest[0] = "op"
         result[".".join([place, *rest])] = value
     return result
+
+
+def test_the_bundled_model_opens_in_plain_diffusers_without_any_option():
+    pipeline = StableDiffusionPipeline.from_pretrained(MINI_SD_FOLDER)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("a red circle", num_inference_steps=2, output_type="np").images.shape == (1, 128, 128, 3)
 
 
 def test_model_index_of_the_bundled_model_is_a_whole_stable_diffusion_pipeline():

@@ -1,10 +1,14 @@
 """Train the bundled model from nothing, stage by stage; every stage goes on from its last checkpoint.
 
-python tools/train_mini_sd.py vae --work ~/mini-sd --minutes 12
-python tools/train_mini_sd.py text --work ~/mini-sd --minutes 4
-python tools/train_mini_sd.py unet --work ~/mini-sd --minutes 120
-python tools/train_mini_sd.py reader --work ~/mini-sd --minutes 10
-python tools/train_mini_sd.py package --work ~/mini-sd
+    python tools/train_mini_sd.py vae --work ~/mini-sd --minutes 12
+    python tools/train_mini_sd.py text --work ~/mini-sd --minutes 4
+    python tools/train_mini_sd.py unet --work ~/mini-sd --minutes 240
+    python tools/train_mini_sd.py decoder --work ~/mini-sd --minutes 20
+    python tools/train_mini_sd.py reader --work ~/mini-sd --minutes 10
+    python tools/train_mini_sd.py package --work ~/mini-sd
+
+The minutes are for two CPU cores; with `--device cuda` fewer do more. `decoder` does not change the latents, so it can
+come at any time after `vae`.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from asdm_compress.core.recipe import Recipe, dump_recipe
 from asdm_compress.models.families import architecture
 from asdm_compress.models.loading import LoadOptions, open_pipeline, open_unet, resolve
 from asdm_compress.models.quiet import quiet_libraries
+from asdm_compress.models.saving import save_pipeline
 from asdm_compress.workflows.progress import Progress
 
 
@@ -44,7 +45,7 @@ def run_apply(
     with progress.stage("Operating"):
         spec = specify(teacher, plan)
         student = assemble(teacher, plan)
-    with progress.stage("Writing"), quiet_libraries(), output_folder(out, overwrite) as aside:
+    with progress.stage("Writing"), output_folder(out, overwrite) as aside:
         _save(pipeline, student, aside)
         kept = recipe.model_copy(update={"evidence": None})
         (aside / "recipe.yaml").write_text(dump_recipe(kept), encoding="utf-8")
@@ -68,7 +69,8 @@ def check_fit(recipe: Recipe, teacher: UNet2DConditionModel, model: str) -> None
 
 def _save(pipeline: StableDiffusionPipeline | None, student: UNet2DConditionModel, folder: Path) -> None:
     if pipeline is None:
-        student.save_pretrained(folder)
+        with quiet_libraries():
+            student.save_pretrained(folder)
         return
     pipeline.register_modules(unet=student)
-    pipeline.save_pretrained(folder)
+    save_pipeline(pipeline, folder)

@@ -22,7 +22,7 @@ from asdm_compress.evaluation.prompts import HELD_OUT_SEED
 from asdm_compress.evaluation.quality import Quality, assess
 from asdm_compress.models.families import architecture
 from asdm_compress.models.loading import LoadOptions, Source, open_pipeline, resolve
-from asdm_compress.models.quiet import quiet_libraries
+from asdm_compress.models.saving import save_pipeline
 from asdm_compress.profiling.profile import Profile
 from asdm_compress.reporting.assembly import plan_rows, proof_text, report_content, teacher_student_grid
 from asdm_compress.reporting.html import PlanRow, render_report
@@ -87,8 +87,8 @@ def run_assemble(
     is_stock = specify(teacher, chosen).is_stock
     content = report_content(recipe, verified, found.profile, found.options, found.damages, quality, grid, is_stock)
     pipeline.scheduler = own_scheduler
-    with progress.stage("Writing"), quiet_libraries(), output_folder(out, overwrite) as aside:
-        _student_in_stored_precision(source, options, found, pipeline).save_pretrained(aside)
+    with progress.stage("Writing"), output_folder(out, overwrite) as aside:
+        save_pipeline(_student_in_stored_precision(source, options, found, pipeline), aside)
         found.profile.save(aside / "profile.json")
         (aside / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         (aside / "report.html").write_text(render_report(content), encoding="utf-8")

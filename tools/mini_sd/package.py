@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from asdm_compress.models.names import MINI_SD_FOLDER
+from asdm_compress.models.saving import save_pipeline
 from asdm_compress.scenes.reader import WEIGHTS
 from mini_sd.architecture import NOISE_SCHEDULE
 from mini_sd.reader import load_trained_reader
@@ -34,12 +35,9 @@ def package(folder: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.to(dtype=torch.float16).save_pretrained(MINI_SD_FOLDER)
-    history = {stage: _history(folder, stage) for stage in ("vae", "decoder", "text", "unet", "reader")} | {
-        "torch": torch.__version__,
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
+    save_pipeline(pipeline.to(dtype=torch.float16), MINI_SD_FOLDER)
+    stages = [stage for stage in ("vae", "decoder", "text", "unet", "reader") if (folder / f"{stage}.pt").exists()]
+    history = {stage: _history(folder, stage) for stage in stages}
     (MINI_SD_FOLDER / "training.json").write_text(json.dumps(history, indent=2) + "\n")
     save_file({k: v.contiguous() for k, v in load_trained_reader(folder).state_dict().items()}, WEIGHTS)
     for path in MINI_SD_FOLDER.rglob("*.safetensors"):
@@ -48,13 +46,8 @@ def package(folder: Path) -> None:
     print(f"{size / 1e6:.1f} MB in {MINI_SD_FOLDER} and {WEIGHTS.name}")
 
 
-def _history(folder: Path, stage: str) -> dict[str, float | int | str]:
+def _history(folder: Path, stage: str) -> dict[str, Any]:
+    """Steps, minutes, seeds, machines and last metrics of a stage, as its checkpoint has them."""
     state = torch.load(folder / f"{stage}.pt", map_location="cpu", weights_only=True)
-    last = json.loads((folder / f"{stage}.jsonl").read_text().splitlines()[-1])
-    return {
-        "steps": state["step"],
-        "minutes": round(state["seconds"] / 60, 1),
-        "seed": 0,
-        "device": "cpu",
-        "last": last,
-    }
+    minutes = round(state["seconds"] / 60, 1)
+    return {"steps": state["step"], "minutes": minutes, "calls": state["calls"], "last": state["metrics"]}

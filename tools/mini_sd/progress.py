@@ -11,6 +11,8 @@ from typing import Any, Final
 
 import torch
 
+from asdm_compress.core.provenance import processor_name
+
 CHECKPOINT_EVERY_SECONDS: Final = 240.0
 LOG_EVERY_STEPS: Final = 20
 WARM_UP_STEPS: Final = 100
@@ -20,24 +22,31 @@ DECAY_SHARE: Final = 0.3  # of the minutes of one call: the learning rate falls 
 class TrainingRun:
     """Counts steps and seconds over any number of calls, and keeps the state of everything in `parts` on disk."""
 
-    def __init__(self, folder: Path, name: str, minutes: float, parts: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, name: str, minutes: float, parts: dict[str, Any], seed: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{name}.pt"
         self.log_path = folder / f"{name}.jsonl"
         self.seconds_allowed = 60 * minutes
         self.parts = parts
+        self.seed = seed
+        self.machine = {"device": processor_name(), "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+        if torch.cuda.is_available():
+            self.machine["device"] = torch.cuda.get_device_name()
+        self.metrics: dict[str, float] = {}
         self.step = 0
         self.seconds_before = 0.0
+        self.calls: list[dict[str, Any]] = []
         if self.path.exists():
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             for key, part in parts.items():
                 part.load_state_dict(state[key])
-            self.step, self.seconds_before = state["step"], state["seconds"]
+            self.step, self.seconds_before, self.calls = state["step"], state["seconds"], state["calls"]
             print(f"{name}: resumed at step {self.step} after {self.seconds_before / 60:.1f} min", flush=True)
 
     def steps(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> Iterator[int]:
         """Yield step numbers until the minutes are over, setting the learning rate and saving checkpoints."""
         self.started = saved = time.monotonic()
+        self.calls.append({"from_step": self.step, "seed": self.seed, **self.machine})
         while True:
             now = time.monotonic()
             share = (now - self.started) / self.seconds_allowed
@@ -66,6 +75,7 @@ class TrainingRun:
         if not all(math.isfinite(v) for v in values.values()):
             raise RuntimeError(f"training diverged at step {self.step}: {values}")
         record = {"step": self.step, "seconds": round(self.seconds, 1), **{k: round(v, 6) for k, v in values.items()}}
+        self.metrics = record
         with self.log_path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         print(record, flush=True)
@@ -73,7 +83,7 @@ class TrainingRun:
     def save(self) -> None:
         """Write the checkpoint beside the old one, then replace it, so that a kill never leaves half a file."""
         state = {key: part.state_dict() for key, part in self.parts.items()}
-        state |= {"step": self.step, "seconds": self.seconds}
+        state |= {"step": self.step, "seconds": self.seconds, "calls": self.calls, "metrics": self.metrics}
         aside = self.path.with_suffix(".tmp")
         torch.save(state, aside)
         aside.replace(self.path)

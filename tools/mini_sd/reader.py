@@ -25,7 +25,7 @@ def train_reader(folder: Path, minutes: float, seed: int, device: torch.device) 
     torch.manual_seed(seed)
     reader = SceneReader().to(device)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=LEARNING_RATE, weight_decay=1e-3)
-    run = TrainingRun(folder, "reader", minutes, {"model": reader, "optimizer": optimizer})
+    run = TrainingRun(folder, "reader", minutes, {"model": reader, "optimizer": optimizer}, seed)
     rng = np.random.default_rng([seed, 7, run.step])
     for _ in run.steps(optimizer, LEARNING_RATE):
         scenes = [sample_scene(rng, held_out=False) for _ in range(BATCH)]

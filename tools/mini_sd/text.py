@@ -40,7 +40,7 @@ def train_text(folder: Path, minutes: float, seed: int, device: torch.device) ->
     nouns = {tokenizer(shape)["input_ids"][1] for shape in SHAPES}
     encoder, reader = make_text_encoder(tokenizer).to(device), CaptionReader().to(device)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *reader.parameters()], lr=LEARNING_RATE, weight_decay=1e-2)
-    run = TrainingRun(folder, "text", minutes, {"model": encoder, "reader": reader, "optimizer": optimizer})
+    run = TrainingRun(folder, "text", minutes, {"model": encoder, "reader": reader, "optimizer": optimizer}, seed)
     rng = np.random.default_rng([seed, run.step])
     for _ in run.steps(optimizer, LEARNING_RATE):
         captions = [caption_of(sample_scene(rng, held_out=False), rng) for _ in range(BATCH)]

@@ -17,7 +17,7 @@ from asdm_compress.scenes.world import Scene, sample_scene
 from mini_sd.architecture import make_noise_scheduler, make_unet
 from mini_sd.progress import TrainingRun
 from mini_sd.text import load_text_encoder, tokenize
-from mini_sd.vae import load_vae
+from mini_sd.vae import encoder_hash, load_vae
 
 LEARNING_RATE: Final = 8e-4
 BATCH: Final = 32
@@ -36,7 +36,9 @@ def train_unet(folder: Path, minutes: float, seed: int, device: torch.device) ->
     unet, noising = make_unet().to(device), make_noise_scheduler()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.995), weight_decay=1e-2)
     ema = EMAModel(unet.parameters(), decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
-    run = TrainingRun(folder, "unet", minutes, {"model": unet, "optimizer": optimizer, "ema": ema})
+    ema.to(device)
+    run = TrainingRun(folder, "unet", minutes, {"model": unet, "optimizer": optimizer, "ema": ema}, seed)
+    ema.to(device)  # a checkpoint brings its averages to the CPU
     torch.manual_seed(seed + run.step)
     rng = np.random.default_rng([seed, run.step])
     for _ in run.steps(optimizer, LEARNING_RATE):
@@ -67,9 +69,14 @@ def encoded_scenes(folder: Path, device: torch.device) -> tuple[list[Scene], Ten
     rng = np.random.default_rng(20_240_601)
     scenes = [sample_scene(rng, held_out=False) for _ in range(SCENES)]
     path = folder / "latents.pt"
+    vae = load_vae(folder)
+    encoder = encoder_hash(vae)
     if path.exists():
-        return scenes, torch.load(path, weights_only=True)
-    vae = load_vae(folder).to(device)
+        kept = torch.load(path, weights_only=True)
+        if kept["encoder"] == encoder:
+            return scenes, kept["latents"]
+        print("the VAE's encoder has changed since the scenes were encoded: encoding them again", flush=True)
+    vae.to(device)
     parts = []
     with torch.no_grad():
         for start in range(0, SCENES, 100):
@@ -77,7 +84,7 @@ def encoded_scenes(folder: Path, device: torch.device) -> tuple[list[Scene], Ten
             mean = vae.encode(images).latent_dist.mean
             parts.append((mean * vae.config.scaling_factor).half().cpu())
     latents = torch.cat(parts)
-    torch.save(latents, path)
+    torch.save({"encoder": encoder, "latents": latents}, path)
     return scenes, latents
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Final
 
@@ -28,7 +29,7 @@ def train_vae(folder: Path, minutes: float, seed: int, device: torch.device) -> 
     torch.manual_seed(seed)
     vae = make_vae().to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
-    run = TrainingRun(folder, "vae", minutes, {"model": vae, "optimizer": optimizer})
+    run = TrainingRun(folder, "vae", minutes, {"model": vae, "optimizer": optimizer}, seed)
     rng = np.random.default_rng([seed, run.step])
     for _ in run.steps(optimizer, LEARNING_RATE):
         cropped = run.seconds - run.seconds_before < CROP_SHARE * run.seconds_allowed
@@ -59,7 +60,7 @@ def train_decoder(folder: Path, minutes: float, seed: int, device: torch.device)
     vae.quant_conv.requires_grad_(False)
     trained = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
-    run = TrainingRun(folder, "decoder", minutes, {"model": vae, "optimizer": optimizer})
+    run = TrainingRun(folder, "decoder", minutes, {"model": vae, "optimizer": optimizer}, seed)
     rng = np.random.default_rng([seed, 3, run.step])
     for _ in run.steps(optimizer, LEARNING_RATE):
         cropped = run.seconds - run.seconds_before < CROP_SHARE * run.seconds_allowed
@@ -97,14 +98,30 @@ def load_vae(folder: Path) -> AutoencoderKL:
     """The trained VAE with its scaling factor set so that latents of training scenes have unit variance."""
     vae = make_vae().eval()
     tuned = folder / "decoder.pt"
-    newest = tuned if tuned.exists() else folder / "vae.pt"
-    vae.load_state_dict(torch.load(newest, map_location="cpu", weights_only=True)["model"])
+    weights = torch.load(folder / "vae.pt", map_location="cpu", weights_only=True)["model"]
+    if tuned.exists():
+        later = torch.load(tuned, map_location="cpu", weights_only=True)["model"]
+        encoder = [key for key in weights if key.startswith(("encoder.", "quant_conv."))]
+        if all(torch.equal(weights[key], later[key]) for key in encoder):
+            weights = later
+        else:
+            print("decoder.pt belongs to another encoder and is left out", flush=True)
+    vae.load_state_dict(weights)
     rng = np.random.default_rng(0)
     with torch.no_grad():
         images = draw_scenes([sample_scene(rng, held_out=False) for _ in range(256)]) * 2 - 1
         latents = torch.cat([vae.encode(part).latent_dist.mean for part in images.split(32)])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     return vae
+
+
+def encoder_hash(vae: AutoencoderKL) -> str:
+    """A hash of what decides the latents: the encoder's weights and the scaling factor."""
+    digest = hashlib.sha256(str(vae.config.scaling_factor).encode())
+    for part in (vae.encoder, vae.quant_conv):
+        for tensor in part.state_dict().values():
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def reconstruction_psnr(vae: AutoencoderKL, images: Tensor) -> float:
