@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from asdm_compress.assembly.options import find_options
 from asdm_compress.assembly.plan import Plan, edited
 from asdm_compress.assembly.surgery import assemble, removed_tensors, specify
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.assembled_unet import AssembledUNet2DConditionModel
-from asdm_compress.models.edits import legal_edits
+from asdm_compress.models.families import FAMILIES
 from asdm_compress.models.saving import save_pipeline
 
 # BK-SDM's three students of SD 1.x, as plans (Kim et al., 2305.15798).
@@ -64,18 +65,18 @@ def test_the_teacher_is_neither_touched_nor_shared(unet, inputs):
     assert torch.equal(predict(unet, inputs), before)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
-def test_the_student_of_any_plan_is_the_edited_teacher(unet, inputs, data):
-    legal = legal_edits(unet)
-    sites = data.draw(st.lists(st.sampled_from(sorted(legal)), unique=True, max_size=20))
-    plan = Plan(
-        {
-            site: data.draw(st.sampled_from(legal[site]))
-            for site in sites
-            if not any(site.startswith(f"{other}.") for other in sites)
-        }
-    )
+def test_the_student_of_any_plan_is_the_edited_teacher(unet, mini_profile, inputs, data):
+    options = find_options(unet, mini_profile)
+    # Whole layers often, so that encoder and decoder fold into a smaller stock config.
+    layers = [o for o in options if ".layers." in o.site or o.site in ("mid_block", "levels.3")]
+    chosen, taken = [], set()
+    for option in data.draw(st.lists(st.one_of(st.sampled_from(layers), st.sampled_from(options)), max_size=16)):
+        if not option.atoms & taken:
+            chosen.append(option)
+            taken |= option.atoms
+    plan = Plan({o.site: o.edit for o in chosen})
     student = assemble(unet, plan)
     assert torch.equal(predict(student, inputs), predict(edited(unet, plan), inputs))
     spec = specify(unet, plan)
@@ -97,6 +98,21 @@ def test_bk_sdm_students_are_stock_and_have_the_published_size(unet, inputs, sd1
     mini = assemble(unet, Plan(plan))
     assert type(mini) is UNet2DConditionModel
     assert torch.equal(predict(mini, inputs), predict(edited(unet, Plan(plan)), inputs))
+
+
+@pytest.mark.parametrize(
+    ("plan", "parameters"),
+    [(BK_BASE, 583_480_964), (BK_SMALL, 485_787_524), (BK_TINY, 326_825_604)],
+    ids=["base", "small", "tiny"],
+)
+def test_bk_sdm_v2_students_have_the_published_size_and_their_own_heads(plan, parameters):
+    with torch.device("meta"):
+        teacher = UNet2DConditionModel(**FAMILIES["sd21-base"].unet_config)
+        spec = specify(teacher, Plan(plan))
+        student = UNet2DConditionModel(**spec.config)
+    assert spec.is_stock
+    assert sum(p.numel() for p in student.parameters()) == parameters
+    assert list(spec.config["attention_head_dim"]) == [5, 10, 20, 20][: len(student.down_blocks)]
 
 
 def test_bk_sdm_weight_maps_are_the_published_ones(sd15_on_meta):

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from mini_sd.reader import degrade
 
-from asdm_compress.assembly.calibration import SamplingSettings
 from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.evaluation.fidelity import to_tensor
 from asdm_compress.evaluation.quality import accuracy_by_count, frechet_distance, scene_features
-from asdm_compress.evaluation.sampling import sample
 from asdm_compress.models.loading import LoadOptions, load_pipeline
+from asdm_compress.sampling.images import sample
+from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.scenes.captions import Caption, caption_of
 from asdm_compress.scenes.draw import draw_scenes
 from asdm_compress.scenes.reader import load_reader

@@ -9,6 +9,7 @@ import typer
 
 from asdm_compress.cli import options as o
 from asdm_compress.cli.console import Output
+from asdm_compress.core.defaults import GUIDANCE, STEPS
 from asdm_compress.core.files import check_output
 from asdm_compress.core.units import parse_budget
 
@@ -24,8 +25,8 @@ def assemble(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the student, its recipe and its report.")] = Path(
         "out"
     ),
-    steps: o.Steps = 25,
-    guidance: o.Guidance = 5.0,
+    steps: o.Steps = STEPS,
+    guidance: o.Guidance = GUIDANCE,
     seed: o.Seed = 0,
     scheduler: o.Scheduler = None,
     prompts: o.Prompts = None,

@@ -9,6 +9,7 @@ import typer
 
 from asdm_compress.cli import options as o
 from asdm_compress.cli.console import Output
+from asdm_compress.core.defaults import GUIDANCE, STEPS
 from asdm_compress.core.files import check_output
 
 
@@ -19,8 +20,8 @@ def generate(
     compare: Annotated[str | None, typer.Option(help="A teacher to sample beside it, at the same seeds.")] = None,
     images: Annotated[int, typer.Option("--images", "-n", min=1, help="Images per prompt, with successive seeds.")] = 1,
     seed: o.Seed = 0,
-    steps: o.Steps = 25,
-    guidance: o.Guidance = 5.0,
+    steps: o.Steps = STEPS,
+    guidance: o.Guidance = GUIDANCE,
     scheduler: o.Scheduler = None,
     image_size: o.ImageSize = None,
     device: o.Device = "auto",

@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from asdm_compress.core.defaults import GUIDANCE, STEPS
 from asdm_compress.core.errors import AsdmError
 
 
@@ -16,8 +17,8 @@ from asdm_compress.core.errors import AsdmError
 class SamplingSettings:
     """Steps of the pipeline's own scheduler, guidance scale, the seed of the first image, pixels per side."""
 
-    steps: int = 25
-    guidance: float = 5.0
+    steps: int = STEPS
+    guidance: float = GUIDANCE
     seed: int = 0
     image_size: int | None = None
 
