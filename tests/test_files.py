@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from asdm_compress.core.errors import AsdmError, ExitCode
-from asdm_compress.core.files import output_file, output_folder
+from asdm_compress.core.files import check_output, output_file, output_folder
 
 
 def test_a_folder_appears_only_when_it_is_whole(tmp_path):
@@ -27,6 +28,28 @@ def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path, error):
         raise error
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (out / "old.txt").read_text() == "old"
+
+
+def test_what_was_there_comes_back_when_the_last_rename_fails(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    with pytest.raises(FileNotFoundError), output_folder(out, overwrite=True) as aside:
+        shutil.rmtree(aside)
+    assert (out / "old.txt").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_places_that_cannot_be_written_are_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(AsdmError, match="no folder that can be written"):
+        check_output(tmp_path / "file" / "out", overwrite=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AsdmError, match="holds the current folder"):
+        check_output(tmp_path, overwrite=True)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(AsdmError, match="holds the model itself"):
+        check_output(tmp_path / "model", overwrite=True, source=tmp_path / "model")
 
 
 def test_an_existing_folder_is_refused_or_replaced(tmp_path):
