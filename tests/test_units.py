@@ -38,7 +38,7 @@ def test_absolute_budgets(text, resource, value):
     relative=st.booleans(),
 )
 def test_limits_are_printed_as_they_are_read(resource, value, relative):
-    limit = Limit(resource, value % 1 or 1.0, True) if relative else Limit(resource, float(value), False)
+    limit = Limit(resource, max(1e-4, value % 1), True) if relative else Limit(resource, float(value), False)
     (again,) = parse_budget([str(limit)])
     assert (again.resource, again.relative) == (limit.resource, limit.relative)
     assert again.value == pytest.approx(limit.value, rel=1e-6)

@@ -34,9 +34,9 @@ class Limit:
 
     def __str__(self) -> str:
         """As `parse_budget` reads it."""
-        if self.relative:
-            return f"{self.resource}={self.value:.12g}x"
         number = f"{self.value:.12f}".rstrip("0").rstrip(".")
+        if self.relative:
+            return f"{self.resource}={number}x"
         return f"{self.resource}={number}{'s' if self.resource == 'latency' else ''}"
 
 
