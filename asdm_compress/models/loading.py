@@ -291,7 +291,7 @@ def _readable(place: Path) -> Iterator[None]:
     try:
         with quiet_libraries():
             yield
-    except (AsdmError, NotImplementedError, MemoryError):
+    except AsdmError:
         raise
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         if "out of memory" in str(error) or "can't allocate memory" in str(error):
