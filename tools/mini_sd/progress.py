@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 
@@ -16,7 +16,13 @@ from asdm_compress.core.provenance import processor_name
 CHECKPOINT_EVERY_SECONDS: Final = 240.0
 LOG_EVERY_STEPS: Final = 20
 WARM_UP_STEPS: Final = 100
-DECAY_SHARE: Final = 0.3  # of the minutes of one call: the learning rate falls linearly to zero at its end
+DECAY_SHARE: Final = 0.5  # of the minutes of one call: the learning rate falls linearly to zero at its end
+
+
+class HasLearningRate(Protocol):
+    """An optimizer, as far as its schedule is concerned."""
+
+    param_groups: list[dict[str, Any]]
 
 
 class TrainingRun:
@@ -43,7 +49,7 @@ class TrainingRun:
             self.step, self.seconds_before, self.calls = state["step"], state["seconds"], state["calls"]
             print(f"{name}: resumed at step {self.step} after {self.seconds_before / 60:.1f} min", flush=True)
 
-    def steps(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> Iterator[int]:
+    def steps(self, optimizer: HasLearningRate, learning_rate: float) -> Iterator[int]:
         """Yield step numbers until the minutes are over, setting the learning rate and saving checkpoints."""
         self.started = saved = time.monotonic()
         self.calls.append({"from_step": self.step, "seed": self.seed, **self.machine})

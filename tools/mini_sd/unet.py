@@ -15,16 +15,18 @@ from asdm_compress.scenes.captions import caption_of
 from asdm_compress.scenes.draw import draw_scenes
 from asdm_compress.scenes.world import Scene, sample_scene
 from mini_sd.architecture import make_noise_scheduler, make_unet
+from mini_sd.optimizer import MuonWithAdamW
 from mini_sd.progress import TrainingRun
 from mini_sd.text import load_text_encoder, tokenize
 from mini_sd.vae import encoder_hash, load_vae
 
-LEARNING_RATE: Final = 8e-4
-BATCH: Final = 32
+LEARNING_RATE: Final = 1e-3
+BATCH: Final = 64
 CAPTION_DROPOUT: Final = 0.1
 MIN_SNR_GAMMA: Final = 5.0  # Hang et al., 2303.09556
 EMA_DECAY: Final = 0.999
 SCENES: Final = 40_000
+NO_MATRICES: Final = ("conv_in", "conv_out", "time_embedding")
 
 
 def train_unet(folder: Path, minutes: float, seed: int, device: torch.device) -> None:
@@ -34,7 +36,7 @@ def train_unet(folder: Path, minutes: float, seed: int, device: torch.device) ->
     tokenizer, text_encoder = load_text_encoder(folder)
     text_encoder.to(device)
     unet, noising = make_unet().to(device), make_noise_scheduler()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.995), weight_decay=1e-2)
+    optimizer = MuonWithAdamW(unet, LEARNING_RATE, is_matrix=lambda name: not name.startswith(NO_MATRICES))
     ema = EMAModel(unet.parameters(), decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
     ema.to(device)
     run = TrainingRun(folder, "unet", minutes, {"model": unet, "optimizer": optimizer, "ema": ema}, seed)
