@@ -48,6 +48,9 @@ def test_version_and_missing_command(cli):
         (["assemble", "--budget", "latency=0.7x", "--out", "there"], 2, "exists already"),
         (["assemble", "mini-ds", "--budget", "latency=0.7x"], 2, "Did you mean mini-sd"),
         (["assemble", "--budget", "params=0.5x", "--prompts", "none.txt"], 2, "none.txt cannot be read"),
+        (["assemble", "--budget", "macs=0.7x", "--slot", "5x5"], 2, "Slots: auto, 1x1"),
+        (["assemble", "--budget", "macs=0.7x", "--routing", "magic"], 2, "Routings: none, timestep"),
+        (["assemble", "--budget", "macs=0.7x", "--experts", "9"], 2, "cannot be fitted on 8 timestep bands"),
         (["profile", "sd15"], 4, "not on this machine"),
         (["profile", "--device", "cuda:77"], 4, "not available"),
         (["profile", "--device", "abacus"], 2, "unknown device"),
@@ -110,7 +113,7 @@ def assembled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("assembled")
     environment = {**os.environ, "ASDM_COMPRESS_CACHE": str(folder / "cache"), "NO_COLOR": "1"}
     arguments = ["assemble", "mini-sd", "--out", "out", "--json"]
-    small = ["--calibration-prompts", "2", "--held-out-prompts", "2", "--repeats", "3", "--steps", "8"]
+    small = ["--calibration-prompts", "2", "--held-out-prompts", "2", "--repeats", "3", "--steps", "8", "--slot", "1x1"]
 
     def run(budget: str, *more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -175,9 +178,11 @@ def test_an_infeasible_budget_ends_with_three_and_the_smallest(assembled):
 
 def test_apply_replays_the_recipe_to_the_same_weights(assembled, cli, tmp_path):
     folder, printed, _ = assembled
-    result = cli("apply", str(folder / "out" / "recipe.yaml"), "mini-sd", "--out", "again", "--json")
+    same = ["--calibration-prompts", "2", "--steps", "8"]
+    result = cli("apply", str(folder / "out" / "recipe.yaml"), "mini-sd", "--out", "again", "--json", *same)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["stock"] == printed["stock"]
+    assert json.loads(result.stdout)["slots"] == sum("conv" in e["edit"] for e in printed["recipe"]["edits"])
     weights = Path("unet") / "diffusion_pytorch_model.safetensors"
     assert (tmp_path / "again" / weights).read_bytes() == (folder / "out" / weights).read_bytes()
 

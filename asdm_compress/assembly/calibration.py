@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -24,14 +24,17 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """N moments of sampling runs: `inputs`, the band of each, (N,), from 0 (most noise) on, and the bands' weights.
+    """N moments of sampling runs: `inputs`, and of each the band, (N,), from 0 (most noise) on, and the prompt, (N,).
 
-    A band's weight is the share of the final latent's error that an equal relative error there causes.
+    A band's weight is the share of the final latent's error that an equal relative error there causes. `boundaries` are
+    the timesteps half-way between the last step of a band and the first of the next.
     """
 
     inputs: GuidedInputs
     bands: Tensor
+    prompts: Tensor
     band_weights: tuple[float, ...]
+    boundaries: tuple[float, ...]
 
     def __len__(self) -> int:
         return len(self.bands)
@@ -41,11 +44,27 @@ class Calibration:
         rows, i = slice(start, stop), self.inputs
         return GuidedInputs(i.samples[rows], i.timesteps[rows], i.texts[rows], i.guidance)
 
+    def parts(self) -> tuple[Calibration, Calibration]:
+        """The moments to fit on, of two thirds of the prompts, and those to measure on; of under three prompts, all."""
+        measured = self.prompts % 3 == 2
+        if not measured.any():
+            return self, self
+        return self.only(~measured), self.only(measured)
+
+    def only(self, chosen: Tensor) -> Calibration:
+        """The moments of a mask (N,)."""
+        i, rows = self.inputs, chosen.to(self.inputs.samples.device)
+        inputs = GuidedInputs(i.samples[rows], i.timesteps[rows], i.texts[rows], i.guidance)
+        # Prompts are numbered anew, so that what holds some of them out finds them evenly spread.
+        numbers = {prompt: i for i, prompt in enumerate(sorted(set(self.prompts[chosen].tolist())))}
+        prompts = torch.tensor([numbers[prompt] for prompt in self.prompts[chosen].tolist()])
+        return replace(self, inputs=inputs, bands=self.bands[chosen], prompts=prompts)
+
     def to(self, device: torch.device) -> Calibration:
         """The same with the inputs on another device."""
         i = self.inputs
         moved = GuidedInputs(i.samples.to(device), i.timesteps.to(device), i.texts.to(device), i.guidance)
-        return Calibration(moved, self.bands, self.band_weights)
+        return replace(self, inputs=moved)
 
 
 def check_bands(steps: int, bands: int) -> None:
@@ -80,16 +99,16 @@ def record(
     texts = encode(pipeline, prompts, settings.guidance)
     run = SamplingRun(pipeline, texts, settings)
     picks = _pick_steps(len(prompts), settings, bands)
-    kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    kept: list[tuple[Tensor, ...]] = []
     for step in range(settings.steps):
         _, model_input = run.advance()
         rows = (picks == step).any(dim=0).nonzero()[:, 0]
         if len(rows):
             when = run.timesteps[step].expand(len(rows))
             band = torch.full((len(rows),), step * bands // settings.steps)
-            kept.append((model_input[rows].clone(), when, texts[rows], band))
+            kept.append((model_input[rows].clone(), when, texts[rows], band, rows))
         report(step + 1, total)
-    samples, timesteps, kept_texts, kept_bands = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    samples, timesteps, kept_texts, kept_bands, kept_prompts = (torch.cat(parts) for parts in zip(*kept, strict=True))
     if band_weights is None:
         done = settings.steps
 
@@ -97,7 +116,8 @@ def record(
             report(done + taken, total)
 
         band_weights = measure_band_weights(pipeline, texts[:PROBES], settings, bands, probing)
-    return Calibration(GuidedInputs(samples, timesteps, kept_texts, settings.guidance), kept_bands, band_weights)
+    inputs = GuidedInputs(samples, timesteps, kept_texts, settings.guidance)
+    return Calibration(inputs, kept_bands, kept_prompts, band_weights, _boundaries(run.timesteps, bands))
 
 
 @torch.no_grad()
@@ -142,6 +162,12 @@ def measure_band_weights(
         weights.append(gain * energy[step] * steps_in_band)
         report(done := done + settings.steps - step, total)
     return tuple(weight / sum(weights) for weight in weights)
+
+
+def _boundaries(timesteps: Tensor, bands: int) -> tuple[float, ...]:
+    steps = [float(t) for t in timesteps]
+    band_of = [i * bands // len(steps) for i in range(len(steps))]
+    return tuple((a + b) / 2 for a, b, i, j in zip(steps, steps[1:], band_of, band_of[1:], strict=False) if i != j)
 
 
 def _middles(steps: int, bands: int) -> list[int]:

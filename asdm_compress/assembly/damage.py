@@ -17,6 +17,7 @@ from asdm_compress.assembly.calibration import Calibration
 from asdm_compress.assembly.options import Option
 from asdm_compress.assembly.plan import Plan, edited
 from asdm_compress.core.files import CACHE_HINT, disk_errors
+from asdm_compress.models.edits import SlotWeights
 from asdm_compress.models.walk import State, Step, finish, shared_prefix, start, steps_of, take
 from asdm_compress.sampling.run import GuidedInputs
 
@@ -42,37 +43,59 @@ def measure_damages(
     calibration: Calibration,
     store: Path | None = None,
     progress: Progress | None = None,
+    slot_weights: Mapping[str, SlotWeights] | None = None,
 ) -> dict[str, Damage]:
     """The one-shot damage of every option by name.
 
     The teacher's activations are kept before every unit, and each edited pass starts at the edit, so that an edit costs
     about half a forward pass. With a `store`, finished chunks of triples are kept there and not measured again, also
-    after a kill.
+    after a kill. `slot_weights` are those of the options' convolutions, by option.
     """
-    names = [o.name for o in options]
-    count = len(calibration)
-    chunks = [(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)]
-    known = _read_store(store, names)
+    names, given = [o.name for o in options], slot_weights or {}
+    known = _read_store(store)
     report = progress or (lambda done, total: None)
+    chunks = chunks_of(calibration)
     total = len(chunks) * len(options)
     teacher_steps = steps_of(unet)
-    students = {o.name: steps_of(edited(unet, o.plan)) for o in options}
+    students = {o.name: steps_of(edited(unet, o.plan, given.get(o.name))) for o in options}
     for number, (first, last) in enumerate(chunks):
-        if number in known:
-            report((number + 1) * len(options), total)
+        kept = known.setdefault(number, {"energy": None, "errors": {}})
+        missing = [name for name in names if name not in kept["errors"]]
+        report((number + 1) * len(options) - len(missing), total)
+        if not missing:
             continue
         part = calibration.part(first, last)
-        states, reference = _teacher_pass(unet, teacher_steps, part)
+        states, reference = teacher_pass(unet, teacher_steps, part)
         record: dict[str, Any] = {"energy": _squares(reference), "errors": {}}
-        for i, name in enumerate(names):
+        for i, name in enumerate(missing):
             steps = students[name]
             begin = shared_prefix(teacher_steps, steps)
             prediction = part.guided(finish(steps[begin:], states[begin]))
             record["errors"][name] = _squares(prediction - reference)
-            report(number * len(options) + i + 1, total)
-        known[number] = record
+            report((number + 1) * len(options) - len(missing) + i + 1, total)
+        kept["energy"] = record["energy"]
+        kept["errors"].update(record["errors"])
         _append_to_store(store, number, record)
-    records = [known[number] for number in range(len(chunks))]
+    return _damages(names, known, calibration)
+
+
+def known_damages(store: Path | None, options: Sequence[Option], calibration: Calibration) -> dict[str, Damage]:
+    """The damages of those options that the store knows for every triple."""
+    known = _read_store(store)
+    records = [known.get(number, {"errors": {}}) for number in range(len(chunks_of(calibration)))]
+    names = [o.name for o in options if all(o.name in record["errors"] for record in records)]
+    return _damages(names, known, calibration)
+
+
+def chunks_of(calibration: Calibration) -> list[tuple[int, int]]:
+    """First and last (exclusive) triple of each part that is run at once."""
+    return [(i, min(i + CHUNK, len(calibration))) for i in range(0, len(calibration), CHUNK)]
+
+
+def _damages(names: Sequence[str], known: Mapping[int, Any], calibration: Calibration) -> dict[str, Damage]:
+    if not names:
+        return {}
+    records = [known[number] for number in range(len(chunks_of(calibration)))]
     energy = np.concatenate([r["energy"] for r in records])
     return {
         name: summarise(np.concatenate([r["errors"][name] for r in records]), energy, calibration) for name in names
@@ -80,9 +103,11 @@ def measure_damages(
 
 
 @torch.no_grad()
-def measure_plan(unet: UNet2DConditionModel, plan: Plan, calibration: Calibration) -> Damage:
+def measure_plan(
+    unet: UNet2DConditionModel, plan: Plan, calibration: Calibration, slot_weights: SlotWeights | None = None
+) -> Damage:
     """The damage of a whole plan."""
-    return compare_predictions(unet, edited(unet, plan), calibration)
+    return compare_predictions(unet, edited(unet, plan, slot_weights), calibration)
 
 
 @torch.no_grad()
@@ -93,10 +118,9 @@ def compare_predictions(
     energy, errors = [], []
     for first in range(0, len(calibration), CHUNK):
         part = calibration.part(first, first + CHUNK)
-        inputs = part.rows()
-        reference = part.guided(teacher(*inputs, return_dict=False)[0])
+        reference = _predict(teacher, part)
         energy.append(_squares(reference))
-        errors.append(_squares(part.guided(student(*inputs, return_dict=False)[0]) - reference))
+        errors.append(_squares(_predict(student, part) - reference))
     return summarise(np.concatenate(errors), np.concatenate(energy), calibration)
 
 
@@ -110,7 +134,7 @@ def summarise(errors: np.ndarray, energy: np.ndarray, calibration: Calibration) 
     return Damage(per_band, float(np.dot(calibration.band_weights, per_band)))
 
 
-def _teacher_pass(
+def teacher_pass(
     unet: UNet2DConditionModel, steps: Sequence[Step], part: GuidedInputs
 ) -> tuple[list[State], torch.Tensor]:
     """The states before every step and after the last, and the guided prediction."""
@@ -120,13 +144,18 @@ def _teacher_pass(
     return states, part.guided(states[-1].hidden)
 
 
+def _predict(unet: UNet2DConditionModel, part: GuidedInputs) -> torch.Tensor:
+    """The guided prediction. Step by step, since slots may want to know the timestep."""
+    return part.guided(finish(steps_of(unet), start(unet, *part.rows())))
+
+
 def _squares(values: torch.Tensor) -> list[float]:
     result: list[float] = values.double().square().flatten(1).sum(dim=1).tolist()
     return result
 
 
-def _read_store(store: Path | None, names: Sequence[str]) -> dict[int, dict[str, Any]]:
-    """The finished chunks; a line that a kill left half-written, or that lacks an option, is measured again."""
+def _read_store(store: Path | None) -> dict[int, dict[str, Any]]:
+    """What is kept of every chunk; a line that a kill left half-written is measured again."""
     known: dict[int, dict[str, Any]] = {}
     if store is None or not store.exists():
         return known
@@ -135,8 +164,8 @@ def _read_store(store: Path | None, names: Sequence[str]) -> dict[int, dict[str,
             record: Mapping[str, Any] = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if all(name in record["errors"] for name in names):
-            known[record["chunk"]] = dict(record)
+        kept = known.setdefault(record["chunk"], {"energy": record["energy"], "errors": {}})
+        kept["errors"].update(record["errors"])
     return known
 
 

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final, Literal
 
 from diffusers import UNet2DConditionModel
 
-from asdm_compress.assembly.plan import LEVELS, Plan, atoms
-from asdm_compress.core.units import Resource
-from asdm_compress.models.edits import Edit, legal_edits, removable_levels
+from asdm_compress.assembly.plan import LEVELS, Plan, atoms, place
+from asdm_compress.core.edits import ConvSpec, Edit, Routing
+from asdm_compress.core.errors import AsdmError
+from asdm_compress.core.units import Limit, Resource
+from asdm_compress.models.edits import edited_copy, legal_edits, removable_levels, slot_kernels
 from asdm_compress.models.sites import Site, find_sites
+from asdm_compress.models.tree import meta_copy
 from asdm_compress.profiling.profile import Profile, SiteProfile
+from asdm_compress.profiling.slot_costs import SlotCosts, as_run
+
+SlotChoice = Literal["auto", "1x1", "3x3", "separable", "none"]
+# Kernel size, and whether it is depthwise-separable.
+SLOT_SHAPES: Final[Mapping[str, tuple[tuple[int, bool], ...]]] = {
+    "auto": ((1, False), (3, True), (3, False)),
+    "1x1": ((1, False),),
+    "3x3": ((3, False),),
+    "separable": ((3, True),),
+    "none": (),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +57,32 @@ def teacher_costs(profile: Profile) -> dict[Resource, float]:
     return {"latency": profile.latency, "macs": profile.macs, "params": profile.parameters}
 
 
-def find_options(unet: UNet2DConditionModel, profile: Profile) -> tuple[Option, ...]:
-    """All legal edits of units, sub-units, layers, the mid block and whole levels that save something."""
+def slot_specs(slot: SlotChoice, experts: int, routing: Routing, limits: Sequence[Limit]) -> tuple[ConvSpec, ...]:
+    """The convolutions that a search may put into a slot: the routed one of each shape, and one with a single expert.
+
+    The latter where `experts` is 1 or `routing` none, and where a budget limits parameters: otherwise the routed one
+    costs no more. Raises AsdmError for unknown words.
+    """
+    if slot not in SLOT_SHAPES:
+        raise AsdmError(f"unknown slot {slot!r}", f"Slots: {', '.join(SLOT_SHAPES)}.")
+    routed = experts > 1 and routing != "none"
+    plain_too = not routed or any(limit.resource == "params" for limit in limits)
+    specs = []
+    for kernel, separable in SLOT_SHAPES[slot]:
+        if plain_too:
+            specs.append(ConvSpec(kernel, separable))
+        if routed:
+            specs.append(ConvSpec(kernel, separable, None, experts, routing))
+    return tuple(specs)
+
+
+def find_options(
+    unet: UNet2DConditionModel, profile: Profile, specs: Sequence[ConvSpec] = (), slots: SlotCosts | None = None
+) -> tuple[Option, ...]:
+    """All legal edits of units, sub-units, layers, the mid block and whole levels that save something.
+
+    `specs` are the convolutions that may replace units, layers and the mid block; `slots` what they cost there.
+    """
     sites = {site.path: site for site in find_sites(unet)}
     costs = {site.path: site for site in profile.sites}
     found = []
@@ -54,7 +93,39 @@ def find_options(unet: UNet2DConditionModel, profile: Profile) -> tuple[Option, 
             "params": _sum(costs, saved, "parameters") - _sum(costs, left, "parameters"),
         }
         found.append(Option(path, edit, atoms(unet, path, sites), savings))
+    for path, bearer, spec in _slot_candidates(unet, sites, specs):
+        assert slots is not None
+        slot = slots[as_run(spec)][bearer]
+        savings = {
+            "latency": costs[path].latency - slot.latency,
+            "macs": costs[path].macs - slot.macs,
+            "params": costs[path].parameters - _slot_parameters(unet, bearer, spec),
+        }
+        if any(value > 0 for value in savings.values()):
+            found.append(Option(path, spec.name, atoms(unet, path, sites), savings))
     return tuple(found)
+
+
+def _slot_candidates(
+    unet: UNet2DConditionModel, sites: Mapping[str, Site], specs: Sequence[ConvSpec]
+) -> Iterator[tuple[str, str, ConvSpec]]:
+    """Site, the unit that would bear the convolution, and the convolution."""
+    kernels = slot_kernels(unet)
+    for site in sites.values():
+        if site.path in kernels:
+            bearer = site.path
+        elif (site.level == "layer" and len(site.modules) > 1) or site.kind == "mid":
+            bearer = place(unet, Plan({site.path: ConvSpec().name})).bearers[0]
+        else:
+            continue
+        for spec in specs:
+            if spec.kernel in kernels[bearer]:
+                yield site.path, bearer, spec
+
+
+def _slot_parameters(unet: UNet2DConditionModel, bearer: str, spec: ConvSpec) -> int:
+    twin = edited_copy(meta_copy(unet), {bearer: spec.name})
+    return sum(p.numel() for p in twin.get_submodule(bearer).parameters())
 
 
 def _candidates(

@@ -8,8 +8,16 @@ from typing import Final
 
 from diffusers import UNet2DConditionModel
 
+from asdm_compress.core.edits import DROP, Edit, conv_spec
 from asdm_compress.core.errors import AsdmError
-from asdm_compress.models.edits import EDITS, Edit, edited_copy, legal_edits, removable_levels
+from asdm_compress.models.edits import (
+    SlotWeights,
+    check_edit,
+    edited_copy,
+    legal_edits,
+    removable_levels,
+    slot_kernels,
+)
 from asdm_compress.models.sites import Site, find_sites
 
 LEVELS: Final = "levels."  # `levels.3`: level 3 and everything deeper, with the downsampler that leads there
@@ -24,11 +32,27 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class PlacedEdits:
-    """A plan in terms of modules: edits of units and sub-units, whether the mid block goes, how many levels stay."""
+    """A plan in terms of modules: edits of units and sub-units, whether the mid block goes, how many levels stay.
+
+    `replaced` gives every unit with a convolution the modules, in the order in which they ran, that it stands for.
+    """
 
     units: Mapping[str, Edit]
+    replaced: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     drop_mid: bool = False
     keep_levels: int | None = None
+
+    @property
+    def bearers(self) -> tuple[str, ...]:
+        """The units that have convolutions in their places."""
+        return tuple(self.replaced)
+
+    def edited_path(self, unet: UNet2DConditionModel, path: str) -> str:
+        """Where the module at a path of `unet` stands in the edited one: removed levels move the decoder's blocks."""
+        if self.keep_levels is None or not path.startswith("up_blocks."):
+            return path
+        _, number, rest = path.split(".", 2)
+        return f"up_blocks.{int(number) - (len(unet.up_blocks) - self.keep_levels)}.{rest}"
 
 
 def check_teacher(unet: UNet2DConditionModel) -> None:
@@ -44,33 +68,42 @@ def place(unet: UNet2DConditionModel, plan: Plan) -> PlacedEdits:
     """
     check_teacher(unet)
     sites = {site.path: site for site in find_sites(unet)}
-    legal = legal_edits(unet)
+    legal, kernels = legal_edits(unet), slot_kernels(unet)
     taken: dict[str, str] = {}
     units: dict[str, Edit] = {}
+    replaced: dict[str, tuple[str, ...]] = {}
     drop_mid, keep_levels = False, None
     for path, edit in plan.edits.items():
-        if edit not in EDITS:
-            raise AsdmError(f"unknown edit {edit!r} at {path}", f"Known edits: {', '.join(EDITS)}.")
+        is_conv = conv_spec(edit) is not None
         for atom in atoms(unet, path, sites):
             if atom in taken:
                 raise AsdmError(f"the edits at {taken[atom]} and {path} overlap at {atom}", "Keep one of them.")
             taken[atom] = path
         if path.startswith(LEVELS):
             keep_levels = _level(unet, path)
-        elif path == "mid_block":
+        elif path == "mid_block" and edit == DROP:
             drop_mid = True
-        if path.startswith(LEVELS) or path == "mid_block":
-            if edit != "drop":
+        if path.startswith(LEVELS) or (path == "mid_block" and not is_conv):
+            if edit != DROP:
                 raise AsdmError(f"the edit {edit!r} is not possible at {path}", "Possible there: drop.")
             continue
-        units |= _unit_edits(sites[path], edit, legal)
-    return PlacedEdits(units, drop_mid or keep_levels is not None, keep_levels)
+        chosen = _unit_edits(unet, sites[path], edit, legal)
+        for unit, unit_edit in chosen.items():
+            check_edit(unit, unit_edit, legal.get(unit, ()), kernels.get(unit, ()))
+        units |= chosen
+        if is_conv:
+            unit = next(unit for unit, unit_edit in chosen.items() if unit_edit == edit)
+            replaced[unit] = tuple(chosen)
+    return PlacedEdits(units, replaced, drop_mid or keep_levels is not None, keep_levels)
 
 
-def edited(unet: UNet2DConditionModel, plan: Plan) -> UNet2DConditionModel:
-    """The UNet with the plan applied, sharing every remaining tensor with the original."""
+def edited(unet: UNet2DConditionModel, plan: Plan, slot_weights: SlotWeights | None = None) -> UNet2DConditionModel:
+    """The UNet with the plan applied, sharing every remaining tensor with the original.
+
+    Convolutions whose weights are not given are zero.
+    """
     placed = place(unet, plan)
-    return edited_copy(unet, placed.units, placed.drop_mid, placed.keep_levels)
+    return edited_copy(unet, placed.units, placed.drop_mid, placed.keep_levels, slot_weights)
 
 
 def atoms(unet: UNet2DConditionModel, path: str, sites: Mapping[str, Site]) -> frozenset[str]:
@@ -102,18 +135,24 @@ def _level(unet: UNet2DConditionModel, path: str) -> int:
     return int(number)
 
 
-def _unit_edits(site: Site, edit: Edit, legal: Mapping[str, tuple[Edit, ...]]) -> dict[str, Edit]:
-    """The edits of units that an edit of a unit or of a whole layer stands for."""
+def _unit_edits(
+    unet: UNet2DConditionModel, site: Site, edit: Edit, legal: Mapping[str, tuple[Edit, ...]]
+) -> dict[str, Edit]:
+    """The edits of units, in the order in which these run, that an edit of a unit or of more stands for.
+
+    Of several units, one ResNet gets the edit and the others are dropped.
+    """
     if site.path in legal:
-        chosen: dict[str, Edit] = {site.path: edit}
-    elif site.level == "layer":
-        chosen = {path: edit if ".resnets." in path else "drop" for path in site.modules}
+        return {site.path: edit}
+    if site.level == "layer":
+        paths = site.modules
+    elif site.kind == "mid":
+        paths = _mid_units(unet)
     else:
         raise AsdmError(f"the {site.kind} {site.path} cannot be edited", "Units, sub-units, layers and levels can.")
-    for path, unit_edit in chosen.items():
-        if unit_edit not in legal[path]:
-            raise AsdmError(
-                f"the edit {unit_edit!r} is not possible at {site.path}: the widths there differ",
-                f"Possible at {path}: {', '.join(legal[path])}.",
-            )
-    return chosen
+    bearer = next(path for path in paths if ".resnets." in path)
+    return {path: edit if path == bearer else DROP for path in paths}
+
+
+def _mid_units(unet: UNet2DConditionModel) -> tuple[str, ...]:
+    return tuple(path for site in find_sites(unet) if site.parent == "mid_block" for path in site.modules)

@@ -9,7 +9,7 @@ from typing import Any, Final
 from diffusers import UNet2DConditionModel
 
 from asdm_compress.assembly.plan import PlacedEdits
-from asdm_compress.models.edits import Edit
+from asdm_compress.core.edits import DROP, Edit
 from asdm_compress.models.sites import modules_of
 
 # Config entries that may hold one value per level.
@@ -71,7 +71,7 @@ def fold_into_config(unet: UNet2DConditionModel, placed: PlacedEdits) -> StockPa
         ):
             moved = _renumber(placed.units, path, student_path, kept)
             attentions = [f"{student_path}.attentions.{new}" for new in range(len(kept))]
-            if all(moved.get(site) == "drop" for site in attentions):
+            if all(moved.get(site) == DROP for site in attentions):
                 types[index] = types[index].removeprefix("CrossAttn")
                 moved = {site: edit for site, edit in moved.items() if site not in attentions}
             edits |= moved
@@ -94,11 +94,12 @@ def _fold_levels(config: dict[str, Any], levels: int, keep: int) -> None:
 def _fold_mid(config: dict[str, Any], placed: PlacedEdits) -> dict[str, Edit]:
     """Set the mid block's type; the mid block's edits that it does not cover."""
     mid = {path: edit for path, edit in placed.units.items() if path.startswith("mid_block.")}
+    dropped = {path for path, edit in mid.items() if edit == DROP}
     second_layer = {"mid_block.attentions.0", "mid_block.resnets.1"}
-    if placed.drop_mid or mid.keys() == second_layer | {"mid_block.resnets.0"}:
+    if placed.drop_mid or dropped == second_layer | {"mid_block.resnets.0"}:
         config["mid_block_type"] = None
         return {}
-    if mid.keys() == second_layer:
+    if dropped == second_layer == mid.keys():
         config["mid_block_type"] = "UNetMidBlock2D"
         return {}
     return mid
@@ -122,8 +123,7 @@ def _kept_layers(unet: UNet2DConditionModel, edits: Mapping[str, Edit], path: st
     return [
         j
         for j in range(len(modules_of(block, "resnets")))
-        if edits.get(f"{path}.resnets.{j}") != "drop"
-        or (j < attentions and edits.get(f"{path}.attentions.{j}") != "drop")
+        if edits.get(f"{path}.resnets.{j}") != DROP or (j < attentions and edits.get(f"{path}.attentions.{j}") != DROP)
     ]
 
 

@@ -19,7 +19,7 @@ from asdm_compress.sampling.run import GuidedInputs
 from asdm_compress.sampling.settings import SamplingSettings
 
 # To be raised when the meaning of a kept measurement changes.
-STORE_VERSION = 2
+STORE_VERSION = 3
 
 
 def weights_hash(unet: UNet2DConditionModel) -> str:
@@ -64,7 +64,13 @@ def recorded(path: Path, record: Callable[[], Calibration]) -> Calibration:
     """The calibration kept at `path`, recorded now if it is not there."""
     if path.exists():
         kept: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return Calibration(GuidedInputs(**kept["inputs"]), kept["bands"], tuple(kept["band_weights"]))
+        return Calibration(
+            GuidedInputs(**kept["inputs"]),
+            kept["bands"],
+            kept["prompts"],
+            tuple(kept["band_weights"]),
+            tuple(kept["boundaries"]),
+        )
     found = record()
     calibration = found.to(torch.device("cpu"))
     inputs = calibration.inputs
@@ -72,7 +78,9 @@ def recorded(path: Path, record: Callable[[], Calibration]) -> Calibration:
         content = {
             "inputs": {name: getattr(inputs, name) for name in ("samples", "timesteps", "texts", "guidance")},
             "bands": calibration.bands,
+            "prompts": calibration.prompts,
             "band_weights": calibration.band_weights,
+            "boundaries": calibration.boundaries,
         }
         torch.save(content, aside)
     return calibration

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from diffusers import UNet2DConditionModel
 
 from asdm_compress.assembly.plan import Plan, place
 from asdm_compress.assembly.stock import fold_into_config
+from asdm_compress.core.edits import Edit, conv_spec
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.assembled_unet import AssembledUNet2DConditionModel
-from asdm_compress.models.edits import Edit
+from asdm_compress.models.edits import SlotWeights, edited_copy, slot_of
+
+_SLOT: Final = ".slot."
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +24,15 @@ class StudentSpec:
     """What a student is made of, without its weights.
 
     `config` is a plain diffusers config. `edits`, in the student's own numbering, are those that no such config can
-    express; without any, the student is a stock UNet. `weight_map` gives every student tensor its teacher tensor.
+    express; without any, the student is a stock UNet. `weight_map` gives every student tensor that is inherited its
+    teacher tensor; `slot_map` every other one the unit of the teacher that its convolution replaces, and its name in
+    that convolution.
     """
 
     config: Mapping[str, Any]
     edits: Mapping[str, Edit]
     weight_map: Mapping[str, str]
+    slot_map: Mapping[str, tuple[str, str]]
 
     @property
     def is_stock(self) -> bool:
@@ -42,22 +48,36 @@ def specify(unet: UNet2DConditionModel, plan: Plan) -> StudentSpec:
     placed = place(unet, plan)
     parts = fold_into_config(unet, placed)
     student = _build(parts.config, parts.edits)
-    weight_map = {key: parts.teacher_key(key) for key in student.state_dict()}
+    names = {key: parts.teacher_key(key) for key in student.state_dict()}
+    units = {path for path, edit in placed.units.items() if conv_spec(edit) is not None}
+    slot_map = {}
+    for key, name in names.items():
+        unit, is_slot, inside = name.partition(_SLOT)
+        if is_slot and unit in units:
+            slot_map[key] = unit, inside
+    weight_map = {key: name for key, name in names.items() if key not in slot_map}
     _check_map(unet, student, weight_map)
-    return StudentSpec(parts.config, parts.edits, weight_map)
+    return StudentSpec(parts.config, parts.edits, weight_map, slot_map)
 
 
-def assemble(unet: UNet2DConditionModel, plan: Plan) -> UNet2DConditionModel:
+def assemble(unet: UNet2DConditionModel, plan: Plan, slot_weights: SlotWeights | None = None) -> UNet2DConditionModel:
     """Build the student of a plan with copies of the teacher's weights; the teacher is not touched.
 
-    The same teacher and plan always give the same student; an empty plan gives a bit-identical UNet. Raises AsdmError
-    for a plan that does not fit the UNet.
+    `slot_weights` are those of the plan's convolutions, by the path of the unit that they replace (see
+    `assembly.slot_fit`); without them the convolutions are zero. The same teacher, plan and slot weights always give
+    the same student; an empty plan gives a bit-identical UNet. Raises AsdmError for a plan that does not fit the UNet.
     """
     spec = specify(unet, plan)
     student = _build(spec.config, spec.edits)
     weights = unet.state_dict()
-    inherited = {key: weights[source].detach().clone() for key, source in spec.weight_map.items()}
-    student.load_state_dict(inherited, strict=True, assign=True)
+    state = {key: weights[source].detach().clone() for key, source in spec.weight_map.items()}
+    if spec.slot_map:
+        given = slot_weights or {}
+        zero = edited_copy(unet, place(unet, plan).units)
+        for key, (unit, name) in spec.slot_map.items():
+            source = given[unit] if unit in given else slot_of(zero, unit).state_dict()
+            state[key] = source[name].detach().to(unet.device, unet.dtype, copy=True)
+    student.load_state_dict(state, strict=True, assign=True)
     return student.eval().requires_grad_(False)
 
 
@@ -69,9 +89,9 @@ def _build(config: Mapping[str, Any], edits: Mapping[str, Edit]) -> UNet2DCondit
 
 
 def _check_map(unet: UNet2DConditionModel, student: UNet2DConditionModel, weight_map: Mapping[str, str]) -> None:
-    teacher = unet.state_dict()
-    for key, tensor in student.state_dict().items():
-        source = weight_map[key]
+    teacher, tensors = unet.state_dict(), student.state_dict()
+    for key, source in weight_map.items():
+        tensor = tensors[key]
         if source not in teacher:
             raise AsdmError(f"the student's {key} would come from {source}, which the teacher does not have")
         if teacher[source].shape != tensor.shape:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 from diffusers import UNet2DConditionModel
 
+from asdm_compress.assembly.calibration import Calibration
 from asdm_compress.assembly.options import Option, teacher_costs
 from asdm_compress.assembly.search import Solution, solve
+from asdm_compress.assembly.slot_start import fit_plan
 from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.units import Limit, Resource, within
+from asdm_compress.models.edits import SlotWeights
 from asdm_compress.profiling.counting import count
 from asdm_compress.profiling.latency import median_ratio, time_side_by_side
 from asdm_compress.profiling.profile import Profile, ProfileSettings, forward_pass
@@ -35,6 +38,7 @@ class Verified:
     latency_ratio: float
     solved_for: tuple[Limit, ...]
     rounds: int
+    slot_weights: SlotWeights
 
 
 def search_verified(
@@ -44,8 +48,9 @@ def search_verified(
     damages: Mapping[str, float],
     limits: Sequence[Limit],
     settings: ProfileSettings,
+    calibration: Calibration,
 ) -> Verified:
-    """The best plan whose built student keeps every limit.
+    """The best plan whose built student, with its convolutions fitted, keeps every limit.
 
     Raises AsdmError with exit code 3 when no plan meets the limits, or none is measured to within `MAX_ROUNDS`.
     """
@@ -68,7 +73,9 @@ def search_verified(
         }
         tolerated = {**costs, "latency": costs["latency"] / (1 + TIMING_TOLERANCE)}
         if within(tolerated, whole, limits):
-            return Verified(solution, student, costs, ratio, inner, number)
+            weights = fit_plan(teacher, solution.plan, calibration)
+            student = assemble(teacher, solution.plan, weights)
+            return Verified(solution, student, costs, ratio, inner, number, weights)
         inner = tuple(_tighter(limit, solution.costs, costs, whole) for limit in inner)
     raise _missed(MAX_ROUNDS, ratio, limits)
 

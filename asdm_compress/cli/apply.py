@@ -10,6 +10,8 @@ import typer
 
 from asdm_compress.cli import options as o
 from asdm_compress.cli.console import Output
+from asdm_compress.core.defaults import CALIBRATION_PROMPTS, GUIDANCE, STEPS
+from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_output
 from asdm_compress.core.recipe import load_recipe
 
@@ -19,6 +21,18 @@ def apply(
     model: o.Model = "mini-sd",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the student.")] = Path("out"),
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; auto keeps the checkpoint's own.")] = "auto",
+    slot_start: Annotated[
+        str, typer.Option(help="Convolutions of the recipe: fit them to this model's activations, or zero.")
+    ] = "fit",
+    prompts: o.Prompts = None,
+    calibration_prompts: Annotated[
+        int, typer.Option(min=1, help="Prompts that convolutions are fitted on.")
+    ] = CALIBRATION_PROMPTS,
+    steps: o.Steps = STEPS,
+    guidance: o.Guidance = GUIDANCE,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    threads: o.Threads = None,
     allow_pickle: o.AllowPickle = False,
     overwrite: o.Overwrite = False,
     quiet: o.Quiet = False,
@@ -27,17 +41,37 @@ def apply(
     """Replay a recipe on a checkpoint of the same family, without a search."""
     content = load_recipe(recipe)
     check_output(out, overwrite)
+    if slot_start not in ("fit", "zero"):
+        raise AsdmError(f"unknown slot start {slot_start!r}", "Use fit or zero.")
     output = Output(quiet, as_json)
     with output.stage("Starting torch"):
+        fitting = o.load_options(device, "fp32", threads)
         load = o.load_options("cpu", "fp32" if dtype == "auto" else dtype, None, allow_pickle)
         load = replace(load, dtype=None) if dtype == "auto" else load
-        from asdm_compress.workflows.apply import run_apply
+        from asdm_compress.workflows.apply import SlotStart, run_apply
+    from asdm_compress.evaluation.prompts import read_prompts
+    from asdm_compress.sampling.settings import SamplingSettings
 
-    result = run_apply(content, model, out, load, output, overwrite)
+    start = SlotStart(
+        slot_start == "fit",
+        SamplingSettings(steps, guidance, seed),
+        None if prompts is None else tuple(read_prompts(prompts)),
+        calibration_prompts,
+        device=fitting.device,
+    )
+    result = run_apply(content, model, out, load, start, output, overwrite)
+    if result.slots:
+        output.show(f"{result.slots} convolutions {'fitted to this model' if start.fitted else 'start from zero'}.")
     output.show(
         f"Wrote {out}: {result.kept} tensors inherited, {result.removed} removed; "
         f"{'opens in plain diffusers' if result.is_stock else 'opens after `import asdm_compress`'}."
     )
     output.result(
-        {"out": str(out), "stock": result.is_stock, "kept_tensors": result.kept, "removed_tensors": result.removed}
+        {
+            "out": str(out),
+            "stock": result.is_stock,
+            "kept_tensors": result.kept,
+            "removed_tensors": result.removed,
+            "slots": result.slots,
+        }
     )

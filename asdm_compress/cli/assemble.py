@@ -9,7 +9,7 @@ import typer
 
 from asdm_compress.cli import options as o
 from asdm_compress.cli.console import Output
-from asdm_compress.core.defaults import GUIDANCE, STEPS
+from asdm_compress.core.defaults import CALIBRATION_PROMPTS, GUIDANCE, STEPS
 from asdm_compress.core.files import check_output
 from asdm_compress.core.units import parse_budget
 
@@ -30,7 +30,14 @@ def assemble(
     seed: o.Seed = 0,
     scheduler: o.Scheduler = None,
     prompts: o.Prompts = None,
-    calibration_prompts: Annotated[int, typer.Option(min=1, help="Prompts whose trajectories are measured on.")] = 16,
+    slot: Annotated[
+        str, typer.Option(help="Convolutions for the places of what is taken out: auto, 1x1, 3x3, separable, none.")
+    ] = "auto",
+    experts: Annotated[int, typer.Option(min=1, help="Experts of a routed convolution; 1 for plain ones only.")] = 8,
+    routing: Annotated[str, typer.Option(help="What routes the experts: timestep, feature, both, none.")] = "timestep",
+    calibration_prompts: Annotated[
+        int, typer.Option(min=1, help="Prompts whose trajectories are measured on.")
+    ] = CALIBRATION_PROMPTS,
     held_out_prompts: Annotated[int, typer.Option(min=1, help="Other prompts, for the report alone.")] = 16,
     profile: Annotated[Path | None, typer.Option(help="A profile.json made here before, instead of a new one.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch of the timed pass; 2 is one image with guidance.")] = 2,
@@ -67,6 +74,9 @@ def assemble(
         calibration_prompts=calibration_prompts,
         held_out_prompts=held_out_prompts,
         known_profile=profile,
+        slot=slot,  # type: ignore[arg-type]
+        experts=experts,
+        routing=routing,  # type: ignore[arg-type]
     )
     result = run_assemble(model, limits, out, load, settings, output, overwrite)
     evidence = result.recipe.evidence

@@ -6,3 +6,4 @@ from typing import Final
 
 STEPS: Final = 25
 GUIDANCE: Final = 5.0
+CALIBRATION_PROMPTS: Final = 24

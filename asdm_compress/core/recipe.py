@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from asdm_compress.core.edits import EDIT_GRAMMAR, Edit, conv_spec
 from asdm_compress.core.errors import AsdmError
 
 
@@ -24,10 +25,19 @@ class Base(_Strict):
 
 
 class EditEntry(_Strict):
-    """One edit: a site's path, and `drop` or `shortcut`."""
+    """One edit: a site's path, and `drop`, `shortcut` or a convolution's name, such as `conv3x3*8@timestep`."""
 
     site: str = Field(min_length=1)
-    edit: Literal["drop", "shortcut"]
+    edit: str
+
+    @field_validator("edit")
+    @classmethod
+    def _is_edit(cls, value: str) -> str:
+        try:
+            conv_spec(value)
+        except AsdmError as error:
+            raise ValueError(f"{error}; edits are written like {EDIT_GRAMMAR}") from error
+        return value
 
 
 class Costs(_Strict):
@@ -68,7 +78,7 @@ class Recipe(_Strict):
     evidence: Evidence | None = None
     provenance: dict[str, Any] = {}
 
-    def as_edits(self) -> dict[str, Literal["drop", "shortcut"]]:
+    def as_edits(self) -> dict[str, Edit]:
         """Site path to edit."""
         return {entry.site: entry.edit for entry in self.edits}
 

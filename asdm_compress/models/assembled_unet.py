@@ -6,11 +6,19 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.utils import apply_lora_scale
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from asdm_compress.core.edits import Edit, conv_spec
 from asdm_compress.core.errors import AsdmError
-from asdm_compress.models.edits import Edit, apply_edits
+from asdm_compress.models.edits import apply_edits
+from asdm_compress.models.residuals import AddedResiduals
+from asdm_compress.models.walk import finish, start, steps_of
 
 InitT = TypeVar("InitT", bound=Callable[..., None])
 
@@ -26,9 +34,10 @@ def _with_base_parameters(init: InitT) -> InitT:
 class AssembledUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
     """A Stable Diffusion UNet with slots in the places of the modules that an assembly plan has taken out.
 
-    `edits` maps unit and sub-unit paths to `drop` or `shortcut`; every other parameter is the base class's. Without
-    edits the class is its base class. Saving and loading are diffusers' own, except that loading a folder whose weights
-    do not fit the config raises AsdmError, where the base class would fill the gaps with random numbers.
+    `edits` maps unit and sub-unit paths to `drop`, `shortcut` or the name of a convolution (see `core.edits`); every
+    other parameter is the base class's. Without edits the class is its base class. Saving and loading are diffusers'
+    own, except that loading a folder whose weights do not fit the config raises AsdmError, where the base class would
+    fill the gaps with random numbers.
     """
 
     # A saved pipeline names this as the class's library, and diffusers takes it from what has been imported: so
@@ -40,6 +49,53 @@ class AssembledUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
     def __init__(self, *args: Any, edits: Mapping[str, Edit] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         apply_edits(self, edits or {})
+        specs = [conv_spec(edit) for edit in (edits or {}).values()]
+        self._is_routed = any(spec is not None and spec.needs_timestep for spec in specs)
+
+    @apply_lora_scale("cross_attention_kwargs")  # type: ignore[untyped-decorator]
+    def forward(  # noqa: PLR0913, PLR0917 - the base class's signature
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        down_block_additional_residuals: tuple[Tensor, ...] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
+        down_intrablock_additional_residuals: list[Tensor] | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """As the base class: (B, C, H, W) to the same.
+
+        The blocks of diffusers do not tell their modules the timestep. With a convolution that is routed by it, the
+        pass is therefore made step by step; otherwise it is the base class's own.
+        """
+        if not self._is_routed:
+            return super().forward(
+                sample, timestep, encoder_hidden_states, class_labels, timestep_cond, attention_mask,
+                cross_attention_kwargs, added_cond_kwargs, down_block_additional_residuals,
+                mid_block_additional_residual, down_intrablock_additional_residuals, encoder_attention_mask,
+                return_dict,
+            )  # fmt: skip
+        text = self.process_encoder_hidden_states(
+            encoder_hidden_states=encoder_hidden_states, added_cond_kwargs=added_cond_kwargs
+        )
+        attention = {
+            "cross_attention_kwargs": cross_attention_kwargs,
+            "attention_mask": _as_bias(attention_mask, sample),
+            "encoder_attention_mask": _as_bias(encoder_attention_mask, sample),
+        }
+        state = start(self, sample, timestep, text, timestep_cond, attention)
+        added = AddedResiduals(
+            down_block_additional_residuals, mid_block_additional_residual, down_intrablock_additional_residuals
+        )
+        checkpointed = torch.is_grad_enabled() and self.is_gradient_checkpointing
+        prediction = finish(steps_of(self), state, added, _checkpoint if checkpointed else None)
+        return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -59,3 +115,13 @@ class AssembledUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
                 "The folder is damaged or was edited by hand; make it again with `asdm-compress apply`.",
             )
         return (model, info) if wants_info else model
+
+
+def _as_bias(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """A mask (B, tokens), 1 to keep and 0 to discard, as what is added to the attention scores, (B, 1, tokens)."""
+    return None if mask is None else ((1 - mask.to(like.dtype)) * -10000.0).unsqueeze(1)
+
+
+def _checkpoint(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    output: Tensor = checkpoint(function, *args, use_reentrant=False)
+    return output

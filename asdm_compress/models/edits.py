@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 from diffusers import UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 
+from asdm_compress.core.edits import SHORTCUT, ConvSpec, Edit, conv_spec
 from asdm_compress.core.errors import AsdmError
+from asdm_compress.models.expert_conv import MultiExpertConv2d
 from asdm_compress.models.sites import modules_of
 from asdm_compress.models.slots import (
+    ConvDownsampler,
+    ConvResnet,
+    ConvTransformer,
+    ConvUpsampler,
     DiscardSkip,
     IdentityResnet,
     IdentityTransformer,
@@ -21,15 +27,14 @@ from asdm_compress.models.slots import (
     ShortcutResnet,
 )
 
-Edit = Literal["drop", "shortcut"]
-EDITS: Final[tuple[Edit, ...]] = ("drop", "shortcut")
+SlotWeights = Mapping[str, Mapping[str, Tensor]]  # unit path to the state of its `MultiExpertConv2d`
 SUB_UNITS: Final = ("attn1", "attn2", "ff")
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def legal_edits(unet: UNet2DConditionModel) -> dict[str, tuple[Edit, ...]]:
-    """For every unit and sub-unit, the edits that keep all shapes right."""
+    """For every unit and sub-unit, the edits without weights of their own that keep all shapes right."""
     legal: dict[str, tuple[Edit, ...]] = {}
     discardable = set(_resnets_whose_skip_can_go(unet))
     for path, module in _units(unet):
@@ -42,6 +47,14 @@ def legal_edits(unet: UNet2DConditionModel) -> dict[str, tuple[Edit, ...]]:
                 if getattr(block, part, None) is not None:
                     legal[f"{path}.transformer_blocks.{k}.{part}"] = ("drop",)
     return legal
+
+
+def slot_kernels(unet: UNet2DConditionModel) -> dict[str, tuple[int, ...]]:
+    """For every unit that a convolution can replace, the kernel sizes that make sense there.
+
+    A sampler's own convolution is 3 x 3 already.
+    """
+    return {path: (1,) if "samplers." in path else (1, 3) for path, _ in _units(unet)}
 
 
 def _units(unet: UNet2DConditionModel) -> Iterator[tuple[str, nn.Module]]:
@@ -73,15 +86,12 @@ def apply_edits(unet: UNet2DConditionModel, edits: Mapping[str, Edit]) -> None:
 
     Raises AsdmError for a path that is no unit or sub-unit of this UNet and for an edit that is not legal there.
     """
-    legal = legal_edits(unet)
+    legal, kernels = legal_edits(unet), slot_kernels(unet)
     sub_units: dict[str, set[str]] = {}
     for path, edit in edits.items():
         if path not in legal:
             raise AsdmError(f"this UNet has no unit or sub-unit {path!r}", "See `asdm-compress profile` for its sites.")
-        if edit not in legal[path]:
-            raise AsdmError(
-                f"the edit {edit!r} is not possible at {path}", f"Possible there: {', '.join(legal[path])}."
-            )
+        check_edit(path, edit, legal[path], kernels.get(path, ()))
         if ".transformer_blocks." in path:
             block, _, part = path.rpartition(".")
             sub_units.setdefault(block, set()).add(part)
@@ -89,7 +99,25 @@ def apply_edits(unet: UNet2DConditionModel, edits: Mapping[str, Edit]) -> None:
         _replace(unet, path, PartialTransformerBlock(unet.get_submodule(path), frozenset(parts)))
     for path, edit in edits.items():
         if ".transformer_blocks." not in path:
-            _replace(unet, path, _slot(path, unet.get_submodule(path), edit))
+            slot = _slot(path, unet.get_submodule(path), edit)
+            _replace(unet, path, slot if conv_spec(edit) is None else slot.to(unet.device, unet.dtype).eval())
+
+
+def check_edit(path: str, edit: Edit, legal: tuple[Edit, ...], kernels: tuple[int, ...]) -> None:
+    """Raise AsdmError unless the edit is possible at a path with these legal edits and slot kernels."""
+    spec = conv_spec(edit)
+    if (edit in legal) if spec is None else (spec.kernel in kernels):
+        return
+    convolutions = [f"conv{k}x{k} and its kin" for k in kernels]
+    raise AsdmError(
+        f"the edit {edit!r} is not possible at {path}", f"Possible there: {', '.join([*legal, *convolutions])}."
+    )
+
+
+def slot_of(unet: nn.Module, path: str) -> MultiExpertConv2d:
+    """The convolution in the slot at a unit's path."""
+    slot: MultiExpertConv2d = unet.get_submodule(f"{path}.slot")  # type: ignore[assignment]
+    return slot
 
 
 def removable_levels(unet: UNet2DConditionModel) -> tuple[int, ...]:
@@ -104,12 +132,17 @@ def removable_levels(unet: UNet2DConditionModel) -> tuple[int, ...]:
 
 
 def edited_copy(
-    unet: ModuleT, edits: Mapping[str, Edit], drop_mid: bool = False, keep_levels: int | None = None
+    unet: ModuleT,
+    edits: Mapping[str, Edit],
+    drop_mid: bool = False,
+    keep_levels: int | None = None,
+    slot_weights: SlotWeights | None = None,
 ) -> ModuleT:
     """A UNet with the edits applied whose every remaining parameter is the very tensor of the original.
 
     Only the containers on the way to an edited place are copied, so that it costs neither memory nor time. `drop_mid`
-    takes the mid block out, `keep_levels` leaves only the first levels (see `removable_levels`).
+    takes the mid block out, `keep_levels` leaves only the first levels (see `removable_levels`). Convolutions whose
+    weights are not given are zero.
     """
     twins: dict[str, Any] = {"": _shallow(unet)}
     if drop_mid or keep_levels is not None:
@@ -123,6 +156,8 @@ def edited_copy(
                 twins[here] = parent._modules[name] = _shallow(parent._modules[name])
     root: ModuleT = twins[""]
     apply_edits(root, edits)
+    for path, weights in (slot_weights or {}).items():
+        slot_of(root, path).load_state_dict(weights)
     if keep_levels is not None:
         _remove_levels(root, keep_levels)
     return root
@@ -149,16 +184,35 @@ def _replace(unet: nn.Module, path: str, slot: nn.Module) -> None:
     unet.get_submodule(parent)._modules[name] = slot
 
 
-def _slot(path: str, module: nn.Module, edit: Edit) -> nn.Module:
-    kind = path.split(".")[-2]
+def _slot(path: str, module: Any, edit: Edit) -> nn.Module:
+    kind, spec = path.split(".")[-2], conv_spec(edit)
+    return _plain_slot(path, kind, module, edit) if spec is None else _conv_slot(kind, module, spec)
+
+
+def _plain_slot(path: str, kind: str, module: Any, edit: Edit) -> nn.Module:
     if kind == "attentions":
         return IdentityTransformer()
     if kind == "downsamplers":
         return PooledDownsampler()
     if kind == "upsamplers":
         return NearestUpsampler()
-    if edit == "shortcut":
-        return ShortcutResnet(module.conv_shortcut, module.output_scale_factor)  # type: ignore[arg-type]
+    if edit == SHORTCUT:
+        return ShortcutResnet(module.conv_shortcut, module.output_scale_factor)
     if path.startswith("up_blocks."):
-        return DiscardSkip(module.out_channels)  # type: ignore[arg-type]
+        return DiscardSkip(module.out_channels)
     return IdentityResnet()
+
+
+def _conv_slot(kind: str, module: Any, spec: ConvSpec) -> nn.Module:
+    if kind == "attentions":
+        return ConvTransformer(MultiExpertConv2d(module.in_channels, module.in_channels, spec))
+    if kind == "downsamplers":
+        return ConvDownsampler(MultiExpertConv2d(module.channels, module.out_channels, spec))
+    if kind == "upsamplers":
+        return ConvUpsampler(MultiExpertConv2d(module.channels, module.out_channels, spec))
+    dense = not spec.separable and spec.rank is None
+    # A dense kernel takes a 1 x 1 shortcut in; a factorised one could not express it.
+    shortcut = None if dense else module.conv_shortcut
+    return ConvResnet(
+        MultiExpertConv2d(module.in_channels, module.out_channels, spec), shortcut, module.output_scale_factor
+    )

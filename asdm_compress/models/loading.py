@@ -151,7 +151,8 @@ def open_pipeline(source: Source, options: LoadOptions) -> StableDiffusionPipeli
             source.path, **parts, dtype=dtype, variant=variant_of(source.unet_folder), local_files_only=True
         )
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(options.device)
+    with quiet_libraries():  # half precision on a CPU is only how weights are read and written here
+        return pipeline.to(options.device)
 
 
 def text_tokens_of(source: Source) -> int:

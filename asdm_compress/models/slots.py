@@ -7,6 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from asdm_compress.models.expert_conv import Moment, MultiExpertConv2d
+
 
 class IdentityResnet(nn.Module):
     """In place of a ResNet whose input and output have the same channels."""
@@ -112,3 +114,90 @@ class NearestUpsampler(nn.Module):
         if output_size is None:
             return F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
         return F.interpolate(hidden_states, size=tuple(output_size), mode="nearest")
+
+
+class ConvResnet(nn.Module):
+    """In place of a ResNet: a multi-expert convolution, added to the input or to the ResNet's own 1 x 1 shortcut.
+
+    Where widths differ and the convolution is dense, it has taken the shortcut in, and nothing is added.
+    """
+
+    def __init__(self, slot: MultiExpertConv2d, conv_shortcut: nn.Module | None, output_scale_factor: float) -> None:
+        super().__init__()
+        self.slot, self.conv_shortcut, self.output_scale_factor = slot, conv_shortcut, output_scale_factor
+
+    @property
+    def adds_input(self) -> bool:
+        """Whether the input itself is the shortcut."""
+        return self.conv_shortcut is None and self.slot.in_channels == self.slot.out_channels
+
+    def around(self, hidden_states: Tensor) -> Tensor | None:
+        """What the convolution's output is added to."""
+        if self.conv_shortcut is not None:
+            output: Tensor = self.conv_shortcut(hidden_states) / self.output_scale_factor
+            return output
+        return hidden_states if self.adds_input else None
+
+    def forward(
+        self, hidden_states: Tensor, temb: Tensor | None = None, *args: Any, moment: Moment | None = None, **kwargs: Any
+    ) -> Tensor:
+        """(B, C_in, H, W) to (B, C_out, H, W)."""
+        output: Tensor = self.slot(hidden_states, moment)
+        around = self.around(hidden_states)
+        return output if around is None else output + around
+
+
+class ConvTransformer(nn.Module):
+    """In place of a Transformer2DModel: its input plus a multi-expert convolution of it."""
+
+    def __init__(self, slot: MultiExpertConv2d) -> None:
+        super().__init__()
+        self.slot = slot
+
+    def forward(self, hidden_states: Tensor, *args: Any, moment: Moment | None = None, **kwargs: Any) -> tuple[Tensor]:
+        """(B, C, H, W) to the same, in a tuple as the blocks expect it."""
+        return (hidden_states + self.slot(hidden_states, moment),)
+
+
+class ConvDownsampler(nn.Module):
+    """In place of a strided convolution: the mean of every 2 x 2 patch, plus a multi-expert convolution of it."""
+
+    def __init__(self, slot: MultiExpertConv2d) -> None:
+        super().__init__()
+        self.slot = slot
+
+    def forward(self, hidden_states: Tensor, *args: Any, moment: Moment | None = None, **kwargs: Any) -> Tensor:
+        """(B, C, H, W) to (B, C, ceil(H / 2), ceil(W / 2))."""
+        pooled = F.avg_pool2d(hidden_states, 2, ceil_mode=True)
+        output: Tensor = pooled + self.slot(pooled, moment)
+        return output
+
+
+class ConvUpsampler(nn.Module):
+    """In place of an upsampling convolution: a multi-expert one before the interpolation, on fewer pixels."""
+
+    def __init__(self, slot: MultiExpertConv2d) -> None:
+        super().__init__()
+        self.slot = slot
+        self.interpolate = NearestUpsampler()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        output_size: tuple[int, int] | None = None,
+        *args: Any,
+        moment: Moment | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(B, C, H, W) to (B, C, 2H, 2W), or to `output_size`."""
+        output: Tensor = self.interpolate(hidden_states + self.slot(hidden_states, moment), output_size)
+        return output
+
+
+SlotModule = ConvResnet | ConvTransformer | ConvDownsampler | ConvUpsampler
+
+
+def takes_moment(module: nn.Module) -> bool:
+    """Whether a module in a unit's place wants to know the timestep."""
+    slot = getattr(module, "slot", None)
+    return isinstance(slot, MultiExpertConv2d) and slot.spec.needs_timestep

@@ -1,22 +1,38 @@
 """A UNet's forward pass as a list of steps, so that a run can stop, be kept, and go on at any unit.
 
 The steps call the model's own modules in the order of diffusers' `UNet2DConditionModel.forward`; the result is
-bit-identical to it (tested). ControlNet and adapter residuals have no place here.
+bit-identical to it (tested). Where a slot is routed by the timestep, its step hands the moment to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.utils.torch_utils import apply_freeu
 from torch import Tensor, nn
 
+from asdm_compress.models.expert_conv import Moment
+from asdm_compress.models.residuals import NONE_ADDED, AddedResiduals
 from asdm_compress.models.sites import modules_of
+from asdm_compress.models.slots import takes_moment
 
+Checkpoint = Callable[..., Tensor]
 StepKind = Literal["stem", "resnet", "decoder-resnet", "transformer", "downsampler", "upsampler", "head"]
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """What every step of one forward pass may look at: the time embedding (B, D), the text (B, tokens, width), the
+    moment, and further keyword arguments for the transformers (masks, attention settings)."""
+
+    time_embedding: Tensor
+    text: Tensor
+    moment: Moment
+    attention: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,25 +44,34 @@ class State:
 
     hidden: Tensor
     skips: tuple[Tensor, ...]
-    time_embedding: Tensor
-    text: Tensor
+    conditioning: Conditioning
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One unit of a forward pass: its site's path, what it does, its modules, and whether its output is a skip."""
+    """One unit of a forward pass: its site's path, what it does, its modules, and whether its output is a skip.
+
+    `block` is the decoder block that may carry FreeU's factors; `encoder_block` the number of the encoder block whose
+    layers end here.
+    """
 
     path: str
     kind: StepKind
     modules: tuple[nn.Module, ...]
     pushes_skip: bool = False
+    block: nn.Module | None = None
+    encoder_block: int | None = None
 
 
 def steps_of(unet: UNet2DConditionModel) -> tuple[Step, ...]:
     """The steps after the time embedding, from `conv_in` to `conv_out`."""
     steps = [Step("conv_in", "stem", (unet.conv_in,), pushes_skip=True)]
     for i, block in enumerate(unet.down_blocks):
-        steps += _block_steps(f"down_blocks.{i}", block, "resnet", pushes_skips=True)
+        inside = _block_steps(f"down_blocks.{i}", block, "resnet", pushes_skips=True)
+        # An adapter's residual is added before the downsampler, but behind it in a block without attention.
+        last = len(inside) - 1 - (len(modules_of(block, "downsamplers")) if modules_of(block, "attentions") else 0)
+        inside[last] = replace(inside[last], encoder_block=i)
+        steps += inside
     if unet.mid_block is not None:
         steps += _mid_steps(unet.mid_block)
     for i, block in enumerate(unet.up_blocks):
@@ -60,7 +85,8 @@ def _block_steps(path: str, block: nn.Module, resnet_kind: StepKind, pushes_skip
     attentions = modules_of(block, "attentions")
     for j, resnet in enumerate(modules_of(block, "resnets")):
         lone = j >= len(attentions)
-        steps.append(Step(f"{path}.resnets.{j}", resnet_kind, (resnet,), pushes_skips and lone))
+        decoder = block if resnet_kind == "decoder-resnet" else None
+        steps.append(Step(f"{path}.resnets.{j}", resnet_kind, (resnet,), pushes_skips and lone, decoder))
         if not lone:
             steps.append(Step(f"{path}.attentions.{j}", "transformer", (attentions[j],), pushes_skips))
     for j, sampler in enumerate(modules_of(block, "downsamplers")):
@@ -80,40 +106,70 @@ def _mid_steps(mid: nn.Module) -> list[Step]:
     return steps
 
 
-def start(unet: UNet2DConditionModel, sample: Tensor, timestep: Tensor, text: Tensor) -> State:
+def start(
+    unet: UNet2DConditionModel,
+    sample: Tensor,
+    timestep: Tensor | float,
+    text: Tensor,
+    timestep_condition: Tensor | None = None,
+    attention: Mapping[str, Any] | None = None,
+) -> State:
     """The state before `conv_in`: `sample` (B, C, H, W), `timestep` a scalar or (B,), `text` (B, tokens, width)."""
-    embedding = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep), None)
+    embedding = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep), timestep_condition)
     if unet.time_embed_act is not None:
         embedding = unet.time_embed_act(embedding)
-    return State(sample, (), embedding, text)
+    moment = Moment.of(timestep, len(sample), sample.device)
+    return State(sample, (), Conditioning(embedding, text, moment, attention or {}))
 
 
-def take(step: Step, state: State) -> State:
-    """The state after one step."""
-    hidden, skips = state.hidden, state.skips
-    module = step.modules[0]
-    if step.kind == "transformer":
-        hidden = module(hidden, encoder_hidden_states=state.text, return_dict=False)[0]
-    elif step.kind == "resnet":
-        hidden = module(hidden, state.time_embedding)
-    elif step.kind == "decoder-resnet":
-        hidden = module(torch.cat([hidden, skips[-1]], dim=1), state.time_embedding)
-        skips = skips[:-1]
-    elif step.kind == "upsampler":
-        # The size of the next skip is twice this one's wherever doubling is what the stock forward does.
-        hidden = module(hidden, skips[-1].shape[2:])
-    else:
-        for part in step.modules:
-            hidden = part(hidden)
+def take(step: Step, state: State, added: AddedResiduals = NONE_ADDED, checkpoint: Checkpoint | None = None) -> State:
+    """The state after one step. `checkpoint` runs a function and forgets its activations until the backward pass."""
+    given, skips, hidden = state.conditioning, state.skips, state.hidden
+    if step.kind == "decoder-resnet":
+        hidden, skips = torch.cat(_freed(step.block, hidden, skips[-1]), dim=1), skips[:-1]
+    # The size of the next skip is twice this one's wherever doubling is what the stock forward does.
+    size = skips[-1].shape[2:] if step.kind == "upsampler" else None
+    hidden = checkpoint(run, step, hidden, given, size) if checkpoint else run(step, hidden, given, size)
+    hidden = added.to_block(step.encoder_block, hidden)
     if step.pushes_skip:
         skips = (*skips, hidden)
     return replace(state, hidden=hidden, skips=skips)
 
 
-def finish(steps: Sequence[Step], state: State) -> Tensor:
+def _freed(block: nn.Module | None, hidden: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden state and skip connection under FreeU (2309.11497), where it is switched on."""
+    factors = {name: getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")}
+    if not all(factors.values()):
+        return hidden, skip
+    return apply_freeu(block.resolution_idx, hidden, skip, **factors)  # type: ignore[no-any-return, union-attr]
+
+
+def run(step: Step, hidden: Tensor, given: Conditioning, size: Sequence[int] | None = None) -> Tensor:
+    """The output of a step's modules; `hidden` has the skip connection in it already, `size` is an upsampler's."""
+    module = step.modules[0]
+    extra = {"moment": given.moment} if takes_moment(module) else {}
+    if step.kind == "transformer":
+        return module(hidden, encoder_hidden_states=given.text, return_dict=False, **given.attention, **extra)[0]  # type: ignore[no-any-return]
+    if step.kind in ("resnet", "decoder-resnet"):
+        return module(hidden, given.time_embedding, **extra)  # type: ignore[no-any-return]
+    if step.kind == "upsampler":
+        return module(hidden, size, **extra)  # type: ignore[no-any-return]
+    for part in step.modules:
+        hidden = part(hidden, **extra)
+    return hidden
+
+
+def finish(
+    steps: Sequence[Step], state: State, added: AddedResiduals = NONE_ADDED, checkpoint: Checkpoint | None = None
+) -> Tensor:
     """Take all the steps; the noise prediction (B, C, H, W)."""
+    where = "encoder"
     for step in steps:
-        state = take(step, state)
+        if where == "encoder" and step.path.startswith(("mid_block", "up_blocks")):
+            where, state = "middle", replace(state, skips=added.to_skips(state.skips))
+        if where == "middle" and step.path.startswith("up_blocks"):
+            where, state = "decoder", replace(state, hidden=added.to_mid(state.hidden))
+        state = take(step, state, added, checkpoint)
     return state.hidden
 
 

@@ -2,38 +2,68 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
+from asdm_compress.assembly.calibration import DEFAULT_BANDS, record
 from asdm_compress.assembly.plan import Plan
+from asdm_compress.assembly.slot_start import fit_plan
 from asdm_compress.assembly.surgery import assemble, removed_tensors, specify
+from asdm_compress.core.defaults import CALIBRATION_PROMPTS
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_output, output_folder
 from asdm_compress.core.recipe import Recipe, dump_recipe
+from asdm_compress.evaluation.prompts import choose_prompts
+from asdm_compress.models.edits import SlotWeights
 from asdm_compress.models.families import architecture
-from asdm_compress.models.loading import LoadOptions, open_pipeline, open_unet, resolve
+from asdm_compress.models.loading import LoadOptions, Source, open_pipeline, open_unet, resolve
 from asdm_compress.models.quiet import quiet_libraries
 from asdm_compress.models.saving import save_pipeline
+from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.workflows.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)
 class ApplyResult:
-    """Tensors inherited and tensors gone, and whether diffusers alone opens the student."""
+    """Tensors inherited, tensors gone, convolutions put into slots, and whether diffusers alone opens the student."""
 
     kept: int
     removed: int
+    slots: int
     is_stock: bool
 
 
+@dataclass(frozen=True, slots=True)
+class SlotStart:
+    """How the convolutions of a recipe start on another checkpoint: fitted to its own activations, or from zero.
+
+    A fit samples with the checkpoint itself, on `device`, on its own prompts or a user's.
+    """
+
+    fitted: bool = True
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    prompts: tuple[str, ...] | None = None
+    calibration_prompts: int = CALIBRATION_PROMPTS
+    bands: int = DEFAULT_BANDS
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
 def run_apply(
-    recipe: Recipe, model: str, out: Path, options: LoadOptions, progress: Progress, overwrite: bool = False
+    recipe: Recipe,
+    model: str,
+    out: Path,
+    options: LoadOptions,
+    start: SlotStart,
+    progress: Progress,
+    overwrite: bool = False,
 ) -> ApplyResult:
     """Write the student of `model` to `out`: a pipeline where `model` is one, else a UNet folder.
 
-    Raises AsdmError for a checkpoint that does not fit the recipe, naming what differs.
+    Raises AsdmError for a checkpoint that does not fit the recipe, naming what differs, and for one that is no whole
+    pipeline where convolutions are to be fitted.
     """
     with progress.stage("Opening the model"):
         source = resolve(model, options)
@@ -42,14 +72,34 @@ def run_apply(
         teacher = pipeline.unet if pipeline is not None else open_unet(source, options)
     check_fit(recipe, teacher, model)
     plan = Plan(recipe.as_edits())
+    spec = specify(teacher, plan)
+    weights: SlotWeights = {}
+    if spec.slot_map and start.fitted:
+        weights = _fit(source, options, plan, start, progress)
     with progress.stage("Operating"):
-        spec = specify(teacher, plan)
-        student = assemble(teacher, plan)
+        student = assemble(teacher, plan, weights)
     with progress.stage("Writing"), output_folder(out, overwrite) as aside:
         _save(pipeline, student, aside)
         kept = recipe.model_copy(update={"evidence": None})
         (aside / "recipe.yaml").write_text(dump_recipe(kept), encoding="utf-8")
-    return ApplyResult(len(spec.weight_map), len(removed_tensors(teacher, spec)), spec.is_stock)
+    slots = len({unit for unit, _ in spec.slot_map.values()})
+    return ApplyResult(len(spec.weight_map), len(removed_tensors(teacher, spec)), slots, spec.is_stock)
+
+
+def _fit(source: Source, options: LoadOptions, plan: Plan, start: SlotStart, progress: Progress) -> SlotWeights:
+    """Fit the plan's convolutions to what the model itself does, in fp32."""
+    if source.kind != "pipeline folder":
+        raise AsdmError(
+            f"the recipe's convolutions are fitted by sampling, for which a {source.kind} is not enough",
+            "Give a whole pipeline folder, or --slot-start zero for convolutions that a later training fills.",
+        )
+    pipeline = open_pipeline(source, replace(options, dtype=torch.float32, device=start.device))
+    prompts = choose_prompts(pipeline, start.prompts, start.calibration_prompts, 1).calibration
+    with progress.bar("Recording the model's trajectories") as bar:
+        calibration = record(pipeline, prompts, start.sampling, start.bands, bar)
+    with progress.bar("Fitting the slots") as bar:
+        # As `assemble` does: on the same model, prompts and sampler the weights come out the same.
+        return fit_plan(pipeline.unet, plan, calibration.parts()[0], bar)
 
 
 def check_fit(recipe: Recipe, teacher: UNet2DConditionModel, model: str) -> None:

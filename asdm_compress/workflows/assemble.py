@@ -70,10 +70,10 @@ def run_assemble(
     verified, chosen = found.verified, found.verified.solution.plan
     unseen = replace(settings.sampling, seed=HELD_OUT_IMAGE_SEED)
     with progress.bar("Measuring the plan's damage") as bar:
-        measured = measure_plan(teacher, chosen, found.calibration)
+        measured = measure_plan(teacher, chosen, found.calibration.parts()[1], verified.slot_weights)
         weights = found.calibration.band_weights
         others = record(pipeline, found.prompts.held_out, unseen, settings.bands, bar, weights)
-        held_out = measure_plan(teacher, chosen, others)
+        held_out = measure_plan(teacher, chosen, others, verified.slot_weights)
     runs = []
     for who, part in (("teacher", pipeline), ("student", with_unet(pipeline, verified.student))):
         with progress.bar(f"Sampling the {who}") as bar:
@@ -111,7 +111,8 @@ def _student_in_stored_precision(
     """The student with the bytes of the teacher's own files: what it was measured in must not change what is saved."""
     teacher = open_pipeline(source, replace(options, dtype=None, device=torch.device("cpu")))
     teacher.scheduler = measured.scheduler
-    return with_unet(teacher, assemble(teacher.unet, found.verified.solution.plan))
+    verified = found.verified
+    return with_unet(teacher, assemble(teacher.unet, verified.solution.plan, verified.slot_weights))
 
 
 def _evidence(profile: Profile, verified: Verified, measured_damage: float, held_out_damage: float) -> Evidence:

@@ -9,11 +9,15 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline
 
 from asdm_compress.assembly.calibration import DEFAULT_BANDS, Calibration, check_bands, record
-from asdm_compress.assembly.damage import Damage, measure_damages
-from asdm_compress.assembly.options import Option, find_options
+from asdm_compress.assembly.damage import Damage
+from asdm_compress.assembly.options import Option, SlotChoice, find_options, slot_specs
 from asdm_compress.assembly.plan import check_teacher
+from asdm_compress.assembly.slot_fit import check_experts
+from asdm_compress.assembly.slot_start import measure_options
 from asdm_compress.assembly.store import measurement_folder, recorded
 from asdm_compress.assembly.verify import Verified, search_verified
+from asdm_compress.core.defaults import CALIBRATION_PROMPTS
+from asdm_compress.core.edits import Routing
 from asdm_compress.core.units import Limit, parse_budget
 from asdm_compress.evaluation.prompts import PromptSplit, choose_prompts
 from asdm_compress.profiling.profile import (
@@ -24,6 +28,7 @@ from asdm_compress.profiling.profile import (
     load_profile,
     profile,
 )
+from asdm_compress.profiling.slot_costs import slot_costs
 from asdm_compress.sampling.run import check_one_evaluation_per_step
 from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.sampling.settings import SamplingSettings, check_text_to_image
@@ -34,17 +39,21 @@ from asdm_compress.workflows.progress import Progress, Silent
 class PlanSettings:
     """Everything that changes a plan besides the model and the budget.
 
-    `prompts` are a user's own; `known_profile` is a `profile.json` to use instead of profiling again.
+    `prompts` are a user's own; `known_profile` is a `profile.json` to use instead of profiling again. `slot`, `experts`
+    and `routing` say which convolutions the search may put into the places of what it takes out.
     """
 
     profile: ProfileSettings = field(default_factory=ProfileSettings)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     scheduler: str | None = None
     prompts: tuple[str, ...] | None = None
-    calibration_prompts: int = 16
+    calibration_prompts: int = CALIBRATION_PROMPTS
     held_out_prompts: int = 16
     bands: int = DEFAULT_BANDS
     known_profile: Path | None = None
+    slot: SlotChoice = "auto"
+    experts: int = 8
+    routing: Routing = "timestep"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +82,8 @@ def plan(
     """
     settings, progress = settings or PlanSettings(), progress or Silent()
     limits = parse_budget([budget]) if isinstance(budget, str) else budget
+    specs = slot_specs(settings.slot, settings.experts, settings.routing, limits)
+    check_experts(specs, settings.bands)
     teacher, sampling = pipeline.unet, settings.sampling
     check_teacher(teacher)
     check_text_to_image(pipeline)
@@ -93,10 +104,12 @@ def plan(
         calibration = recorded(
             folder / "triples.pt", lambda: record(pipeline, prompts.calibration, sampling, settings.bands, bar)
         ).to(pipeline.device)
-    options = find_options(teacher, costs)
-    with progress.bar("Measuring the damage of every edit") as bar:
-        damages = measure_damages(teacher, options, calibration, folder / "damages.jsonl", bar)
-    with progress.stage("Searching and verifying the plan"):
+    with progress.stage("Timing slot convolutions"):
+        slots = slot_costs(teacher, specs, shape)
+    options = find_options(teacher, costs, specs, slots)
+    with progress.bar("Fitting slots and measuring the damage of every edit") as bar:
+        damages = measure_options(teacher, options, calibration, folder / "damages.jsonl", bar)
+    with progress.stage("Searching, fitting and verifying the plan"):
         totals = {name: damage.total for name, damage in damages.items()}
-        verified = search_verified(teacher, costs, options, totals, limits, shape)
+        verified = search_verified(teacher, costs, options, totals, limits, shape, calibration.parts()[0])
     return PlanResult(verified, costs, prompts, calibration, options, damages)

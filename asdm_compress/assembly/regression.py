@@ -1,0 +1,110 @@
+"""Ridge regression of convolution kernels from normal equations that are summed up patch by patch in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1)  # shares of the mean diagonal of the patches' Gram matrix
+CONSTANT_RIDGE: Final = 1e-8  # share of the number of samples; keeps a constant without samples solvable
+BYTES_PER_BLOCK: Final = 256 * 2**20  # of unfolded patches held at a time
+
+
+class NormalEquations:
+    """What a linear least-squares fit needs to know of its samples: P Pᵀ, P Yᵀ and ‖Y‖², however many there are.
+
+    A sample is a k x k patch of the inputs (C k² values and a constant 1, F in all) with T target values; several
+    targets may be fitted from the same patches.
+    """
+
+    def __init__(self, features: int, targets: int, device: torch.device) -> None:
+        # float64 is not there on every accelerator; the sums are small enough for the CPU.
+        self.device = device if device.type == "cuda" else torch.device("cpu")
+        self.gram = torch.zeros(features, features, dtype=torch.float64, device=self.device)
+        self.cross = torch.zeros(features, targets, dtype=torch.float64, device=self.device)
+        self.energy = torch.zeros(targets, dtype=torch.float64, device=self.device)
+
+    def add(self, inputs: Tensor, targets: Tensor, kernel: int) -> None:
+        """Take in `inputs` (N, C, H, W), zero-padded, and `targets` (N, T, H, W)."""
+        patch_bytes = 8 * kernel**2 * inputs[0].numel()
+        rows = max(1, BYTES_PER_BLOCK // patch_bytes)
+        for start in range(0, len(inputs), rows):
+            x, y = inputs[start : start + rows].float(), targets[start : start + rows].float()
+            patches = F.unfold(x, kernel, padding=kernel // 2).to(self.gram).transpose(0, 1).flatten(1)
+            patches = torch.cat([patches, patches.new_ones(1, patches.shape[1])])
+            wanted = y.flatten(2).to(self.gram).transpose(0, 1).flatten(1)
+            self.gram += patches @ patches.T
+            self.cross += patches @ wanted.T
+            self.energy += wanted.square().sum(1)
+
+    def plus(self, other: NormalEquations, weight: float = 1.0) -> NormalEquations:
+        """These and `weight` times the other's."""
+        return self._with(
+            self.gram + weight * other.gram, self.cross + weight * other.cross, self.energy + weight * other.energy
+        )
+
+    def times(self, weight: float) -> NormalEquations:
+        """These with every sample counted `weight` times."""
+        return self._with(weight * self.gram, weight * self.cross, weight * self.energy)
+
+    def centre(self, kernel: int) -> NormalEquations:
+        """The equations of the patches' middle pixels alone: those of a 1 x 1 kernel."""
+        features = len(self.gram) - 1
+        keep = torch.tensor([*range(kernel**2 // 2, features, kernel**2), features], device=self.device)
+        return self._with(self.gram[keep][:, keep], self.cross[keep], self.energy)
+
+    def _with(self, gram: Tensor, cross: Tensor, energy: Tensor) -> NormalEquations:
+        twin = object.__new__(NormalEquations)
+        twin.device, twin.gram, twin.cross, twin.energy = self.device, gram, cross, energy
+        return twin
+
+    def solve(self, ridge: float, towards: Tensor | None = None) -> Tensor:
+        """The weights (F, T) of least squared error, with `ridge` pulling all but the constant to `towards` or zero."""
+        penalty = torch.full((len(self.gram),), ridge * self.scale, dtype=torch.float64, device=self.device)
+        penalty[-1] = CONSTANT_RIDGE * max(self.samples, 1e-30)
+        right = self.cross if towards is None else self.cross + penalty[:, None] * towards
+        factor = torch.linalg.cholesky(self.gram + torch.diag(penalty))
+        return torch.cholesky_solve(right, factor)
+
+    @property
+    def samples(self) -> float:
+        """How many patches there are, or what they weigh together."""
+        return float(self.gram[-1, -1])
+
+    @property
+    def scale(self) -> float:
+        """The mean diagonal of the Gram matrix, without the constant's."""
+        return max(float(self.gram.diagonal()[:-1].mean()), 1e-30)
+
+    def error(self, weights: Tensor) -> Tensor:
+        """The summed squared error (T,) of any weights (F, T)."""
+        fitted = ((self.gram @ weights) * weights).sum(0)
+        return self.energy - 2 * (self.cross * weights).sum(0) + fitted
+
+
+def solve_at_best_ridge(
+    train: Sequence[NormalEquations],
+    held_out: Sequence[NormalEquations],
+    targets: Sequence[slice],
+    towards: Tensor | None = None,
+) -> list[Tensor]:
+    """The weights (F, T) of several fits from all samples together.
+
+    Each group of `targets` has the one ridge for all the fits that had the least error on held-out samples when the
+    others were fitted.
+    """
+    errors: list[Tensor] = []
+    for ridge in RIDGES:
+        parts = [h.error(t.solve(ridge, towards)) for t, h in zip(train, held_out, strict=True)]
+        errors.append(torch.stack(parts).sum(0))
+    best = [min(range(len(RIDGES)), key=lambda i: float(errors[i][group].sum())) for group in targets]
+    solved = []
+    for t, h in zip(train, held_out, strict=True):
+        both = t.plus(h)
+        by_ridge = {i: both.solve(RIDGES[i], towards) for i in set(best)}
+        solved.append(torch.cat([by_ridge[i][:, group] for i, group in zip(best, targets, strict=True)], dim=1))
+    return solved

@@ -1,0 +1,37 @@
+"""What other networks add to a UNet's forward pass: ControlNet's and T2I-Adapter's residuals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AddedResiduals:
+    """`skips` are added to the encoder's outputs and `mid` to the mid block's (ControlNet, 2302.05543); `blocks`, one
+    per encoder block, to what its layers end in (T2I-Adapter, 2302.08453)."""
+
+    skips: Sequence[Tensor] | None = None
+    mid: Tensor | None = None
+    blocks: Sequence[Tensor] | None = None
+
+    def to_block(self, number: int | None, hidden: Tensor) -> Tensor:
+        """`hidden` with an encoder block's own residual, if there is one."""
+        if number is None or self.blocks is None or number >= len(self.blocks):
+            return hidden
+        return hidden + self.blocks[number]
+
+    def to_skips(self, skips: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The skip connections with theirs."""
+        if self.skips is None or self.mid is None:
+            return skips
+        return tuple(skip + residual for skip, residual in zip(skips, self.skips, strict=True))
+
+    def to_mid(self, hidden: Tensor) -> Tensor:
+        """The decoder's input with the mid block's."""
+        return hidden if self.skips is None or self.mid is None else hidden + self.mid
+
+
+NONE_ADDED = AddedResiduals()

@@ -1,0 +1,234 @@
+"""Closed-form starts: what the regression solves, and what it does for a student of the trained model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from asdm_compress.assembly.calibration import record
+from asdm_compress.assembly.damage import measure_plan
+from asdm_compress.assembly.options import find_options, slot_specs
+from asdm_compress.assembly.plan import Plan, place
+from asdm_compress.assembly.regression import NormalEquations, solve_at_best_ridge
+from asdm_compress.assembly.slot_start import fit_options, fit_plan, measure_options
+from asdm_compress.assembly.surgery import assemble, specify
+from asdm_compress.core.errors import AsdmError
+from asdm_compress.core.units import Limit
+from asdm_compress.models.saving import save_pipeline
+from asdm_compress.profiling.profile import ProfileSettings
+from asdm_compress.profiling.slot_costs import as_run, slot_costs
+from asdm_compress.sampling.settings import SamplingSettings
+from asdm_compress.scenes.captions import sample_captions
+
+CPU = torch.device("cpu")
+ROUTED = "conv3x3*4@timestep"
+SHALLOW = {
+    "down_blocks.0.layers.1": "drop",
+    "down_blocks.1.attentions.0": "drop",
+    "up_blocks.3.layers.1": "drop",
+    "up_blocks.2.upsamplers.0": "drop",
+}
+
+
+@pytest.fixture(scope="module")
+def calibration(pipeline):
+    prompts = [c.text for c in sample_captions(6, 21)]
+    return record(pipeline, prompts, SamplingSettings(steps=8, guidance=4.0, seed=3), bands=4)
+
+
+def equations(kernel, inputs, targets):
+    sums = NormalEquations(inputs.shape[1] * kernel**2 + 1, targets.shape[1], CPU)
+    sums.add(inputs, targets, kernel)
+    return sums
+
+
+def as_kernel(weights, channels, kernel):
+    return weights[:-1].T.reshape(-1, channels, kernel, kernel).float(), weights[-1].float()
+
+
+@settings(deadline=None, max_examples=20)
+@given(kernel=st.sampled_from([1, 3]), channels=st.integers(1, 4), outputs=st.integers(1, 3), seed=st.integers(0, 99))
+def test_a_convolution_is_found_again(kernel, channels, outputs, seed):
+    torch.manual_seed(seed)
+    inputs, weight, bias = (
+        torch.randn(4, channels, 9, 7),
+        torch.randn(outputs, channels, kernel, kernel),
+        torch.randn(3),
+    )
+    targets = F.conv2d(inputs, weight, bias[:outputs], padding=kernel // 2)
+    sums = equations(kernel, inputs, targets)
+    found, constant = as_kernel(sums.solve(1e-9), channels, kernel)
+    assert torch.allclose(found, weight, atol=1e-4)
+    assert torch.allclose(constant, bias[:outputs], atol=1e-4)
+    assert sums.error(sums.solve(1e-9)).abs().max() < 1e-4
+
+
+def test_the_solution_is_that_of_an_independent_solver():
+    """Oracle: numpy-style least squares on the unfolded patches with the ridge as further rows."""
+    torch.manual_seed(0)
+    inputs, targets, ridge = torch.randn(3, 5, 6, 6), torch.randn(3, 2, 6, 6), 0.3
+    sums = equations(3, inputs, targets)
+    patches = F.unfold(inputs, 3, padding=1).transpose(1, 2).flatten(0, 1).double()
+    rows = torch.cat([patches, torch.ones(len(patches), 1)], dim=1)
+    wanted = targets.flatten(2).transpose(1, 2).flatten(0, 1).double()
+    penalty = torch.eye(46, dtype=torch.float64)[:-1] * (ridge * sums.scale) ** 0.5
+    towards = torch.randn(46, 2, dtype=torch.float64)
+    expected = torch.linalg.lstsq(torch.cat([rows, penalty]), torch.cat([wanted, penalty @ towards])).solution
+    assert torch.allclose(sums.solve(ridge, towards), expected, atol=1e-5)
+    assert torch.allclose(sums.error(expected), (rows @ expected - wanted).square().sum(0), rtol=1e-6)
+
+
+def test_the_middle_of_a_3x3_fit_is_the_1x1_fit_and_sums_add():
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(6, 4, 5, 5), torch.randn(6, 3, 5, 5)
+    whole = equations(3, inputs, targets)
+    assert torch.allclose(whole.centre(3).solve(0.1), equations(1, inputs, targets).solve(0.1))
+    parts = equations(3, inputs[:2], targets[:2]).plus(equations(3, inputs[2:], targets[2:]))
+    assert torch.allclose(parts.solve(0.1), whole.solve(0.1))
+
+
+def test_noise_is_answered_with_a_strong_ridge():
+    """Targets without any relation to the inputs are best fitted by next to nothing; a real relation is kept."""
+    torch.manual_seed(0)
+    inputs = torch.randn(8, 6, 4, 4)
+    targets = torch.cat([torch.randn(8, 1, 4, 4), inputs[:, :1]], dim=1)
+    groups = [slice(0, 1), slice(1, 2)]
+    (found,) = solve_at_best_ridge(
+        [equations(3, inputs[:4], targets[:4])], [equations(3, inputs[4:], targets[4:])], groups
+    )
+    plain = equations(3, inputs, targets).solve(1e-4)
+    assert found[:-1, 0].norm() < 0.95 * plain[:-1, 0].norm()
+    assert (found[:, 1] - plain[:, 1]).norm() < 0.05
+
+
+def test_fitted_slots_beat_holes_on_prompts_that_they_have_not_seen(pipeline, unet, calibration):
+    unseen = record(
+        pipeline, [c.text for c in sample_captions(4, 77)], SamplingSettings(steps=8, guidance=4.0, seed=90), bands=4
+    )
+    hole = measure_plan(unet, Plan(SHALLOW), unseen).total
+    damages = {}
+    for edit in ("conv1x1", "conv1x1*4@timestep", "conv3x3-rank16"):
+        plan = Plan({site: "conv1x1" if "samplers" in site else edit for site in SHALLOW})
+        damages[edit] = measure_plan(unet, plan, unseen, fit_plan(unet, plan, calibration)).total
+    assert max(damages.values()) < hole / 2
+
+
+def test_one_slot_of_full_rank_is_the_dense_slot(unet, calibration):
+    dense, full = (Plan({"down_blocks.0.layers.1": e}) for e in ("conv3x3", "conv3x3-rank32"))
+    predictions = []
+    for plan in (dense, full):
+        student = assemble(unet, plan, fit_plan(unet, plan, calibration))
+        rows = calibration.part(0, 4).rows()
+        with torch.no_grad():
+            predictions.append(student(*rows, return_dict=False)[0])
+    assert torch.allclose(predictions[0], predictions[1], atol=1e-4)
+
+
+def test_a_single_slot_is_fitted_alike_alone_and_in_a_plan(unet, mini_profile, calibration):
+    specs = slot_specs("3x3", 4, "timestep", [])
+    costs = slot_costs(unet, specs, ProfileSettings(text_tokens=40, repeats=2))
+    wanted = ("down_blocks.1.resnets.0", "down_blocks.1.layers.0", "mid_block", "up_blocks.1.attentions.2")
+    options = [o for o in find_options(unet, mini_profile, specs, costs) if o.site in wanted and o.edit == ROUTED]
+    assert len(options) == len(wanted)
+    for group, weights in fit_options(unet, options, calibration):
+        for option in group:
+            (unit, state), (other, expected) = (
+                next(iter(w.items())) for w in (weights[option.name], fit_plan(unet, option.plan, calibration))
+            )
+            assert unit == other == place(unet, option.plan).bearers[0]
+            for key, value in state.items():
+                assert torch.allclose(value, expected[key], atol=1e-5), (option.name, key)
+
+
+def test_damages_of_slots_are_kept_and_not_fitted_again(unet, mini_profile, calibration, tmp_path, monkeypatch):
+    specs = slot_specs("1x1", 4, "timestep", [])
+    costs = slot_costs(unet, specs, ProfileSettings(text_tokens=40, repeats=2))
+    wanted = ("down_blocks.0.attentions.0", "down_blocks.0.layers.1")
+    options = [o for o in find_options(unet, mini_profile, specs, costs) if o.site in wanted]
+    store = tmp_path / "damages.jsonl"
+    found = measure_options(unet, options, calibration, store)
+    assert set(found) == {o.name for o in options}
+    by_name = {name: damage.total for name, damage in found.items()}
+    for site in wanted:
+        assert by_name[f"{site}:conv1x1*4@timestep"] < by_name[f"{site}:drop"]
+    lines = store.read_text()
+
+    def never(*_):
+        raise AssertionError("fitted again")
+        yield
+
+    monkeypatch.setattr("asdm_compress.assembly.slot_start.fit_options", never)
+    assert measure_options(unet, options, calibration, store) == found
+    assert store.read_text() == lines
+
+
+def test_slot_options_have_exact_costs(unet, mini_profile):
+    specs = slot_specs("auto", 4, "timestep", [Limit("params", 0.5, True)])
+    assert len(specs) == 6
+    costs = slot_costs(unet, specs, ProfileSettings(text_tokens=40, repeats=2))
+    options = find_options(unet, mini_profile, specs, costs)
+    for option in options[:: max(1, len(options) // 40)]:
+        student = assemble(unet, option.plan)
+        assert sum(p.numel() for p in student.parameters()) == mini_profile.parameters - option.savings["params"], (
+            option
+        )
+        if "@" in option.edit:
+            plain = next((o for o in options if o.name == option.name.partition("*")[0]), None)
+            assert plain is not None
+            assert plain.savings["macs"] == option.savings["macs"]
+    assert as_run(specs[1]) == specs[0]
+
+
+def test_experts_must_have_bands_to_be_fitted_on(pipeline, unet, calibration):
+    with pytest.raises(AsdmError, match="8 experts"):
+        fit_plan(unet, Plan({"mid_block": "conv1x1*8@timestep"}), calibration)
+
+
+def test_a_fitted_student_opens_in_a_fresh_process_without_a_difference(pipeline, unet, calibration, inputs, tmp_path):
+    plan = Plan({"levels.3": "drop", "up_blocks.1.layers.1": ROUTED, "down_blocks.1.downsamplers.0": "conv1x1"})
+    weights = fit_plan(unet, plan, calibration)
+    student = assemble(unet, plan, weights)
+    spec = specify(unet, plan)
+    assert {unit for unit, _ in spec.slot_map.values()} == set(weights)
+    assert measure_plan(unet, plan, calibration, weights).total < measure_plan(unet, plan, calibration).total
+    whole = StableDiffusionPipeline(**{**pipeline.components, "unet": student}, requires_safety_checker=False)
+    save_pipeline(whole, tmp_path / "student")
+    assert "conv3x3*4@timestep" in json.loads((tmp_path / "student/unet/config.json").read_text())["edits"].values()
+    with torch.no_grad():
+        expected = student(*inputs, return_dict=False)[0]
+    case = {"sample": inputs[0], "timestep": inputs[1], "text": inputs[2], "expected": expected}
+    save_file(case, tmp_path / "case.safetensors")
+    script = """
+import sys, torch, asdm_compress
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+case = load_file(sys.argv[2])
+pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    found = pipeline.unet(case["sample"], case["timestep"], case["text"], return_dict=False)[0]
+assert pipeline("a red circle", num_inference_steps=2, output_type="np").images.shape == (1, 128, 128, 3)
+print("DIFFERENCE", (found - case["expected"]).abs().max().item())
+"""
+    arguments = [sys.executable, "-c", script, str(tmp_path / "student"), str(tmp_path / "case.safetensors")]
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert "DIFFERENCE 0.0" in result.stdout, result.stderr
+
+
+def test_a_calibration_of_two_parts_keeps_prompts_apart(calibration):
+    fitted, measured = calibration.parts()
+    assert len(fitted) + len(measured) == len(calibration)
+    assert len(measured) == len(calibration) // 3
+    texts = {tuple(t.flatten().tolist()) for t in fitted.inputs.texts[:, 1]}
+    assert texts.isdisjoint({tuple(t.flatten().tolist()) for t in measured.inputs.texts[:, 1]})
+    alone = replace(calibration, prompts=torch.zeros_like(calibration.prompts))
+    assert alone.parts() == (alone, alone)
