@@ -1,0 +1,105 @@
+"""The plans that others would make for a budget: what our search is compared with."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from diffusers import UNet2DConditionModel
+
+from asdm_compress.assembly.options import Option, teacher_costs
+from asdm_compress.assembly.plan import Plan
+from asdm_compress.assembly.search import solve
+from asdm_compress.assembly.surgery import assemble
+from asdm_compress.core.edits import DROP, conv_spec
+from asdm_compress.core.errors import AsdmError
+from asdm_compress.core.units import Limit
+from asdm_compress.profiling.profile import Profile
+
+# BK-SDM's removals (its code, e13670c), at the level of layers.
+BK_BASE = {
+    **{f"down_blocks.{i}.layers.1": DROP for i in range(3)},
+    "down_blocks.3.resnets.1": DROP,
+    "up_blocks.0.resnets.1": DROP,
+    **{f"up_blocks.{i}.layers.1": DROP for i in (1, 2, 3)},
+}
+BK_SMALL = {**BK_BASE, "mid_block": DROP}
+BK_TINY = {
+    **{site: edit for site, edit in BK_BASE.items() if not site.startswith(("down_blocks.3", "up_blocks.0"))},
+    "levels.3": DROP,
+}
+BK_PATTERNS = {"bk-sdm-base": Plan(BK_BASE), "bk-sdm-small": Plan(BK_SMALL), "bk-sdm-tiny": Plan(BK_TINY)}
+
+Latency = Callable[[Plan], float]
+
+
+def without_convolutions(options: Sequence[Option]) -> list[Option]:
+    """What can only be taken out."""
+    return [o for o in options if conv_spec(o.edit) is None]
+
+
+def knapsack(options: Sequence[Option], damages: Mapping[str, float], profile: Profile, share: float) -> Plan | None:
+    """LAPTOP-Diff's idea (2404.11098): whole layers and units, additive one-shot damages, solved exactly."""
+    whole = [o for o in without_convolutions(options) if ".transformer_blocks." not in o.site]
+    return _solved(whole, damages, profile, share)
+
+
+def _solved(options: Sequence[Option], damages: Mapping[str, float], profile: Profile, share: float) -> Plan | None:
+    try:
+        return solve(options, damages, teacher_costs(profile), [Limit("latency", share, True)]).plan
+    except AsdmError:
+        return None
+
+
+def greedy(options: Sequence[Option], damages: Mapping[str, float], profile: Profile, share: float) -> Plan | None:
+    """Edits in the order of damage per second saved, until the budget is met."""
+    useful = [o for o in without_convolutions(options) if o.savings["latency"] > 0]
+    order = sorted(useful, key=lambda o: damages[o.name] / o.savings["latency"])
+    return _taken(order, profile, share)
+
+
+def random_plans(options: Sequence[Option], profile: Profile, share: float, count: int, seed: int) -> Iterator[Plan]:
+    """Edits in a random order until the budget is met."""
+    chance = random.Random(seed)
+    useful = [o for o in without_convolutions(options) if o.savings["latency"] > 0]
+    made = 0
+    for _ in range(20 * count):
+        order = chance.sample(useful, len(useful))
+        plan = _taken(order, profile, share)
+        if plan is not None:
+            made += 1
+            yield plan
+        if made == count:
+            return
+
+
+def _taken(order: Sequence[Option], profile: Profile, share: float) -> Plan | None:
+    missing, taken, touched = (1 - share) * profile.latency, {}, set[str]()
+    for option in order:
+        if missing <= 0:
+            break
+        if touched.isdisjoint(option.atoms):
+            taken[option.site] = option.edit
+            touched |= option.atoms
+            missing -= option.savings["latency"]
+    return Plan(taken) if missing <= 0 else None
+
+
+def within_measured(
+    make: Callable[[float], Plan | None],
+    share: float,
+    ratio_of: Callable[[UNet2DConditionModel], float],
+    teacher: UNet2DConditionModel,
+    rounds: int = 4,
+) -> tuple[Plan, float] | None:
+    """The first plan of a maker whose measured latency ratio keeps the budget, with less asked of it every round."""
+    asked = share
+    for _ in range(rounds):
+        plan = make(asked)
+        if plan is None:
+            return None
+        ratio = ratio_of(assemble(teacher, plan))
+        if ratio <= share * 1.01:
+            return plan, ratio
+        asked *= min(0.99, share / ratio)
+    return None
