@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -48,19 +48,28 @@ def feasible(chosen, limits):
 
 
 @settings(max_examples=60, deadline=None)
-@given(problem=problems(8))
-def test_the_optimum_is_that_of_brute_force(problem):
+@given(problem=problems(8), data=st.data())
+def test_the_optimum_is_that_of_brute_force(problem, data):
+    """Pair terms, with which damages no longer add up, included."""
     options, damages, limits = problem
+    all_pairs = [frozenset((a.name, b.name)) for a, b in combinations(options, 2)]
+    some = data.draw(st.lists(st.sampled_from(all_pairs), unique=True, max_size=5)) if all_pairs else []
+    pairs = {pair: data.draw(st.integers(-500, 500)) / 997 for pair in some}
     subsets = (
         [o for o, used in zip(options, bits, strict=True) if used] for bits in product((0, 1), repeat=len(options))
     )
-    best = min((sum(damages[o.name] for o in s) for s in subsets if feasible(s, limits)), default=None)
+
+    def damage(chosen):
+        names = {o.name for o in chosen}
+        return sum(damages[name] for name in names) + sum(t for pair, t in pairs.items() if pair <= names)
+
+    best = min((damage(s) for s in subsets if feasible(s, limits)), default=None)
     if best is None:
         with pytest.raises(AsdmError) as caught:
-            solve(options, damages, TEACHER, limits)
+            solve(options, damages, TEACHER, limits, pairs)
         assert caught.value.exit_code == ExitCode.INFEASIBLE
         return
-    solution = solve(options, damages, TEACHER, limits)
+    solution = solve(options, damages, TEACHER, limits, pairs)
     assert solution.proven
     assert solution.damage == pytest.approx(best, abs=1e-9)
     assert solution.bound == pytest.approx(best, abs=1e-6)

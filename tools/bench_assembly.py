@@ -118,15 +118,16 @@ def main() -> None:
             keep(budget, name, made[0], made[1], assemble(teacher, made[0]))
         began = time.monotonic()
         try:
-            ours = search_verified(teacher, found.profile, found.options, damages, limits, shape, fitting)
+            ours = search_verified(teacher, found.profile, found.options, damages, limits, shape, found.calibration)
         except AsdmError as error:
             rows.append({"budget": budget, "maker": "ours", "infeasible": True, "why": str(error)})
             continue
         chosen = ours.solution.plan
         keep(
             budget, "ours", chosen, ours.latency_ratio, ours.student,
-            predicted_damage=ours.solution.damage,
-            measured_damage=measure_plan(teacher, chosen, measuring, ours.slot_weights).total,
+            predicted_damage=ours.predicted_damage,
+            pairs=ours.pairs,
+            measured_damage=ours.measured_damage,
             predicted_latency_ratio=round(ours.solution.costs["latency"] / found.profile.latency, 4),
             seconds=round(time.monotonic() - began, 1),
         )  # fmt: skip

@@ -21,6 +21,9 @@ _ROUNDING = 1e-6  # of a unit: what floating-point division may be off by
 _COST_UNITS: Mapping[Resource, float] = {"latency": 1e-9, "macs": 1.0, "params": 1.0}
 
 
+Pairs = Mapping[frozenset[str], float]
+
+
 @dataclass(frozen=True, slots=True)
 class Solution:
     """A plan with its summed damage, the proven lower bound of any plan's, and its predicted costs."""
@@ -44,14 +47,17 @@ def solve(
     damages: Mapping[str, float],
     teacher: Mapping[Resource, float],
     limits: Sequence[Limit],
+    pairs: Pairs | None = None,
 ) -> Solution:
     """The options that do not overlap, meet every limit, and have the least summed damage.
 
-    `damages` maps option names to damages (0 or more). Raises AsdmError with exit code 3, naming the smallest budget
-    that can be reached, when no choice of options meets the limits.
+    `damages` maps option names to damages (0 or more); `pairs` two options' names to what their damage together is
+    above the sum of their own (or, negative, below). Raises AsdmError with exit code 3, naming the smallest budget that
+    can be reached, when no choice of options meets the limits.
     """
     began = time.perf_counter()
-    total = sum(damages[o.name] for o in options)
+    known = pairs or {}
+    total = sum(damages[o.name] for o in options) + sum(abs(term) for term in known.values())
     if not math.isfinite(total):
         broken = [o.name for o in options if not math.isfinite(damages[o.name])]
         raise AsdmError(
@@ -62,7 +68,11 @@ def solve(
     model, chosen = _choice_model(options)
     for limit in limits:
         _require(model, chosen, options, limit.resource, limit.absolute(teacher[limit.resource]), teacher)
-    model.minimize(sum(round(damages[o.name] * scale) * chosen[o.name] for o in options))
+    together = _pair_variables(model, chosen, known)
+    model.minimize(
+        sum(round(damages[o.name] * scale) * chosen[o.name] for o in options)
+        + sum(round(known[pair] * scale) * variable for pair, variable in together.items())
+    )
     solver = _solver()
     status = solver.solve(model)
     if status == cp_model.INFEASIBLE:
@@ -73,12 +83,32 @@ def solve(
     return Solution(
         plan=Plan({o.site: o.edit for o in picked}),
         options=picked,
-        damage=sum(damages[o.name] for o in picked),
+        damage=summed_damage(picked, damages, known),
         bound=solver.best_objective_bound / scale,
         proven=status == cp_model.OPTIMAL,
         costs=costs_of(picked, teacher),
         seconds=time.perf_counter() - began,
     )
+
+
+def summed_damage(options: Sequence[Option], damages: Mapping[str, float], pairs: Pairs) -> float:
+    """The damages of options and the terms of those pairs that are among them."""
+    names = {o.name for o in options}
+    return sum(damages[name] for name in names) + sum(term for pair, term in pairs.items() if pair <= names)
+
+
+def _pair_variables(
+    model: cp_model.CpModel, chosen: Mapping[str, cp_model.IntVar], pairs: Pairs
+) -> dict[frozenset[str], cp_model.IntVar]:
+    """For each pair a variable that says whether both are chosen."""
+    together = {}
+    for pair in pairs:
+        both = [chosen[name] for name in sorted(pair)]
+        variable = model.new_bool_var(" and ".join(sorted(pair)))
+        model.add_bool_and(both).only_enforce_if(variable)
+        model.add_bool_or([b.negated() for b in both]).only_enforce_if(variable.negated())
+        together[pair] = variable
+    return together
 
 
 def costs_of(options: Sequence[Option], teacher: Mapping[Resource, float]) -> dict[Resource, float]:

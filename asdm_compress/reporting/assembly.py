@@ -69,6 +69,7 @@ def report_content(
     rows = plan_rows(verified, profile, damages)
     savings = {o.name: o.savings["latency"] / profile.latency for o in options}
     totals = {name: damage.total for name, damage in damages.items()}
+    pairs = f" and what {verified.pairs} pairs of edits add" if verified.pairs else ""
     opens = (
         "The student opens in plain diffusers."
         if is_stock
@@ -83,8 +84,8 @@ def report_content(
         ],
         plan=rows,
         quality=[
-            ("predicted damage", f"{evidence.predicted_damage:.4g}", "sum of the edits' one-shot damages"),
-            ("measured damage", f"{evidence.measured_damage:.4g}", "of the whole plan, on the calibration prompts"),
+            ("predicted damage", f"{evidence.predicted_damage:.4g}", "sum of the edits' one-shot damages" + pairs),
+            ("measured damage", f"{evidence.measured_damage:.4g}", "of the whole plan, on prompts not fitted on"),
             ("held-out damage", f"{evidence.held_out_damage:.4g}", "the same on prompts and seeds not searched"),
             *quality.rows(),
         ],

@@ -69,8 +69,7 @@ def run_assemble(
     found = plan(pipeline, limits, settings, progress, model)
     verified, chosen = found.verified, found.verified.solution.plan
     unseen = replace(settings.sampling, seed=HELD_OUT_IMAGE_SEED)
-    with progress.bar("Measuring the plan's damage") as bar:
-        measured = measure_plan(teacher, chosen, found.calibration.parts()[1], verified.slot_weights)
+    with progress.bar("Measuring the plan on held-out prompts") as bar:
         weights = found.calibration.band_weights
         others = record(pipeline, found.prompts.held_out, unseen, settings.bands, bar, weights)
         held_out = measure_plan(teacher, chosen, others, verified.slot_weights)
@@ -81,7 +80,7 @@ def run_assemble(
     # The reader of the bundled model's world knows pictures of that world's size only.
     captions = found.prompts.captions if unseen.image_size is None else None
     quality = assess(runs[0], runs[1], captions)
-    evidence = _evidence(found.profile, verified, measured.total, held_out.total)
+    evidence = _evidence(found.profile, verified, held_out.total)
     recipe = _recipe(model, pipeline, limits, found, evidence, settings)
     grid = teacher_student_grid(runs[0], runs[1], found.prompts.held_out, unseen.seed, verified.latency_ratio)
     is_stock = specify(teacher, chosen).is_stock
@@ -115,7 +114,7 @@ def _student_in_stored_precision(
     return with_unet(teacher, assemble(teacher.unet, verified.solution.plan, verified.slot_weights))
 
 
-def _evidence(profile: Profile, verified: Verified, measured_damage: float, held_out_damage: float) -> Evidence:
+def _evidence(profile: Profile, verified: Verified, held_out_damage: float) -> Evidence:
     predicted, costs = verified.solution.costs, verified.costs
     return Evidence(
         teacher=Costs(latency=profile.latency, macs=profile.macs, params=profile.parameters),
@@ -123,8 +122,8 @@ def _evidence(profile: Profile, verified: Verified, measured_damage: float, held
         measured=Costs(latency=costs["latency"], macs=int(costs["macs"]), params=int(costs["params"])),
         measured_latency_ratio=round(verified.latency_ratio, 4),
         solved_for=[str(limit) for limit in verified.solved_for],
-        predicted_damage=verified.solution.damage,
-        measured_damage=measured_damage,
+        predicted_damage=verified.predicted_damage,
+        measured_damage=verified.measured_damage,
         held_out_damage=held_out_damage,
         damage_bound=verified.solution.bound,
         proven_optimal=verified.solution.proven,

@@ -111,5 +111,5 @@ def plan(
         damages = measure_options(teacher, options, calibration, folder / "damages.jsonl", bar)
     with progress.stage("Searching, fitting and verifying the plan"):
         totals = {name: damage.total for name, damage in damages.items()}
-        verified = search_verified(teacher, costs, options, totals, limits, shape, calibration.parts()[0])
+        verified = search_verified(teacher, costs, options, totals, limits, shape, calibration)
     return PlanResult(verified, costs, prompts, calibration, options, damages)
