@@ -51,6 +51,8 @@ def test_version_and_missing_command(cli):
         (["assemble", "--budget", "macs=0.7x", "--slot", "5x5"], 2, "Slots: auto, 1x1"),
         (["assemble", "--budget", "macs=0.7x", "--routing", "magic"], 2, "Routings: none, timestep"),
         (["assemble", "--budget", "macs=0.7x", "--experts", "9"], 2, "cannot be fitted on 8 timestep bands"),
+        (["assemble", "--budget", "macs=0.7x", "--calibration-prompts", "2"], 2, "too few to fit convolutions"),
+        (["apply", "good.yaml", "--slot-start", "guess"], 2, "Use fit or zero"),
         (["profile", "sd15"], 4, "not on this machine"),
         (["profile", "--device", "cuda:77"], 4, "not available"),
         (["profile", "--device", "abacus"], 2, "unknown device"),
@@ -68,6 +70,7 @@ def test_version_and_missing_command(cli):
 def test_mistakes_end_in_one_message_and_the_right_code(cli, tmp_path, arguments, code, words):
     (tmp_path / "there").mkdir()
     (tmp_path / "typo.yaml").write_text("asdm_recipe: 1\nbase: {model: m, architecture: {}}\nbugdet: []\nedits: []\n")
+    (tmp_path / "good.yaml").write_text("asdm_recipe: 1\nbase: {model: m, architecture: {}}\nedits: []\n")
     before = sorted(p.name for p in tmp_path.iterdir())
     result = cli(*arguments)
     assert result.returncode == code, result.stderr
@@ -113,7 +116,7 @@ def assembled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("assembled")
     environment = {**os.environ, "ASDM_COMPRESS_CACHE": str(folder / "cache"), "NO_COLOR": "1"}
     arguments = ["assemble", "mini-sd", "--out", "out", "--json"]
-    small = ["--calibration-prompts", "2", "--held-out-prompts", "2", "--repeats", "3", "--steps", "8", "--slot", "1x1"]
+    small = ["--calibration-prompts", "3", "--held-out-prompts", "2", "--repeats", "3", "--steps", "8", "--slot", "1x1"]
 
     def run(budget: str, *more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -178,7 +181,7 @@ def test_an_infeasible_budget_ends_with_three_and_the_smallest(assembled):
 
 def test_apply_replays_the_recipe_to_the_same_weights(assembled, cli, tmp_path):
     folder, printed, _ = assembled
-    same = ["--calibration-prompts", "2", "--steps", "8"]
+    same = ["--calibration-prompts", "3", "--steps", "8"]
     result = cli("apply", str(folder / "out" / "recipe.yaml"), "mini-sd", "--out", "again", "--json", *same)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["stock"] == printed["stock"]

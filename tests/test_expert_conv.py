@@ -131,6 +131,24 @@ def test_kept_kernels_are_forgotten_when_weights_change():
     assert torch.allclose(twin(images, moment), before, atol=1e-5)
 
 
+@torch.no_grad()
+def test_kept_kernels_survive_no_conversion_and_no_other_mode():
+    layer = random_layer(routed(ConvSpec(3), "timestep"))
+    images, moment = torch.randn(1, 6, 8, 8), Moment.of(666.6, 1, CPU)
+    before = layer(images, moment)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(images, moment).dtype == torch.bfloat16
+    assert torch.equal(layer(images, moment), before)
+    layer.eval()
+    for parameter in layer.weights:
+        parameter.data.mul_(2)  # as averages of weights are copied in, uncounted by torch
+    layer.train().eval()
+    assert not torch.allclose(layer(images, moment), before)
+    with torch.inference_mode():
+        born_there = random_layer(routed(ConvSpec(3), "timestep"))
+        assert torch.equal(born_there(images, moment), before)
+
+
 def test_a_new_layer_adds_nothing_and_a_missing_timestep_is_an_error():
     layer = MultiExpertConv2d(4, 4, routed(ConvSpec(3), "timestep"))
     assert layer(torch.randn(2, 4, 5, 5), Moment.of(5, 2, CPU)).abs().max() == 0

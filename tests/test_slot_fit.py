@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -19,13 +20,13 @@ from asdm_compress.assembly.calibration import record
 from asdm_compress.assembly.damage import measure_plan
 from asdm_compress.assembly.options import find_options, slot_specs
 from asdm_compress.assembly.plan import Plan, place
-from asdm_compress.assembly.regression import NormalEquations, solve_at_best_ridge
+from asdm_compress.assembly.regression import RIDGES, NormalEquations, solve_at_best_ridge
 from asdm_compress.assembly.slot_start import fit_options, fit_plan, measure_options
 from asdm_compress.assembly.surgery import assemble, specify
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.units import Limit
 from asdm_compress.models.saving import save_pipeline
-from asdm_compress.profiling.profile import ProfileSettings
+from asdm_compress.profiling.profile import ProfileSettings, profile
 from asdm_compress.profiling.slot_costs import as_run, slot_costs
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.scenes.captions import sample_captions
@@ -137,7 +138,10 @@ def test_one_slot_of_full_rank_is_the_dense_slot(unet, calibration):
 def test_a_single_slot_is_fitted_alike_alone_and_in_a_plan(unet, mini_profile, calibration):
     specs = slot_specs("3x3", 4, "timestep", [])
     costs = slot_costs(unet, specs, ProfileSettings(text_tokens=40, repeats=2))
-    wanted = ("down_blocks.1.resnets.0", "down_blocks.1.layers.0", "mid_block", "up_blocks.1.attentions.2")
+    wanted = (
+        "down_blocks.1.resnets.0", "down_blocks.1.layers.0", "mid_block", "mid_block.layers.1", "mid_block.resnets.1",
+        "up_blocks.1.attentions.2",
+    )  # fmt: skip
     options = [o for o in find_options(unet, mini_profile, specs, costs) if o.site in wanted and o.edit == ROUTED]
     assert len(options) == len(wanted)
     for group, weights in fit_options(unet, options, calibration):
@@ -189,9 +193,55 @@ def test_slot_options_have_exact_costs(unet, mini_profile):
     assert as_run(specs[1]) == specs[0]
 
 
-def test_experts_must_have_bands_to_be_fitted_on(pipeline, unet, calibration):
-    with pytest.raises(AsdmError, match="8 experts"):
-        fit_plan(unet, Plan({"mid_block": "conv1x1*8@timestep"}), calibration)
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [("conv1x1*8@timestep", "8 experts"), ("conv1x1*4@timestep-sigmoid", "add up"), ("conv3x3*4@both-t2", "add up")],
+)
+def test_what_has_no_closed_form_is_refused(unet, calibration, edit, words):
+    with pytest.raises(AsdmError, match=words):
+        fit_plan(unet, Plan({"mid_block": edit}), calibration)
+
+
+@pytest.mark.parametrize("routing", ["feature", "both"])
+def test_feature_routing_can_be_costed_and_starts_as_the_plain_fit(unet, calibration, routing):
+    specs = slot_specs("1x1", 4, routing, [])
+    assert [spec.experts for spec in specs] == [1, 4]
+    costs = slot_costs(unet, specs, ProfileSettings(text_tokens=40, repeats=2))
+    assert all(costs[as_run(spec)]["mid_block.resnets.0"].macs > 0 for spec in specs)
+    predictions = []
+    rows = calibration.part(0, 4).rows()
+    for edit in ("conv1x1", f"conv1x1*4@{'feature'}"):
+        plan = Plan({"up_blocks.2.attentions.1": edit})
+        student = assemble(unet, plan, fit_plan(unet, plan, calibration))
+        with torch.no_grad():
+            predictions.append(student(*rows, return_dict=False)[0])
+    assert torch.allclose(predictions[0], predictions[1], atol=1e-4)
+
+
+def test_activations_that_overflow_are_named_as_such(unet, calibration):
+    broken = copy.deepcopy(unet)
+    broken.down_blocks[0].resnets[0].conv1.weight[0, 0, 0, 0] = float("inf")
+    with pytest.raises(AsdmError, match="not finite"):
+        fit_plan(broken, Plan({"down_blocks.0.attentions.0": "conv1x1"}), calibration)
+
+
+def test_a_routed_student_is_profiled_block_by_block(unet, mini_profile):
+    student = assemble(unet, Plan({"mid_block.attentions.0": "conv1x1*4@timestep"}))
+    found = profile(student, ProfileSettings(text_tokens=40, repeats=2))
+    blocks = [s for s in found.sites if s.level == "block"]
+    assert sum(s.macs for s in blocks) == found.macs
+    assert sum(s.parameters for s in blocks) == found.parameters
+    assert found.site("up_blocks.3").macs == mini_profile.site("up_blocks.3").macs
+    assert found.site("mid_block").macs < mini_profile.site("mid_block").macs
+    assert all(s.latency > 0 for s in blocks)
+
+
+def test_three_bands_without_samples_to_judge_by_take_the_strongest_ridge():
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(2, 3, 4, 4), torch.randn(2, 1, 4, 4)
+    sums, nothing = equations(1, inputs, targets), NormalEquations(4, 1, CPU)
+    (found,) = solve_at_best_ridge([sums], [nothing], [slice(0, 1)])
+    assert torch.equal(found, sums.plus(nothing).solve(max(RIDGES)))
 
 
 def test_a_fitted_student_opens_in_a_fresh_process_without_a_difference(pipeline, unet, calibration, inputs, tmp_path):

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ import matplotlib
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from rival_plans import BK_PATTERNS, greedy, knapsack, random_plans, within_measured
+from rival_plans import BK_PATTERNS, greedy, knapsack, random_plans, within_measured, without_convolutions
 
 from asdm_compress.assembly.calibration import Calibration, record
 from asdm_compress.assembly.damage import compare_predictions, measure_plan
+from asdm_compress.assembly.options import Option
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.slot_start import fit_plan
 from asdm_compress.assembly.surgery import assemble
@@ -100,11 +102,29 @@ def main() -> None:
         rows.append({**row, "edits": dict(chosen.edits)})
         print(json.dumps(row), flush=True)
 
+    def search(budget: float, maker: str, options: Sequence[Option]) -> None:
+        began = time.monotonic()
+        limits = [Limit("latency", budget, True)]
+        try:
+            ours = search_verified(teacher, found.profile, options, damages, limits, shape, found.calibration)
+        except AsdmError as error:
+            rows.append({"budget": budget, "maker": maker, "infeasible": True, "why": str(error)})
+            return
+        keep(
+            budget, maker, ours.solution.plan, ours.latency_ratio, ours.student,
+            predicted_damage=ours.solution.damage,
+            measured_damage=ours.measured_damage,
+            pairs=ours.pairs,
+            predicted_latency_ratio=round(ours.solution.costs["latency"] / found.profile.latency, 4),
+            seconds=round(time.monotonic() - began, 1),
+        )  # fmt: skip
+
     for name, pattern in BK_PATTERNS.items():
         student = assemble(teacher, pattern)
-        keep(None, name, pattern, ratio_of(student), student)
+        ratio = ratio_of(student)
+        keep(round(ratio, 3), name, pattern, ratio, student)
+        search(round(ratio, 3), "ours", found.options)
     for budget in arguments.budgets:
-        limits = [Limit("latency", budget, True)]
         makers = {
             "greedy": lambda share: greedy(found.options, damages, found.profile, share),
             "drop-only knapsack": lambda share: knapsack(found.options, damages, found.profile, share),
@@ -116,21 +136,8 @@ def main() -> None:
                 rows.append({"budget": budget, "maker": name, "infeasible": True})
                 continue
             keep(budget, name, made[0], made[1], assemble(teacher, made[0]))
-        began = time.monotonic()
-        try:
-            ours = search_verified(teacher, found.profile, found.options, damages, limits, shape, found.calibration)
-        except AsdmError as error:
-            rows.append({"budget": budget, "maker": "ours", "infeasible": True, "why": str(error)})
-            continue
-        chosen = ours.solution.plan
-        keep(
-            budget, "ours", chosen, ours.latency_ratio, ours.student,
-            predicted_damage=ours.predicted_damage,
-            pairs=ours.pairs,
-            measured_damage=ours.measured_damage,
-            predicted_latency_ratio=round(ours.solution.costs["latency"] / found.profile.latency, 4),
-            seconds=round(time.monotonic() - began, 1),
-        )  # fmt: skip
+        search(budget, "ours without convolutions", without_convolutions(found.options))
+        search(budget, "ours", found.options)
     _fitted_patterns(teacher, fitting, ratio_of, keep)
     _write(rows, arguments.prompts, arguments.guidance)
 

@@ -52,10 +52,21 @@ def _solved(options: Sequence[Option], damages: Mapping[str, float], profile: Pr
 
 
 def greedy(options: Sequence[Option], damages: Mapping[str, float], profile: Profile, share: float) -> Plan | None:
-    """Edits in the order of damage per second saved, until the budget is met."""
+    """Edits in the order of damage per second saved until the budget is met, without those that are then not needed."""
     useful = [o for o in without_convolutions(options) if o.savings["latency"] > 0]
     order = sorted(useful, key=lambda o: damages[o.name] / o.savings["latency"])
-    return _taken(order, profile, share)
+    plan = _taken(order, profile, share)
+    if plan is None:
+        return None
+    chosen = sorted((o for o in order if plan.edits.get(o.site) == o.edit), key=lambda o: damages[o.name], reverse=True)
+    spare = sum(o.savings["latency"] for o in chosen) - (1 - share) * profile.latency
+    kept = []
+    for option in chosen:
+        if option.savings["latency"] <= spare:
+            spare -= option.savings["latency"]
+        else:
+            kept.append(option)
+    return Plan({o.site: o.edit for o in kept})
 
 
 def random_plans(options: Sequence[Option], profile: Profile, share: float, count: int, seed: int) -> Iterator[Plan]:

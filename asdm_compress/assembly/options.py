@@ -60,13 +60,13 @@ def teacher_costs(profile: Profile) -> dict[Resource, float]:
 def slot_specs(slot: SlotChoice, experts: int, routing: Routing, limits: Sequence[Limit]) -> tuple[ConvSpec, ...]:
     """The convolutions that a search may put into a slot: the routed one of each shape, and one with a single expert.
 
-    The latter where `experts` is 1 or `routing` none, and where a budget limits parameters: otherwise the routed one
-    costs no more. Raises AsdmError for unknown words.
+    The latter except where it costs no less: beside timestep-routed ones, unless a budget limits parameters. Raises
+    AsdmError for unknown words.
     """
     if slot not in SLOT_SHAPES:
         raise AsdmError(f"unknown slot {slot!r}", f"Slots: {', '.join(SLOT_SHAPES)}.")
     routed = experts > 1 and routing != "none"
-    plain_too = not routed or any(limit.resource == "params" for limit in limits)
+    plain_too = not routed or routing != "timestep" or any(limit.resource == "params" for limit in limits)
     specs = []
     for kernel, separable in SLOT_SHAPES[slot]:
         if plain_too:

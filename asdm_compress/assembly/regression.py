@@ -95,11 +95,12 @@ def solve_at_best_ridge(
     """The weights (F, T) of several fits from all samples together.
 
     Each group of `targets` has the one ridge for all the fits that had the least error on held-out samples when the
-    others were fitted.
+    others were fitted; where no fit has both kinds of samples, the strongest one.
     """
+    told = [(t, h) for t, h in zip(train, held_out, strict=True) if t.samples > 0 and h.samples > 0]
     errors: list[Tensor] = []
     for ridge in RIDGES:
-        parts = [h.error(t.solve(ridge, towards)) for t, h in zip(train, held_out, strict=True)]
+        parts = [h.error(t.solve(ridge, towards)) for t, h in told] or [torch.zeros_like(train[0].energy) - ridge]
         errors.append(torch.stack(parts).sum(0))
     best = [min(range(len(RIDGES)), key=lambda i: float(errors[i][group].sum())) for group in targets]
     solved = []

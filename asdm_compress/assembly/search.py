@@ -83,7 +83,7 @@ def solve(
     return Solution(
         plan=Plan({o.site: o.edit for o in picked}),
         options=picked,
-        damage=summed_damage(picked, damages, known),
+        damage=_summed_damage(picked, damages, known),
         bound=solver.best_objective_bound / scale,
         proven=status == cp_model.OPTIMAL,
         costs=costs_of(picked, teacher),
@@ -91,7 +91,7 @@ def solve(
     )
 
 
-def summed_damage(options: Sequence[Option], damages: Mapping[str, float], pairs: Pairs) -> float:
+def _summed_damage(options: Sequence[Option], damages: Mapping[str, float], pairs: Pairs) -> float:
     """The damages of options and the terms of those pairs that are among them."""
     names = {o.name for o in options}
     return sum(damages[name] for name in names) + sum(term for pair, term in pairs.items() if pair <= names)

@@ -17,6 +17,7 @@ from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.expert_conv import TRAIN_TIMESTEPS, MultiExpertConv2d
 from asdm_compress.models.walk import State, Step
 
+FEWEST_PROMPTS: Final = 3
 HELD_OUT_EVERY: Final = 4  # every fourth prompt chooses the ridge
 
 
@@ -82,6 +83,7 @@ def slot_activations(step: Step, module: Any, state: State, output: Tensor) -> t
     behind everything that the slot stands for.
     """
     hidden = state.hidden
+    shortcut = getattr(module, "conv_shortcut", None)
     if step.kind == "decoder-resnet":
         hidden = torch.cat([hidden, state.skips[-1]], dim=1)
     if step.kind == "downsampler":
@@ -89,16 +91,30 @@ def slot_activations(step: Step, module: Any, state: State, output: Tensor) -> t
     if step.kind == "upsampler":
         # Interpolation repeats every pixel: the least squared error to a patch is that to its mean.
         output = F.interpolate(output, size=hidden.shape[2:], mode="area")
-    shortcut = getattr(module, "conv_shortcut", None)
     around = hidden if shortcut is None else shortcut(hidden) / module.output_scale_factor
-    return hidden, output - around
+    # In half precision the differences that guidance amplifies would be rounding noise.
+    return hidden.float(), output.float() - around.float()
 
 
-def check_experts(specs: Sequence[ConvSpec], bands: int) -> None:
-    """Raise AsdmError for more time-routed experts than there are timestep bands to fit them on."""
-    most = max((spec.experts for spec in specs if spec.needs_timestep), default=1)
-    if most > bands:
-        raise AsdmError(f"{most} experts cannot be fitted on {bands} timestep bands", "Use fewer experts.")
+def check_fits(specs: Sequence[ConvSpec], bands: int) -> None:
+    """Raise AsdmError for convolutions that have no closed form: whose experts do not own a timestep band each."""
+    for spec in specs:
+        if spec.needs_timestep and spec.experts > bands:
+            raise AsdmError(f"{spec.experts} experts cannot be fitted on {bands} timestep bands", "Use fewer experts.")
+        if spec.experts > 1 and (spec.mixing != "softmax" or spec.temperature != 1):
+            raise AsdmError(
+                f"{spec.name} cannot be fitted: its experts do not add up to one kernel per timestep",
+                "Fit a softmax of temperature 1, or start from zero and train.",
+            )
+
+
+def check_prompts(count: int) -> None:
+    """Raise AsdmError for too few prompts to fit on some and measure on others."""
+    if count < FEWEST_PROMPTS:
+        raise AsdmError(
+            f"{count} calibration prompts are too few to fit convolutions on some and measure them on others",
+            f"Use --calibration-prompts {FEWEST_PROMPTS} or more, or --slot none.",
+        )
 
 
 class SlotFits:
@@ -149,7 +165,7 @@ class SlotFits:
         return layer.state_dict()
 
     def _solve(self, kernel: int, experts: int) -> list[Tensor]:
-        """The weights (F, T) of every expert; solved once."""
+        """The weights (F, T) of every expert; solved once. Raises AsdmError for activations that are no numbers."""
         if (kernel, experts) not in self._solved:
             sums = self._sums[kernel]
             counts = [t.samples + h.samples for t, h in zip(sums.train, sums.held_out, strict=True)]
@@ -162,6 +178,11 @@ class SlotFits:
                 [_sum([parts[band] for band in group], [weights[band] for band in group]) for group in groups]
                 for parts in (sums.train, sums.held_out)
             )
+            if not all(bool(part.gram.isfinite().all() and part.cross.isfinite().all()) for part in train + held_out):
+                raise AsdmError(
+                    "activations of the model are not finite numbers, nothing can be fitted to them",
+                    "Does the model overflow in this dtype? Try --dtype fp32.",
+                )
             towards = self._solve(kernel, 1)[0] if experts > 1 else None
             if experts == 1:
                 self._grams[kernel] = train[0].gram + held_out[0].gram

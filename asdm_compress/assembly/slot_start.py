@@ -16,7 +16,7 @@ from asdm_compress.assembly.calibration import Calibration
 from asdm_compress.assembly.damage import Damage, chunks_of, known_damages, measure_damages, teacher_pass
 from asdm_compress.assembly.options import Option
 from asdm_compress.assembly.plan import Plan, edited, place
-from asdm_compress.assembly.slot_fit import BandSums, SlotFits, check_experts, slot_activations
+from asdm_compress.assembly.slot_fit import BandSums, SlotFits, check_fits, slot_activations
 from asdm_compress.core.edits import conv_spec
 from asdm_compress.models.edits import SlotWeights, slot_of
 from asdm_compress.models.walk import State, Step, start, steps_of, take
@@ -27,11 +27,18 @@ SUMS_BYTES: Final = 3 * 2**30  # of normal equations held at a time
 
 @dataclass(frozen=True, slots=True)
 class _Bearer:
-    """A unit that may bear convolutions: the modules that each of them would stand for, and the largest kernel."""
+    """A unit that may bear convolutions: the modules that each of them would stand for, and the largest kernel.
+
+    All spans begin with the same module.
+    """
 
     unit: str
     spans: tuple[tuple[str, ...], ...]
     kernel: int
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.unit, self.spans[0][0]
 
     def targets(self, unet: UNet2DConditionModel) -> int:
         return len(self.spans) * _widths(unet, self.unit)[1]
@@ -86,8 +93,8 @@ def fit_options(
         for bearer in group:
             width = _widths(unet, bearer.unit)[1]
             targets = [slice(i * width, (i + 1) * width) for i in range(len(bearer.spans))]
-            fits = SlotFits(sums.pop(bearer.unit), calibration, unet.get_submodule(bearer.unit), targets)
-            ours = [o for o in options if spans[o.name][0] == bearer.unit]
+            fits = SlotFits(sums.pop(bearer.key), calibration, unet.get_submodule(bearer.unit), targets)
+            ours = [o for o in options if spans[o.name][0] == bearer.unit and spans[o.name][1] in bearer.spans]
             weights: dict[str, SlotWeights] = {}
             for option in ours:
                 spec = conv_spec(option.edit)
@@ -104,12 +111,12 @@ def fit_plan(
     """Fit the convolutions of a whole plan in the order in which they run.
 
     Each is fitted from what the student, with all earlier convolutions in place, hands to it, to what the teacher has
-    behind the modules that it stands for, and so makes up for what was damaged before it. Raises AsdmError for more
-    time-routed experts than timestep bands.
+    behind the modules that it stands for, and so makes up for what was damaged before it. Raises AsdmError for
+    convolutions that have no fit (see `check_fits`).
     """
     placed = place(unet, plan)
     specs = [spec for spec in (conv_spec(edit) for edit in placed.units.values()) if spec is not None]
-    check_experts(specs, len(calibration.band_weights))
+    check_fits(specs, len(calibration.band_weights))
     weights: dict[str, Mapping[str, Tensor]] = {}
     if not placed.replaced:
         return weights
@@ -166,14 +173,14 @@ class _Lockstep:
 
 
 def _bearers(options: Sequence[Option], spans: Mapping[str, tuple[str, tuple[str, ...]]]) -> list[_Bearer]:
-    found: dict[str, tuple[list[tuple[str, ...]], int]] = {}
+    found: dict[tuple[str, str], tuple[list[tuple[str, ...]], int]] = {}
     for option in options:
         unit, span = spans[option.name]
         spec = conv_spec(option.edit)
         assert spec is not None
-        known, kernel = found.get(unit, ([], 1))
-        found[unit] = ([*known, span] if span not in known else known, max(kernel, spec.kernel))
-    return [_Bearer(unit, tuple(known), kernel) for unit, (known, kernel) in found.items()]
+        known, kernel = found.get((unit, span[0]), ([], 1))
+        found[unit, span[0]] = ([*known, span] if span not in known else known, max(kernel, spec.kernel))
+    return [_Bearer(unit, tuple(known), kernel) for (unit, _), (known, kernel) in found.items()]
 
 
 def _groups(unet: UNet2DConditionModel, bearers: Sequence[_Bearer], bands: int) -> Iterator[list[_Bearer]]:
@@ -194,19 +201,21 @@ def _groups(unet: UNet2DConditionModel, bearers: Sequence[_Bearer], bands: int) 
 @torch.no_grad()
 def _accumulate(
     unet: UNet2DConditionModel, bearers: Sequence[_Bearer], calibration: Calibration
-) -> dict[str, BandSums]:
+) -> dict[tuple[str, str], BandSums]:
     steps = steps_of(unet)
     at = {step.path: i for i, step in enumerate(steps)}
     bands = len(calibration.band_weights)
     sums = {
-        b.unit: BandSums.empty(bands, _widths(unet, b.unit)[0], b.targets(unet), b.kernel, unet.device) for b in bearers
+        b.key: BandSums.empty(bands, _widths(unet, b.unit)[0], b.targets(unet), b.kernel, unet.device) for b in bearers
     }
     for first, last in chunks_of(calibration):
         states, _ = teacher_pass(unet, steps, calibration.part(first, last))
         for bearer in bearers:
-            i, module = at[bearer.unit], unet.get_submodule(bearer.unit)
-            pairs = [slot_activations(steps[i], module, states[i], states[at[s[-1]] + 1].hidden) for s in bearer.spans]
-            sums[bearer.unit].add(calibration, first, pairs[0][0], torch.cat([y for _, y in pairs], dim=1))
+            unit, begin = bearer.key
+            step, before = steps[at[unit]], states[at[begin]]
+            module = unet.get_submodule(unit)
+            pairs = [slot_activations(step, module, before, states[at[span[-1]] + 1].hidden) for span in bearer.spans]
+            sums[bearer.key].add(calibration, first, pairs[0][0], torch.cat([y for _, y in pairs], dim=1))
     return sums
 
 

@@ -12,7 +12,7 @@ from asdm_compress.assembly.calibration import Calibration
 from asdm_compress.assembly.damage import measure_plan
 from asdm_compress.assembly.options import Option, teacher_costs
 from asdm_compress.assembly.plan import Plan
-from asdm_compress.assembly.search import Pairs, Solution, solve, summed_damage
+from asdm_compress.assembly.search import Pairs, Solution, solve
 from asdm_compress.assembly.slot_start import fit_plan
 from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.errors import AsdmError, ExitCode
@@ -35,8 +35,8 @@ class Verified:
     """A solution, the student built from it, and what the student costs as measured (latency) and counted (the rest).
 
     `solved_for` are the limits that the solution's proof holds for: tighter ones than the user's where a first plan
-    measured slower than predicted. `predicted_damage` is the sum for this plan with all `pairs` that were measured in
-    the end, `measured_damage` that of the whole plan on prompts that nothing was fitted on.
+    measured slower than predicted. Its damage holds the terms of `pairs` pairs; `measured_damage` is that of the whole
+    plan on prompts that nothing was fitted on.
     """
 
     solution: Solution
@@ -46,9 +46,7 @@ class Verified:
     solved_for: tuple[Limit, ...]
     rounds: int
     slot_weights: SlotWeights = field(default_factory=dict)
-    predicted_damage: float = 0.0
     measured_damage: float = math.inf
-    attempts: int = 1
     pairs: int = 0
 
 
@@ -71,25 +69,30 @@ def search_verified(
     fitting, measuring = calibration.parts()
     pairs: dict[frozenset[str], float] = {}
     best: Verified | None = None
-    for attempt in range(1, DAMAGE_ROUNDS + 1):
-        found = _search_within_latency(teacher, profile, options, damages, limits, settings, pairs)
+    inner = tuple(limits)
+    for attempt in range(DAMAGE_ROUNDS):
+        try:
+            found = _search_within_latency(teacher, profile, options, damages, limits, inner, settings, pairs)
+        except AsdmError as error:
+            if best is None or error.exit_code != ExitCode.INFEASIBLE:
+                raise
+            break
+        inner = found.solved_for
         weights = fit_plan(teacher, found.solution.plan, fitting)
         measured = measure_plan(teacher, found.solution.plan, measuring, weights).total
         student = assemble(teacher, found.solution.plan, weights)
-        found = replace(found, slot_weights=weights, student=student, measured_damage=measured, attempts=attempt)
+        found = replace(found, slot_weights=weights, student=student, measured_damage=measured, pairs=len(pairs))
         if best is None or measured < best.measured_damage:
             best = found
         predicted = found.solution.damage
-        if abs(measured - predicted) <= DAMAGE_TOLERANCE * predicted or attempt == DAMAGE_ROUNDS:
+        if abs(measured - predicted) <= DAMAGE_TOLERANCE * predicted or attempt == DAMAGE_ROUNDS - 1:
             break
         new = _measure_pairs(teacher, found.solution.options, damages, pairs, fitting, measuring)
         if not new:
             break
         pairs |= new
     assert best is not None
-    # What is known by now of the pairs belongs to the prediction, whichever round the plan is from.
-    summed = summed_damage(best.solution.options, damages, pairs)
-    return replace(best, predicted_damage=summed, pairs=len(pairs))
+    return best
 
 
 def _measure_pairs(
@@ -118,11 +121,12 @@ def _search_within_latency(
     options: Sequence[Option],
     damages: Mapping[str, float],
     limits: Sequence[Limit],
+    inner: tuple[Limit, ...],
     settings: ProfileSettings,
     pairs: Pairs,
 ) -> Verified:
+    """Search under `inner`, tightened until the plan keeps `limits` as measured."""
     whole = teacher_costs(profile)
-    inner = tuple(limits)
     ratio = 1.0
     for number in range(1, MAX_ROUNDS + 1):
         try:

@@ -31,6 +31,7 @@ def apply(
     steps: o.Steps = STEPS,
     guidance: o.Guidance = GUIDANCE,
     seed: o.Seed = 0,
+    scheduler: o.Scheduler = None,
     device: o.Device = "auto",
     threads: o.Threads = None,
     allow_pickle: o.AllowPickle = False,
@@ -55,6 +56,7 @@ def apply(
     start = SlotStart(
         slot_start == "fit",
         SamplingSettings(steps, guidance, seed),
+        scheduler,
         None if prompts is None else tuple(read_prompts(prompts)),
         calibration_prompts,
         device=fitting.device,

@@ -9,7 +9,7 @@ import typer
 
 from asdm_compress.cli import options as o
 from asdm_compress.cli.console import Output
-from asdm_compress.core.defaults import CALIBRATION_PROMPTS, GUIDANCE, STEPS
+from asdm_compress.core.defaults import CALIBRATION_PROMPTS, GUIDANCE, HELD_OUT_PROMPTS, STEPS
 from asdm_compress.core.files import check_output
 from asdm_compress.core.units import parse_budget
 
@@ -38,7 +38,9 @@ def assemble(
     calibration_prompts: Annotated[
         int, typer.Option(min=1, help="Prompts whose trajectories are measured on.")
     ] = CALIBRATION_PROMPTS,
-    held_out_prompts: Annotated[int, typer.Option(min=1, help="Other prompts, for the report alone.")] = 16,
+    held_out_prompts: Annotated[
+        int, typer.Option(min=1, help="Other prompts, for the report alone.")
+    ] = HELD_OUT_PROMPTS,
     profile: Annotated[Path | None, typer.Option(help="A profile.json made here before, instead of a new one.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch of the timed pass; 2 is one image with guidance.")] = 2,
     image_size: o.ImageSize = None,

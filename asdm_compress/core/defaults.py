@@ -7,3 +7,4 @@ from typing import Final
 STEPS: Final = 25
 GUIDANCE: Final = 5.0
 CALIBRATION_PROMPTS: Final = 24
+HELD_OUT_PROMPTS: Final = 16

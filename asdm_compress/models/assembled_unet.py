@@ -50,7 +50,7 @@ class AssembledUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         apply_edits(self, edits or {})
         specs = [conv_spec(edit) for edit in (edits or {}).values()]
-        self._is_routed = any(spec is not None and spec.needs_timestep for spec in specs)
+        self.is_routed = any(spec is not None and spec.needs_timestep for spec in specs)
 
     @apply_lora_scale("cross_attention_kwargs")  # type: ignore[untyped-decorator]
     def forward(  # noqa: PLR0913, PLR0917 - the base class's signature
@@ -74,7 +74,7 @@ class AssembledUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
         The blocks of diffusers do not tell their modules the timestep. With a convolution that is routed by it, the
         pass is therefore made step by step; otherwise it is the base class's own.
         """
-        if not self._is_routed:
+        if not self.is_routed:
             return super().forward(
                 sample, timestep, encoder_hidden_states, class_labels, timestep_cond, attention_mask,
                 cross_attention_kwargs, added_cond_kwargs, down_block_additional_residuals,

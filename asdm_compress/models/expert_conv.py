@@ -24,7 +24,7 @@ TRAIN_TIMESTEPS: Final = 1000.0  # routers see timesteps as shares of this
 # A weight this near to one picks its expert as it is: the rest would change less than fp32 rounding does.
 ONE_HOT_TOLERANCE: Final = 1e-6
 START_SHARPNESS: Final = 1000.0  # a step 0.02 from a boundary (half of one of 25) is one-hot to 2e-9
-CACHED_MOMENTS: Final = 128
+CACHED_MOMENTS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,23 +119,32 @@ class MultiExpertConv2d(nn.Module):
         mixed = [torch.tensordot(share, weight, dims=1) for weight in self.weights]
         return mixed, torch.mv(self.bias.T, share)
 
+    def train(self, mode: bool = True) -> MultiExpertConv2d:
+        """As any module; kept kernels are forgotten, since weights may change in ways that torch does not count."""
+        self._mixed.clear()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> MultiExpertConv2d:
+        self._mixed.clear()  # moved or converted weights must not keep the old ones alive
+        return super()._apply(*args, **kwargs)  # type: ignore[no-any-return, no-untyped-call]
+
     def _kernels_at(self, moment: Moment) -> tuple[list[Tensor], Tensor]:
         """The kernels of one moment; kept between calls where nothing can have changed and no gradient is wanted."""
         if self.bias.is_meta:  # only shapes are asked for: those of a moment whose kernels are known
             return [weight[0] for weight in self.weights], self.bias[0]
         first = Moment(moment.timesteps[:1])
-        if moment.value is None:
+        device = self.bias.device.type
+        if moment.value is None or torch.is_autocast_enabled(device) or self.bias.is_inference():
             return self.kernels_for(self.route(None, first)[0])
-        key = (moment.value, *((p.data_ptr(), p._version) for p in self.parameters()))
-        kept = self._mixed.get(key)
+        kept = self._mixed.get(moment.value, tuple((p.data_ptr(), p._version) for p in self.parameters()))
         if kept is None:
             share = self.route(None, first)[0]
             best = int(share.argmax())
-            if abs(float(share[best]) - 1) < ONE_HOT_TOLERANCE and self.spec.mixing == "softmax":
-                kept = [weight[best] for weight in self.weights], self.bias[best]
-            else:
-                kept = self.kernels_for(share)
-            self._mixed.put(key, kept)
+            is_one = abs(float(share[best]) - 1) < ONE_HOT_TOLERANCE and self.spec.mixing == "softmax"
+            kept = best if is_one else self.kernels_for(share)
+            self._mixed.put(moment.value, kept)
+        if isinstance(kept, int):
+            return [weight[kept] for weight in self.weights], self.bias[kept]
         return kept
 
     def _convolve(self, hidden: Tensor, kernels: Sequence[Tensor], bias: Tensor) -> Tensor:
@@ -170,19 +179,30 @@ class MultiExpertConv2d(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, {self.spec.name}"
 
 
+_Kept = int | tuple[list[Tensor], Tensor]
+
+
 class _MomentCache:
-    """The last few moments' kernels. Not a part of the weights: neither saved nor copied."""
+    """For the last few moments the expert that answers, or the mixed kernels. Not a part of the weights: neither saved
+    nor copied, and empty as soon as the weights are others."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Any, tuple[list[Tensor], Tensor]] = OrderedDict()
+        self._weights: Any = None
+        self._kept: OrderedDict[float, _Kept] = OrderedDict()
 
-    def get(self, key: Any) -> tuple[list[Tensor], Tensor] | None:
-        return self._kept.get(key)
+    def clear(self) -> None:
+        self._kept = OrderedDict()
 
-    def put(self, key: Any, kernels: tuple[list[Tensor], Tensor]) -> None:
-        self._kept[key] = kernels
-        while len(self._kept) > CACHED_MOMENTS:
-            self._kept.popitem(last=False)
+    def get(self, moment: float, weights: Any) -> _Kept | None:
+        if weights != self._weights:
+            self._weights, self._kept = weights, OrderedDict()
+        return self._kept.get(moment)
+
+    def put(self, moment: float, kernels: _Kept) -> None:
+        kept = self._kept
+        kept[moment] = kernels
+        while len(kept) > CACHED_MOMENTS:
+            kept.popitem(last=False)
 
     def __deepcopy__(self, memo: Any) -> _MomentCache:
         return _MomentCache()

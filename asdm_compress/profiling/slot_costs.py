@@ -16,9 +16,12 @@ SlotCosts = Mapping[ConvSpec, Mapping[str, SiteProfile]]
 
 
 def as_run(spec: ConvSpec) -> ConvSpec:
-    """The convolution that costs the same time: one that is routed by the timestep alone runs as a plain one."""
+    """The convolution that costs the same time: one that is routed by the timestep alone runs as a plain one.
+
+    With the features the timestep's logits are nothing beside the kernels mixed for every image.
+    """
     if spec.routing in ("feature", "both"):
-        return spec
+        return replace(spec, routing="feature")
     return replace(spec, experts=1, routing="none", mixing="softmax", temperature=1.0)
 
 

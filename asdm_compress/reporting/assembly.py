@@ -27,9 +27,10 @@ def proof_text(verified: Verified, budget: Sequence[str]) -> str:
     limits = f"predicted {', '.join(solved_for)}"
     if solved_for != list(budget):
         limits += f", tightened in round {verified.rounds} to keep {', '.join(budget)} as measured"
+    summed = f"Summed damage{f' with the terms of {verified.pairs} pairs' if verified.pairs else ''}"
     if solution.proven:
-        return f"Summed damage {solution.damage:.4g}, proven optimal (lower bound {solution.bound:.4g}) for {limits}."
-    return f"Summed damage {solution.damage:.4g}, at most {solution.gap:.1%} above the best possible for {limits}."
+        return f"{summed} {solution.damage:.4g}, proven optimal (lower bound {solution.bound:.4g}) for {limits}."
+    return f"{summed} {solution.damage:.4g}, at most {solution.gap:.1%} above the best possible for {limits}."
 
 
 def plan_rows(verified: Verified, profile: Profile, damages: Mapping[str, Damage]) -> list[PlanRow]:

@@ -10,9 +10,11 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from asdm_compress.assembly.calibration import DEFAULT_BANDS, record
 from asdm_compress.assembly.plan import Plan
+from asdm_compress.assembly.slot_fit import check_fits, check_prompts
 from asdm_compress.assembly.slot_start import fit_plan
 from asdm_compress.assembly.surgery import assemble, removed_tensors, specify
-from asdm_compress.core.defaults import CALIBRATION_PROMPTS
+from asdm_compress.core.defaults import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS
+from asdm_compress.core.edits import conv_spec
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_output, output_folder
 from asdm_compress.core.recipe import Recipe, dump_recipe
@@ -22,6 +24,7 @@ from asdm_compress.models.families import architecture
 from asdm_compress.models.loading import LoadOptions, Source, open_pipeline, open_unet, resolve
 from asdm_compress.models.quiet import quiet_libraries
 from asdm_compress.models.saving import save_pipeline
+from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.workflows.progress import Progress
 
@@ -45,8 +48,10 @@ class SlotStart:
 
     fitted: bool = True
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    scheduler: str | None = None
     prompts: tuple[str, ...] | None = None
     calibration_prompts: int = CALIBRATION_PROMPTS
+    held_out_prompts: int = HELD_OUT_PROMPTS  # left out of a user's own, as `assemble` leaves them out
     bands: int = DEFAULT_BANDS
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -93,8 +98,13 @@ def _fit(source: Source, options: LoadOptions, plan: Plan, start: SlotStart, pro
             f"the recipe's convolutions are fitted by sampling, for which a {source.kind} is not enough",
             "Give a whole pipeline folder, or --slot-start zero for convolutions that a later training fills.",
         )
+    specs = [spec for spec in map(conv_spec, plan.edits.values()) if spec is not None]
+    check_fits(specs, start.bands)
     pipeline = open_pipeline(source, replace(options, dtype=torch.float32, device=start.device))
-    prompts = choose_prompts(pipeline, start.prompts, start.calibration_prompts, 1).calibration
+    if start.scheduler:
+        pipeline.scheduler = make_scheduler(start.scheduler, pipeline)
+    prompts = choose_prompts(pipeline, start.prompts, start.calibration_prompts, start.held_out_prompts).calibration
+    check_prompts(len(prompts))
     with progress.bar("Recording the model's trajectories") as bar:
         calibration = record(pipeline, prompts, start.sampling, start.bands, bar)
     with progress.bar("Fitting the slots") as bar:

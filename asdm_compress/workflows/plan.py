@@ -12,11 +12,11 @@ from asdm_compress.assembly.calibration import DEFAULT_BANDS, Calibration, check
 from asdm_compress.assembly.damage import Damage
 from asdm_compress.assembly.options import Option, SlotChoice, find_options, slot_specs
 from asdm_compress.assembly.plan import check_teacher
-from asdm_compress.assembly.slot_fit import check_experts
+from asdm_compress.assembly.slot_fit import check_fits, check_prompts
 from asdm_compress.assembly.slot_start import measure_options
 from asdm_compress.assembly.store import measurement_folder, recorded
 from asdm_compress.assembly.verify import Verified, search_verified
-from asdm_compress.core.defaults import CALIBRATION_PROMPTS
+from asdm_compress.core.defaults import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS
 from asdm_compress.core.edits import Routing
 from asdm_compress.core.units import Limit, parse_budget
 from asdm_compress.evaluation.prompts import PromptSplit, choose_prompts
@@ -48,7 +48,7 @@ class PlanSettings:
     scheduler: str | None = None
     prompts: tuple[str, ...] | None = None
     calibration_prompts: int = CALIBRATION_PROMPTS
-    held_out_prompts: int = 16
+    held_out_prompts: int = HELD_OUT_PROMPTS
     bands: int = DEFAULT_BANDS
     known_profile: Path | None = None
     slot: SlotChoice = "auto"
@@ -77,13 +77,15 @@ def plan(
 ) -> PlanResult:
     """The plan with the least summed damage whose measured student keeps the budget, for example "latency=0.7x".
 
+    Where pairs of edits had to be measured, the one of least measured damage of the plans searched (see `verify`).
+
     Measurements are kept on disk by content. The pipeline is left as it was, except for its scheduler where the
     settings name one. Raises AsdmError for what cannot be planned, with exit code 3 for a budget that cannot be met.
     """
     settings, progress = settings or PlanSettings(), progress or Silent()
     limits = parse_budget([budget]) if isinstance(budget, str) else budget
     specs = slot_specs(settings.slot, settings.experts, settings.routing, limits)
-    check_experts(specs, settings.bands)
+    check_fits(specs, settings.bands)
     teacher, sampling = pipeline.unet, settings.sampling
     check_teacher(teacher)
     check_text_to_image(pipeline)
@@ -92,6 +94,8 @@ def plan(
         pipeline.scheduler = make_scheduler(settings.scheduler, pipeline)
     check_one_evaluation_per_step(pipeline.scheduler, sampling.steps)
     prompts = choose_prompts(pipeline, settings.prompts, settings.calibration_prompts, settings.held_out_prompts)
+    if specs:
+        check_prompts(len(prompts.calibration))
     shape = replace(settings.profile, text_tokens=int(pipeline.tokenizer.model_max_length))
     with progress.stage("Profiling"):
         if settings.known_profile is None:
