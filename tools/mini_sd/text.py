@@ -36,7 +36,7 @@ class CaptionReader(nn.Module):
 def train_text(folder: Path, minutes: float, seed: int, device: torch.device) -> None:
     """Train or go on training; the checkpoint is `text.pt` in `folder`."""
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer()
+    tokenizer = _tokenizer(folder)
     nouns = {tokenizer(shape)["input_ids"][1] for shape in SHAPES}
     encoder, reader = make_text_encoder(tokenizer).to(device), CaptionReader().to(device)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *reader.parameters()], lr=LEARNING_RATE, weight_decay=1e-2)
@@ -69,10 +69,25 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 
 def load_text_encoder(folder: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """The tokenizer and the trained, frozen encoder."""
-    tokenizer = make_tokenizer()
+    tokenizer = _tokenizer(folder)
     encoder = make_text_encoder(tokenizer).eval().requires_grad_(False)
     encoder.load_state_dict(torch.load(folder / "text.pt", map_location="cpu", weights_only=True)["model"])
     return tokenizer, encoder
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer that belongs to the text encoder; made once.
+
+    Words that are equally frequent are numbered in an order that differs from process to process, so that another one
+    would hand other words to a trained encoder.
+    """
+    path = folder / "tokenizer"
+    if not path.exists():
+        make_tokenizer().save_pretrained(path)
+    tokenizer = CLIPTokenizer.from_pretrained(path)
+    for where_from in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(where_from, None)
+    return tokenizer
 
 
 def _ask(logits: Tensor, answers: Tensor, questions: tuple[int, ...]) -> tuple[Tensor, float]:
