@@ -48,7 +48,7 @@ def test_version_and_missing_command(cli):
         (["assemble", "--budget", "latency=0.7x", "--out", "there"], 2, "exists already"),
         (["assemble", "mini-ds", "--budget", "latency=0.7x"], 2, "Did you mean mini-sd"),
         (["assemble", "--budget", "params=0.5x", "--prompts", "none.txt"], 2, "none.txt cannot be read"),
-        (["assemble", "--budget", "macs=0.7x", "--slot", "5x5"], 2, "Slots: auto, 1x1"),
+        (["assemble", "--budget", "macs=0.7x", "--slot", "5x5"], 2, "Slots: auto, all, 1x1"),
         (["assemble", "--budget", "macs=0.7x", "--routing", "magic"], 2, "Routings: none, timestep"),
         (["assemble", "--budget", "macs=0.7x", "--experts", "9"], 2, "cannot be fitted on 8 timestep bands"),
         (["assemble", "--budget", "macs=0.7x", "--calibration-prompts", "2"], 2, "too few to fit convolutions"),

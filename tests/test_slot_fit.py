@@ -177,7 +177,7 @@ def test_damages_of_slots_are_kept_and_not_fitted_again(unet, mini_profile, cali
 
 
 def test_slot_options_have_exact_costs(unet, mini_profile):
-    specs = slot_specs("auto", 4, "timestep", [Limit("params", 0.5, True)])
+    specs = slot_specs("all", 4, "timestep", [Limit("params", 0.5, True)])
     assert len(specs) == 6
     costs = slot_costs(unet, specs, ProfileSettings(text_tokens=40, repeats=2))
     options = find_options(unet, mini_profile, specs, costs)

@@ -18,10 +18,12 @@ from asdm_compress.models.tree import meta_copy
 from asdm_compress.profiling.profile import Profile, SiteProfile
 from asdm_compress.profiling.slot_costs import SlotCosts, as_run
 
-SlotChoice = Literal["auto", "1x1", "3x3", "separable", "none"]
-# Kernel size, and whether it is depthwise-separable.
+SlotChoice = Literal["auto", "all", "1x1", "3x3", "separable", "none"]
+# Kernel size, and whether it is depthwise-separable. Separable ones save time on few machines, so that `auto` spares
+# the time to fit them.
 SLOT_SHAPES: Final[Mapping[str, tuple[tuple[int, bool], ...]]] = {
-    "auto": ((1, False), (3, True), (3, False)),
+    "auto": ((1, False), (3, False)),
+    "all": ((1, False), (3, True), (3, False)),
     "1x1": ((1, False),),
     "3x3": ((3, False),),
     "separable": ((3, True),),

@@ -25,7 +25,7 @@ from asdm_compress.profiling.profile import Profile, ProfileSettings, forward_pa
 MAX_ROUNDS = 4
 DAMAGE_ROUNDS = 3
 DAMAGE_TOLERANCE = 0.15  # of the predicted damage
-PAIRS_PER_ROUND = 8
+PAIRS_PER_ROUND = 6
 # A measured ratio this little above its limit is taken as met: it is within what repeated timings differ by.
 TIMING_TOLERANCE = 0.01
 

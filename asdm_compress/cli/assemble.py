@@ -31,7 +31,10 @@ def assemble(
     scheduler: o.Scheduler = None,
     prompts: o.Prompts = None,
     slot: Annotated[
-        str, typer.Option(help="Convolutions for the places of what is taken out: auto, 1x1, 3x3, separable, none.")
+        str,
+        typer.Option(
+            help="Convolutions for the places of what is taken out: auto (1x1 and 3x3), all, 1x1, 3x3, separable, none."
+        ),
     ] = "auto",
     experts: Annotated[int, typer.Option(min=1, help="Experts of a routed convolution; 1 for plain ones only.")] = 8,
     routing: Annotated[str, typer.Option(help="What routes the experts: timestep, feature, both, none.")] = "timestep",
