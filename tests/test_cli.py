@@ -185,7 +185,8 @@ def test_apply_replays_the_recipe_to_the_same_weights(assembled, cli, tmp_path):
     result = cli("apply", str(folder / "out" / "recipe.yaml"), "mini-sd", "--out", "again", "--json", *same)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["stock"] == printed["stock"]
-    assert json.loads(result.stdout)["slots"] == sum("conv" in e["edit"] for e in printed["recipe"]["edits"])
+    edits = load_recipe(folder / "out" / "recipe.yaml").as_edits()
+    assert json.loads(result.stdout)["slots"] == sum("conv" in edit for edit in edits.values())
     weights = Path("unet") / "diffusion_pytorch_model.safetensors"
     assert (tmp_path / "again" / weights).read_bytes() == (folder / "out" / weights).read_bytes()
 
