@@ -40,7 +40,7 @@ def measurement_folder(
             "store": STORE_VERSION,
             "weights": weights_hash(pipeline.unet),
             "text": weights_hash(pipeline.text_encoder),
-            "configs": [_plain(pipeline.unet.config), pipeline.text_encoder.config.to_dict()],
+            "configs": [_plain(pipeline.unet.config), _plain(pipeline.text_encoder.config.to_dict())],
             "tokens": [pipeline.tokenizer.model_max_length, sorted(pipeline.tokenizer.get_vocab().items())],
             "chunk": CHUNK,
             "scheduler": {"class": type(pipeline.scheduler).__name__, **_plain(pipeline.scheduler.config)},
