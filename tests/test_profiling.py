@@ -37,6 +37,9 @@ def test_full_size_counts_are_the_published_ones(name, parameters, gmacs, conv_l
     assert sum(p.numel() for p in unet.parameters()) == parameters
     assert macs.total / 1e9 == pytest.approx(gmacs, rel=2e-4)
     assert macs.conv_linear / 1e9 == pytest.approx(conv_linear, rel=2e-4)
+    # Of two samples at once torch makes other products out of linear layers; their kind stays what it is.
+    two = count(unet, 2, family.image_size // 8, family.image_size // 8, 77).macs[""]
+    assert (two.conv_linear, two.attention) == (2 * macs.conv_linear, 2 * macs.attention)
 
 
 def test_sd15_splits_into_kinds_of_work(sd15_on_meta):

@@ -74,7 +74,7 @@ def count(unet: UNet2DConditionModel, batch: int, height: int, width: int, text_
     text = torch.empty(batch, text_tokens, config["cross_attention_dim"], device="meta", dtype=dtype)
     timestep = torch.empty((), device="meta", dtype=torch.long)
     flops = FlopCounterMode(display=False)
-    with torch.no_grad(), flops:
+    with torch.no_grad(), _WholeLinear(), flops:
         twin(sample, timestep, text, return_dict=False)
     memory = _LiveBytes([p.untyped_storage() for p in twin.parameters()])
     # Without the fused kernel the meta device would hold whole attention matrices, which no real device does.
@@ -97,6 +97,15 @@ def _as_macs(operator: Any, flop: int) -> MacCount:
     if name in _ATTENTION_PRODUCTS or "attention" in name:
         return MacCount(attention=flop // 2)
     return MacCount(linear=flop // 2)
+
+
+class _WholeLinear(TorchFunctionMode):
+    """Linear layers as one matrix product: of strided inputs torch makes batched ones, which would pass for attention."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 class _FusedAttention(TorchFunctionMode):
