@@ -100,7 +100,7 @@ def _as_macs(operator: Any, flop: int) -> MacCount:
 
 
 class _WholeLinear(TorchFunctionMode):
-    """Linear layers as one matrix product: of strided inputs torch makes batched ones, which would pass for attention."""
+    """Linear layers as one matrix product: of strided inputs torch makes batched ones, which pass for attention."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
