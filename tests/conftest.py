@@ -14,9 +14,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
 
 from asdm_compress.models.families import FAMILIES
 from asdm_compress.models.loading import LoadOptions, load_pipeline
+from asdm_compress.models.saving import save_pipeline
 from asdm_compress.profiling.profile import Profile, ProfileSettings, profile
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -66,3 +68,37 @@ def cli(tmp_path: Path) -> Cli:
         )
 
     return run
+
+
+@pytest.fixture
+def reloaded_difference(pipeline, inputs, tmp_path) -> Callable[..., str]:
+    """Save a pipeline with the given UNet, open and run it in a fresh process, and print how far its output is off."""
+    script = """
+import sys, torch
+if sys.argv[3] == "with the package":
+    import asdm_compress
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+case = load_file(sys.argv[2])
+pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    found = pipeline.unet(case["sample"], case["timestep"], case["text"], return_dict=False)[0]
+assert pipeline("a red circle", num_inference_steps=2, output_type="np").images.shape == (1, 128, 128, 3)
+print("DIFFERENCE", (found - case["expected"]).abs().max().item())
+"""
+
+    def save_and_compare(student: UNet2DConditionModel, folder: Path, with_package: bool = True) -> str:
+        whole = StableDiffusionPipeline(**{**pipeline.components, "unet": student}, requires_safety_checker=False)
+        save_pipeline(whole, folder)
+        with torch.no_grad():
+            expected = student(*inputs, return_dict=False)[0]
+        case = tmp_path / "case.safetensors"
+        save_file({"sample": inputs[0], "timestep": inputs[1], "text": inputs[2], "expected": expected}, case)
+        how = "with the package" if with_package else "without"
+        result = subprocess.run(
+            [sys.executable, "-c", script, str(folder), str(case), how], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return save_and_compare

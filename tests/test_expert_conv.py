@@ -241,6 +241,13 @@ def test_the_routed_pass_is_the_stock_one(twins, inputs):
         one, other = both(twins, *args, **extra)
         assert torch.allclose(one, other, atol=1e-5), name
         assert name == "odd size" or not torch.allclose(one, first, atol=1e-3), name
+    residuals = extras["controlnet"]
+    with pytest.raises(AsdmError, match="11 residuals were given for 12"):
+        twins[0](
+            *inputs, **{**residuals, "down_block_additional_residuals": tuple(noise(2, 1, 1, 1) for _ in range(11))}
+        )
+    with pytest.raises(AsdmError, match="both"):
+        twins[0](*inputs, **{**residuals, "mid_block_additional_residual": None})
     for unet in twins:
         unet.enable_freeu(s1=0.6, s2=0.4, b1=1.1, b2=1.2)
     one, other = both(twins, *inputs)

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 # Two processes whose OpenMP threads spin long at barriers slow each other many times over; threads that sleep at once
-# cost a training run alone 40 % (measured). A short spin does neither.
+# slow a training run that is alone. A short spin does neither.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -19,8 +19,7 @@ from asdm_compress.profiling.profile import Profile, SiteProfile
 from asdm_compress.profiling.slot_costs import SlotCosts, as_run
 
 SlotChoice = Literal["auto", "all", "1x1", "3x3", "separable", "none"]
-# Kernel size, and whether it is depthwise-separable. Separable ones save time on few machines, so that `auto` spares
-# the time to fit them.
+# Kernel size, and whether it is depthwise-separable. `auto` spares the time that separable ones take to be fitted.
 SLOT_SHAPES: Final[Mapping[str, tuple[tuple[int, bool], ...]]] = {
     "auto": ((1, False), (3, False)),
     "all": ((1, False), (3, True), (3, False)),
@@ -95,13 +94,14 @@ def find_options(
             "params": _sum(costs, saved, "parameters") - _sum(costs, left, "parameters"),
         }
         found.append(Option(path, edit, atoms(unet, path, sites), savings))
+    on_meta = meta_copy(unet)
     for path, bearer, spec in _slot_candidates(unet, sites, specs):
         assert slots is not None
         slot = slots[as_run(spec)][bearer]
         savings = {
             "latency": costs[path].latency - slot.latency,
             "macs": costs[path].macs - slot.macs,
-            "params": costs[path].parameters - _slot_parameters(unet, bearer, spec),
+            "params": costs[path].parameters - _slot_parameters(on_meta, bearer, spec),
         }
         if any(value > 0 for value in savings.values()):
             found.append(Option(path, spec.name, atoms(unet, path, sites), savings))
@@ -125,8 +125,8 @@ def _slot_candidates(
                 yield site.path, bearer, spec
 
 
-def _slot_parameters(unet: UNet2DConditionModel, bearer: str, spec: ConvSpec) -> int:
-    twin = edited_copy(meta_copy(unet), {bearer: spec.name})
+def _slot_parameters(on_meta: UNet2DConditionModel, bearer: str, spec: ConvSpec) -> int:
+    twin = edited_copy(on_meta, {bearer: spec.name})
     return sum(p.numel() for p in twin.get_submodule(bearer).parameters())
 
 

@@ -22,7 +22,7 @@ class NormalEquations:
     """
 
     def __init__(self, features: int, targets: int, device: torch.device) -> None:
-        # float64 is not there on every accelerator; the sums are small enough for the CPU.
+        # Of the accelerators only CUDA is sure to have float64.
         self.device = device if device.type == "cuda" else torch.device("cpu")
         self.gram = torch.zeros(features, features, dtype=torch.float64, device=self.device)
         self.cross = torch.zeros(features, targets, dtype=torch.float64, device=self.device)

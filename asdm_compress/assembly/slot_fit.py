@@ -46,7 +46,7 @@ class BandSums:
         """Take in the activations of the triples from `first` on; a triple has one row per guidance branch.
 
         Of two branches their guided combination is a third sample: the error that a sampler sees is the slot's error on
-        it, as far as what follows is linear. With it the damage of whole plans was a quarter lower than without.
+        it, as far as what follows is linear.
         """
         branches, guidance = calibration.inputs.texts.shape[1], calibration.inputs.guidance
         if branches == 2:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 from diffusers import UNet2DConditionModel
 
@@ -45,9 +44,20 @@ class Verified:
     latency_ratio: float
     solved_for: tuple[Limit, ...]
     rounds: int
-    slot_weights: SlotWeights = field(default_factory=dict)
-    measured_damage: float = math.inf
-    pairs: int = 0
+    slot_weights: SlotWeights
+    measured_damage: float
+    pairs: int
+
+
+@dataclass(frozen=True, slots=True)
+class _InTime:
+    """A solution whose student, its convolutions not fitted yet, keeps the limits."""
+
+    solution: Solution
+    costs: Mapping[Resource, float]
+    latency_ratio: float
+    solved_for: tuple[Limit, ...]
+    rounds: int
 
 
 def search_verified(
@@ -72,22 +82,24 @@ def search_verified(
     inner = tuple(limits)
     for attempt in range(DAMAGE_ROUNDS):
         try:
-            found = _search_within_latency(teacher, profile, options, damages, limits, inner, settings, pairs)
+            in_time = _search_in_time(teacher, profile, options, damages, limits, inner, settings, pairs)
         except AsdmError as error:
             if best is None or error.exit_code != ExitCode.INFEASIBLE:
                 raise
             break
-        inner = found.solved_for
-        weights = fit_plan(teacher, found.solution.plan, fitting)
-        measured = measure_plan(teacher, found.solution.plan, measuring, weights).total
-        student = assemble(teacher, found.solution.plan, weights)
-        found = replace(found, slot_weights=weights, student=student, measured_damage=measured, pairs=len(pairs))
+        inner, solution = in_time.solved_for, in_time.solution
+        weights = fit_plan(teacher, solution.plan, fitting)
+        measured = measure_plan(teacher, solution.plan, measuring, weights).total
         if best is None or measured < best.measured_damage:
-            best = found
-        predicted = found.solution.damage
+            student = assemble(teacher, solution.plan, weights)
+            best = Verified(
+                solution, student, in_time.costs, in_time.latency_ratio, inner, in_time.rounds, weights, measured,
+                len(pairs),
+            )  # fmt: skip
+        predicted = solution.damage
         if abs(measured - predicted) <= DAMAGE_TOLERANCE * predicted or attempt == DAMAGE_ROUNDS - 1:
             break
-        new = _measure_pairs(teacher, found.solution.options, damages, pairs, fitting, measuring)
+        new = _measure_pairs(teacher, solution.options, damages, pairs, fitting, measuring)
         if not new:
             break
         pairs |= new
@@ -115,7 +127,7 @@ def _measure_pairs(
     return found
 
 
-def _search_within_latency(
+def _search_in_time(
     teacher: UNet2DConditionModel,
     profile: Profile,
     options: Sequence[Option],
@@ -124,7 +136,7 @@ def _search_within_latency(
     inner: tuple[Limit, ...],
     settings: ProfileSettings,
     pairs: Pairs,
-) -> Verified:
+) -> _InTime:
     """Search under `inner`, tightened until the plan keeps `limits` as measured."""
     whole = teacher_costs(profile)
     ratio = 1.0
@@ -144,7 +156,7 @@ def _search_within_latency(
         }
         tolerated = {**costs, "latency": costs["latency"] / (1 + TIMING_TOLERANCE)}
         if within(tolerated, whole, limits):
-            return Verified(solution, student, costs, ratio, inner, number)
+            return _InTime(solution, costs, ratio, inner, number)
         inner = tuple(_tighter(limit, solution.costs, costs, whole) for limit in inner)
     raise _missed(MAX_ROUNDS, ratio, limits)
 

@@ -67,7 +67,7 @@ class TimestepRouter(nn.Module):
 
 
 class MultiExpertConv2d(nn.Module):
-    """The layer; see the module's own words.
+    """The ME-CondConv layer, (B, C_in, H, W) to (B, C_out, H, W); see the module's own words for its formula.
 
     Parameters per factor f (one for a dense kernel, two for separable and low-rank ones): `weights.f` (E, C_out, C_in /
     groups, k, k); and `bias` (E, C_out). All start at zero, so that a residual slot starts as if it were empty.

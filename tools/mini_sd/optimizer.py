@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 
-WEIGHT_DECAY = 1e-2
+WEIGHT_DECAY: Final = 1e-2
 
 
 class MuonWithAdamW:
     """Orthogonalised momentum (Muon) where a weight is a matrix, AdamW for vectors, embeddings, first and last layers.
 
     torch's Muon takes matrices only, so a kernel (C_out, C_in, k, k) is given to it as the matrix (C_out, C_in k k)
-    that shares its memory. From one checkpoint of this UNet, on the same batches of 64, the mean loss of the steps 150
-    to 200 was 0.085 with it at 1e-3, and 0.102 with AdamW at 8e-4.
+    that shares its memory.
     """
 
     def __init__(self, module: nn.Module, learning_rate: float, is_matrix: Callable[[str], bool]) -> None:
