@@ -22,7 +22,7 @@ from asdm_compress.assembly.surgery import assemble, specify
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.units import Limit
 from asdm_compress.profiling.profile import ProfileSettings, profile
-from asdm_compress.profiling.slot_costs import as_run, slot_costs
+from asdm_compress.profiling.slot_costs import as_run, places_of, slot_costs
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.scenes.captions import sample_captions
 
@@ -132,12 +132,13 @@ def test_one_slot_of_full_rank_is_the_dense_slot(unet, calibration):
 
 def test_a_single_slot_is_fitted_alike_alone_and_in_a_plan(unet, mini_profile, calibration):
     specs = slot_specs("3x3", 4, "timestep", [])
-    costs = slot_costs(unet, specs, ProfileSettings(text_tokens=40, repeats=2))
+    places = places_of(unet, specs)
+    costs = slot_costs(unet, places, ProfileSettings(text_tokens=40, repeats=2))
     wanted = (
         "down_blocks.1.resnets.0", "down_blocks.1.layers.0", "mid_block", "mid_block.layers.1", "mid_block.resnets.1",
         "up_blocks.1.attentions.2",
     )  # fmt: skip
-    options = [o for o in find_options(unet, mini_profile, specs, costs) if o.site in wanted and o.edit == ROUTED]
+    options = [o for o in find_options(unet, mini_profile, places, costs) if o.site in wanted and o.edit == ROUTED]
     assert len(options) == len(wanted)
     for group, weights in fit_options(unet, options, calibration):
         for option in group:
@@ -151,9 +152,10 @@ def test_a_single_slot_is_fitted_alike_alone_and_in_a_plan(unet, mini_profile, c
 
 def test_damages_of_slots_are_kept_and_not_fitted_again(unet, mini_profile, calibration, tmp_path, monkeypatch):
     specs = slot_specs("1x1", 4, "timestep", [])
-    costs = slot_costs(unet, specs, ProfileSettings(text_tokens=40, repeats=2))
+    places = places_of(unet, specs)
+    costs = slot_costs(unet, places, ProfileSettings(text_tokens=40, repeats=2))
     wanted = ("down_blocks.0.attentions.0", "down_blocks.0.layers.1")
-    options = [o for o in find_options(unet, mini_profile, specs, costs) if o.site in wanted]
+    options = [o for o in find_options(unet, mini_profile, places, costs) if o.site in wanted]
     store = tmp_path / "damages.jsonl"
     found = measure_options(unet, options, calibration, store)
     assert set(found) == {o.name for o in options}
@@ -174,8 +176,9 @@ def test_damages_of_slots_are_kept_and_not_fitted_again(unet, mini_profile, cali
 def test_slot_options_have_exact_costs(unet, mini_profile):
     specs = slot_specs("all", 4, "timestep", [Limit("params", 0.5, True)])
     assert len(specs) == 6
-    costs = slot_costs(unet, specs, ProfileSettings(text_tokens=40, repeats=2))
-    options = find_options(unet, mini_profile, specs, costs)
+    places = places_of(unet, specs)
+    costs = slot_costs(unet, places, ProfileSettings(text_tokens=40, repeats=2))
+    options = find_options(unet, mini_profile, places, costs)
     for option in options[:: max(1, len(options) // 40)]:
         student = assemble(unet, option.plan)
         assert sum(p.numel() for p in student.parameters()) == mini_profile.parameters - option.savings["params"], (
@@ -185,7 +188,7 @@ def test_slot_options_have_exact_costs(unet, mini_profile):
             plain = next((o for o in options if o.name == option.name.partition("*")[0]), None)
             assert plain is not None
             assert plain.savings["macs"] == option.savings["macs"]
-    assert as_run(specs[1]) == specs[0]
+    assert as_run(specs[1].name) == specs[0].name
 
 
 @pytest.mark.parametrize(
@@ -201,8 +204,9 @@ def test_what_has_no_closed_form_is_refused(unet, calibration, edit, words):
 def test_feature_routing_can_be_costed_and_starts_as_the_plain_fit(unet, calibration, routing):
     specs = slot_specs("1x1", 4, routing, [])
     assert [spec.experts for spec in specs] == [1, 4]
-    costs = slot_costs(unet, specs, ProfileSettings(text_tokens=40, repeats=2))
-    assert all(costs[as_run(spec)]["mid_block.resnets.0"].macs > 0 for spec in specs)
+    places = places_of(unet, specs)
+    costs = slot_costs(unet, places, ProfileSettings(text_tokens=40, repeats=2))
+    assert all(costs[as_run(spec.name)]["mid_block.resnets.0"].macs > 0 for spec in specs)
     predictions = []
     rows = calibration.part(0, 4).rows()
     for edit in ("conv1x1", f"conv1x1*4@{'feature'}"):

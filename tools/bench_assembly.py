@@ -30,7 +30,7 @@ from asdm_compress.assembly.options import Option
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.slot_start import fit_plan
 from asdm_compress.assembly.surgery import assemble
-from asdm_compress.assembly.verify import measured_ratio, search_verified
+from asdm_compress.assembly.verify import Search, measured_ratio, search_verified
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.core.units import Limit
@@ -106,7 +106,9 @@ def main() -> None:
         began = time.monotonic()
         limits = [Limit("latency", budget, True)]
         try:
-            ours = search_verified(teacher, found.profile, options, damages, limits, shape, found.calibration)
+            ours = search_verified(
+                Search(teacher, found.profile, options, found.damages, limits, shape, found.calibration)
+            )
         except AsdmError as error:
             rows.append({"budget": budget, "maker": maker, "infeasible": True, "why": str(error)})
             return

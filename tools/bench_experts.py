@@ -22,7 +22,7 @@ from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.models.expert_conv import Moment, MultiExpertConv2d
 
 RESULTS = Path(__file__).parent / "results" / "experts.json"
-EXPERTS, STEPS, RUNS = 8, 25, 30
+EXPERTS, STEPS, RUNS = 8, 25, 9
 # Channels and latent size of SD 1.5's levels; a batch of 2 is one image with guidance.
 SHAPES = ((320, 64), (640, 32), (1280, 16), (1280, 8))
 ROUTINGS = ("timestep", "feature", "both")

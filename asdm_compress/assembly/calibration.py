@@ -18,6 +18,7 @@ from asdm_compress.sampling.settings import SamplingSettings, check_text_to_imag
 DEFAULT_BANDS: Final = 8
 PERTURBATION: Final = 0.05  # of the noise prediction's norm, when the sampler's response is measured
 PROBES: Final = 8  # runs whose response is measured
+MOMENTS: Final = 384  # kept in all, but at most one per prompt and band
 
 Progress = Callable[[int, int], None]
 
@@ -45,11 +46,22 @@ class Calibration:
         return GuidedInputs(i.samples[rows], i.timesteps[rows], i.texts[rows], i.guidance)
 
     def parts(self) -> tuple[Calibration, Calibration]:
-        """The moments to fit on, of two thirds of the prompts, and those to measure on; of under three prompts, all."""
-        measured = self.prompts % 3 == 2
+        """The moments to fit on, and those of other prompts to measure on; of under three prompts, all for both.
+
+        One prompt in six is measured on, of few prompts one in three.
+        """
+        every = 6 if int(self.prompts.max()) >= 11 else 3
+        measured = self.prompts % every == every - 1
         if not measured.any():
             return self, self
         return self.only(~measured), self.only(measured)
+
+    def thinned(self, moments: int) -> Calibration:
+        """The moments of so many prompts, evenly spread, that there are about `moments`."""
+        prompts = int(self.prompts.max()) + 1
+        keep = max(1, round(prompts * min(1.0, moments / len(self))))
+        places = torch.tensor(sorted({i * prompts // keep for i in range(keep)}))
+        return self.only(torch.isin(self.prompts, places))
 
     def only(self, chosen: Tensor) -> Calibration:
         """The moments of a mask (N,)."""
@@ -82,7 +94,7 @@ def record(
     progress: Progress | None = None,
     band_weights: tuple[float, ...] | None = None,
 ) -> Calibration:
-    """Run the sampler on the prompts and keep one moment per prompt and band.
+    """Run the sampler on the prompts and keep about `MOMENTS` moments, at most one per prompt and band.
 
     The bands' weights are measured (see `measure_band_weights`) unless they are known and given. Raises AsdmError
     without prompts, with fewer steps than bands, and for a scheduler that calls the UNet more than once per step.
@@ -177,10 +189,20 @@ def _middles(steps: int, bands: int) -> list[int]:
 
 
 def _pick_steps(count: int, settings: SamplingSettings, bands: int) -> Tensor:
-    """One random step per band and prompt, (bands, count)."""
+    """For every band and prompt a random step of the band, or -1 where the prompt has no moment in it, (bands, count).
+
+    Few moments of many prompts tell more than many moments of few: those of one run look alike.
+    """
     generator = torch.Generator().manual_seed(settings.seed + 1)
     picks = []
     for band in range(bands):
         members = torch.tensor([i for i in range(settings.steps) if i * bands // settings.steps == band])
         picks.append(members[torch.randint(len(members), (count,), generator=generator)])
-    return torch.stack(picks)
+    steps = torch.stack(picks)
+    each = min(bands, -(-MOMENTS // count))
+    taken = torch.zeros(bands)
+    for prompt in range(count):
+        order = (taken + torch.rand(bands, generator=generator) / 2).argsort()  # the least taken first
+        taken[order[:each]] += 1
+        steps[order[each:], prompt] = -1
+    return steps

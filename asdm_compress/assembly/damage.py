@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
 from asdm_compress.assembly.calibration import Calibration
@@ -23,17 +25,30 @@ from asdm_compress.sampling.run import GuidedInputs
 
 Progress = Callable[[int, int], None]
 CHUNK = 16  # triples at a time: bounds the memory of the kept activations
+SKETCH = 64  # numbers that stand for one triple's error
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
     """The relative squared error of the guided noise prediction, E‖ε_edit - ε‖² / E‖ε‖², per band and overall.
 
-    `total` weights the bands by what an error there does to the final latent.
+    `total` weights the bands by what an error there does to the final latent. Where it was asked for, `sketch` is a
+    random projection of all the errors, weighted alike: its squared norm is about `total`, and the scalar product of
+    two sketches about that of two errors.
     """
 
     bands: tuple[float, ...]
     total: float
+    sketch: np.ndarray | None = field(default=None, compare=False, repr=False)
+
+    def interaction(self, other: Damage) -> float:
+        """What two edits together damage above the sum of their own, as far as their errors simply add up.
+
+        ‖a + b‖² = ‖a‖² + ‖b‖² + 2 a · b. Nothing where there are no sketches.
+        """
+        if self.sketch is None or other.sketch is None:
+            return 0.0
+        return 2 * float(self.sketch @ other.sketch)
 
 
 @torch.no_grad()
@@ -59,22 +74,24 @@ def measure_damages(
     teacher_steps = steps_of(unet)
     students = {o.name: steps_of(edited(unet, o.plan, given.get(o.name))) for o in options}
     for number, (first, last) in enumerate(chunks):
-        kept = known.setdefault(number, {"energy": None, "errors": {}})
+        kept = known.setdefault(number, {"energy": None, "errors": {}, "sketches": {}})
         missing = [name for name in names if name not in kept["errors"]]
         report((number + 1) * len(options) - len(missing), total)
         if not missing:
             continue
         part = calibration.part(first, last)
         states, reference = teacher_pass(unet, teacher_steps, part)
-        record: dict[str, Any] = {"energy": _squares(reference), "errors": {}}
+        record: dict[str, Any] = {"energy": _squares(reference), "errors": {}, "sketches": {}}
         for i, name in enumerate(missing):
             steps = students[name]
             begin = shared_prefix(teacher_steps, steps)
             prediction = part.guided(finish(steps[begin:], states[begin]))
             record["errors"][name] = _squares(prediction - reference)
+            record["sketches"][name] = _as_text(sketch(prediction - reference))
             report((number + 1) * len(options) - len(missing) + i + 1, total)
         kept["energy"] = record["energy"]
         kept["errors"].update(record["errors"])
+        kept["sketches"].update(record["sketches"])
         _append_to_store(store, number, record)
     return _damages(names, known, calibration)
 
@@ -97,9 +114,15 @@ def _damages(names: Sequence[str], known: Mapping[int, Any], calibration: Calibr
         return {}
     records = [known[number] for number in range(len(chunks_of(calibration)))]
     energy = np.concatenate([r["energy"] for r in records])
-    return {
-        name: summarise(np.concatenate([r["errors"][name] for r in records]), energy, calibration) for name in names
-    }
+    bands = calibration.bands.numpy()
+    of_band = np.array([energy[bands == band].sum() for band in range(len(calibration.band_weights))])
+    scale = np.sqrt(np.asarray(calibration.band_weights)[bands] / of_band[bands])[:, None]
+    found = {}
+    for name in names:
+        errors = np.concatenate([r["errors"][name] for r in records])
+        sketches = np.concatenate([_from_text(r["sketches"][name]) for r in records])
+        found[name] = replace(summarise(errors, energy, calibration), sketch=(sketches * scale).ravel())
+    return found
 
 
 @torch.no_grad()
@@ -149,6 +172,24 @@ def _predict(unet: UNet2DConditionModel, part: GuidedInputs) -> torch.Tensor:
     return part.guided(finish(steps_of(unet), start(unet, *part.rows())))
 
 
+def sketch(errors: torch.Tensor) -> torch.Tensor:
+    """(N, …) to (N, SKETCH): values with random signs, the same for every call, summed up in turns.
+
+    Scalar products keep their expectation (the count sketch of Charikar, Chen and Farach-Colton, 2002).
+    """
+    flat = errors.flatten(1).float()
+    signs = torch.randint(0, 2, flat.shape[1:], generator=torch.Generator().manual_seed(0)).to(flat) * 2 - 1
+    return F.pad(flat * signs, (0, -flat.shape[1] % SKETCH)).reshape(len(flat), -1, SKETCH).sum(1)
+
+
+def _as_text(values: torch.Tensor) -> str:
+    return base64.b64encode(values.cpu().numpy().astype("<f4").tobytes()).decode("ascii")
+
+
+def _from_text(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), "<f4").reshape(-1, SKETCH).astype(np.float64)
+
+
 def _squares(values: torch.Tensor) -> list[float]:
     result: list[float] = values.double().square().flatten(1).sum(dim=1).tolist()
     return result
@@ -164,8 +205,9 @@ def _read_store(store: Path | None) -> dict[int, dict[str, Any]]:
             record: Mapping[str, Any] = json.loads(line)
         except json.JSONDecodeError:
             continue
-        kept = known.setdefault(record["chunk"], {"energy": record["energy"], "errors": {}})
+        kept = known.setdefault(record["chunk"], {"energy": record["energy"], "errors": {}, "sketches": {}})
         kept["errors"].update(record["errors"])
+        kept["sketches"].update(record["sketches"])
     return known
 
 

@@ -9,10 +9,10 @@ from typing import Final, Literal
 from diffusers import UNet2DConditionModel
 
 from asdm_compress.assembly.plan import LEVELS, Plan, atoms, place
-from asdm_compress.core.edits import ConvSpec, Edit, Routing
+from asdm_compress.core.edits import SUBPIXEL, ConvSpec, Edit, Routing, conv_spec
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.units import Limit, Resource
-from asdm_compress.models.edits import edited_copy, legal_edits, removable_levels, slot_kernels
+from asdm_compress.models.edits import edited_copy, legal_edits, removable_levels
 from asdm_compress.models.sites import Site, find_sites
 from asdm_compress.models.tree import meta_copy
 from asdm_compress.profiling.profile import Profile, SiteProfile
@@ -28,6 +28,8 @@ SLOT_SHAPES: Final[Mapping[str, tuple[tuple[int, bool], ...]]] = {
     "separable": ((3, True),),
     "none": (),
 }
+LEAST_SAVING: Final = 0.1  # of a place's latency: less is what two profiles of the same module differ by
+STANDARD_ERROR: Final = 0.93  # of a median, times the square root of the samples: this many interquartile ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +80,15 @@ def slot_specs(slot: SlotChoice, experts: int, routing: Routing, limits: Sequenc
 
 
 def find_options(
-    unet: UNet2DConditionModel, profile: Profile, specs: Sequence[ConvSpec] = (), slots: SlotCosts | None = None
+    unet: UNet2DConditionModel,
+    profile: Profile,
+    places: Mapping[Edit, Sequence[str]] | None = None,
+    slots: SlotCosts | None = None,
 ) -> tuple[Option, ...]:
     """All legal edits of units, sub-units, layers, the mid block and whole levels that save something.
 
-    `specs` are the convolutions that may replace units, layers and the mid block; `slots` what they cost there.
+    `places` are the edits that put something into a place and where (see `profiling.slot_costs.places_of`), `slots`
+    what they cost there. A convolution may replace a whole layer and the mid block too.
     """
     sites = {site.path: site for site in find_sites(unet)}
     costs = {site.path: site for site in profile.sites}
@@ -95,38 +101,50 @@ def find_options(
         }
         found.append(Option(path, edit, atoms(unet, path, sites), savings))
     on_meta = meta_copy(unet)
-    for path, bearer, spec in _slot_candidates(unet, sites, specs):
+    for path, bearer, edit in _replacements(unet, sites, places or {}):
         assert slots is not None
-        slot = slots[as_run(spec)][bearer]
+        there = slots[as_run(edit)][bearer]
+        parameters = there.parameters if edit == as_run(edit) else _slot_parameters(on_meta, bearer, edit)
         savings = {
-            "latency": costs[path].latency - slot.latency,
-            "macs": costs[path].macs - slot.macs,
-            "params": costs[path].parameters - _slot_parameters(on_meta, bearer, spec),
+            "latency": _told_apart(costs[path], there),
+            "macs": costs[path].macs - there.macs,
+            "params": costs[path].parameters - parameters,
         }
         if any(value > 0 for value in savings.values()):
-            found.append(Option(path, spec.name, atoms(unet, path, sites), savings))
+            found.append(Option(path, edit, atoms(unet, path, sites), savings))
     return tuple(found)
 
 
-def _slot_candidates(
-    unet: UNet2DConditionModel, sites: Mapping[str, Site], specs: Sequence[ConvSpec]
-) -> Iterator[tuple[str, str, ConvSpec]]:
-    """Site, the unit that would bear the convolution, and the convolution."""
-    kernels = slot_kernels(unet)
+def useful_options(options: Sequence[Option], limits: Sequence[Limit]) -> tuple[Option, ...]:
+    """Those that save something of what is limited."""
+    return tuple(o for o in options if any(o.savings[limit.resource] > 0 for limit in limits))
+
+
+def _replacements(
+    unet: UNet2DConditionModel, sites: Mapping[str, Site], places: Mapping[Edit, Sequence[str]]
+) -> Iterator[tuple[str, str, Edit]]:
+    """Site, the unit or sub-unit that would bear what is put there, and the edit."""
+    wider: dict[str, list[str]] = {}
     for site in sites.values():
-        if site.path in kernels:
-            bearer = site.path
-        elif (site.level == "layer" and len(site.modules) > 1) or site.kind == "mid":
+        if (site.level == "layer" and len(site.modules) > 1) or site.kind == "mid":
             bearer = place(unet, Plan({site.path: ConvSpec().name})).bearers[0]
-        else:
-            continue
-        for spec in specs:
-            if spec.kernel in kernels[bearer]:
-                yield site.path, bearer, spec
+            wider.setdefault(bearer, []).append(site.path)
+    for edit, paths in places.items():
+        for path in paths:
+            yield path, path, edit
+            if conv_spec(edit) is not None:
+                yield from ((site, path, edit) for site in wider.get(path, ()))
 
 
-def _slot_parameters(on_meta: UNet2DConditionModel, bearer: str, spec: ConvSpec) -> int:
-    twin = edited_copy(on_meta, {bearer: spec.name})
+def _told_apart(before: SiteProfile, after: SiteProfile) -> float:
+    """Seconds saved, or 0 for so few that they may be noise: a search would pick what noise has favoured."""
+    saved = before.latency - after.latency
+    spread = [(STANDARD_ERROR * site.latency_iqr) ** 2 / len(site.latency_samples) for site in (before, after)]
+    return saved if abs(saved) > max(2 * sum(spread) ** 0.5, LEAST_SAVING * before.latency) else 0.0
+
+
+def _slot_parameters(on_meta: UNet2DConditionModel, bearer: str, edit: Edit) -> int:
+    twin = edited_copy(on_meta, {bearer: edit})
     return sum(p.numel() for p in twin.get_submodule(bearer).parameters())
 
 
@@ -137,6 +155,8 @@ def _candidates(
     legal = legal_edits(unet)
     for path, edits in legal.items():
         for edit in edits:
+            if edit == SUBPIXEL:
+                continue  # nothing goes
             # What remains of an upsampler without its convolution is the interpolation.
             going = f"{path}.conv" if ".upsamplers." in path else path
             yield path, edit, [going], _what_stays(path, edit, sites)

@@ -8,7 +8,7 @@ from typing import Final
 
 from diffusers import UNet2DConditionModel
 
-from asdm_compress.core.edits import DROP, Edit, conv_spec
+from asdm_compress.core.edits import DROP, Edit, conv_spec, kept_share
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.edits import (
     SlotWeights,
@@ -19,6 +19,7 @@ from asdm_compress.models.edits import (
     slot_kernels,
 )
 from asdm_compress.models.sites import Site, find_sites
+from asdm_compress.models.widths import inner_widths
 
 LEVELS: Final = "levels."  # `levels.3`: level 3 and everything deeper, with the downsampler that leads there
 
@@ -68,7 +69,7 @@ def place(unet: UNet2DConditionModel, plan: Plan) -> PlacedEdits:
     """
     check_teacher(unet)
     sites = {site.path: site for site in find_sites(unet)}
-    legal, kernels = legal_edits(unet), slot_kernels(unet)
+    legal, kernels, inner = legal_edits(unet), slot_kernels(unet), inner_widths(unet)
     taken: dict[str, str] = {}
     units: dict[str, Edit] = {}
     replaced: dict[str, tuple[str, ...]] = {}
@@ -89,7 +90,7 @@ def place(unet: UNet2DConditionModel, plan: Plan) -> PlacedEdits:
             continue
         chosen = _unit_edits(unet, sites[path], edit, legal)
         for unit, unit_edit in chosen.items():
-            check_edit(unit, unit_edit, legal.get(unit, ()), kernels.get(unit, ()))
+            check_edit(unit, unit_edit, legal.get(unit, ()), kernels.get(unit, ()), inner.get(unit))
         units |= chosen
         if is_conv:
             unit = next(unit for unit, unit_edit in chosen.items() if unit_edit == edit)
@@ -100,7 +101,7 @@ def place(unet: UNet2DConditionModel, plan: Plan) -> PlacedEdits:
 def edited(unet: UNet2DConditionModel, plan: Plan, slot_weights: SlotWeights | None = None) -> UNet2DConditionModel:
     """The UNet with the plan applied, sharing every remaining tensor with the original.
 
-    Convolutions whose weights are not given are zero.
+    Convolutions whose weights are not given are zero, narrowed modules keep their largest structures.
     """
     placed = place(unet, plan)
     return edited_copy(unet, placed.units, placed.drop_mid, placed.keep_levels, slot_weights)
@@ -144,6 +145,10 @@ def _unit_edits(
     """
     if site.path in legal:
         return {site.path: edit}
+    if kept_share(edit) is not None:
+        raise AsdmError(
+            f"the {site.kind} {site.path} cannot be narrowed", "Its ResNets, attentions and feed-forwards can."
+        )
     if site.level == "layer":
         paths = site.modules
     elif site.kind == "mid":

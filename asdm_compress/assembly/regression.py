@@ -28,8 +28,8 @@ class NormalEquations:
         self.cross = torch.zeros(features, targets, dtype=torch.float64, device=self.device)
         self.energy = torch.zeros(targets, dtype=torch.float64, device=self.device)
 
-    def add(self, inputs: Tensor, targets: Tensor, kernel: int) -> None:
-        """Take in `inputs` (N, C, H, W), zero-padded, and `targets` (N, T, H, W)."""
+    def add(self, inputs: Tensor, targets: Tensor, kernel: int, weight: float = 1.0) -> None:
+        """Take in `inputs` (N, C, H, W), zero-padded, and `targets` (N, T, H, W), each sample `weight` times."""
         patch_bytes = 8 * kernel**2 * inputs[0].numel()
         rows = max(1, BYTES_PER_BLOCK // patch_bytes)
         for start in range(0, len(inputs), rows):
@@ -37,9 +37,9 @@ class NormalEquations:
             patches = F.unfold(x, kernel, padding=kernel // 2).to(self.gram).transpose(0, 1).flatten(1)
             patches = torch.cat([patches, patches.new_ones(1, patches.shape[1])])
             wanted = y.flatten(2).to(self.gram).transpose(0, 1).flatten(1)
-            self.gram += patches @ patches.T
-            self.cross += patches @ wanted.T
-            self.energy += wanted.square().sum(1)
+            self.gram.addmm_(patches, patches.T, alpha=weight)
+            self.cross.addmm_(patches, wanted.T, alpha=weight)
+            self.energy += weight * wanted.square().sum(1)
 
     def plus(self, other: NormalEquations, weight: float = 1.0) -> NormalEquations:
         """These and `weight` times the other's."""
@@ -56,6 +56,12 @@ class NormalEquations:
         features = len(self.gram) - 1
         keep = torch.tensor([*range(kernel**2 // 2, features, kernel**2), features], device=self.device)
         return self._with(self.gram[keep][:, keep], self.cross[keep], self.energy)
+
+    def onto(self, keep: Tensor, weights: Tensor) -> NormalEquations:
+        """The equations of giving what `weights` (C, T) give of all C values from those at `keep` (K,) alone."""
+        kept = torch.cat([keep, keep.new_tensor([len(self.gram) - 1])])
+        given = self.gram[:, :-1] @ weights
+        return self._with(self.gram[kept][:, kept], given[kept], (given[:-1] * weights).sum(0))
 
     def _with(self, gram: Tensor, cross: Tensor, energy: Tensor) -> NormalEquations:
         twin = object.__new__(NormalEquations)

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
+import numpy as np
 from ortools.sat.python import cp_model
 
 from asdm_compress.assembly.options import Option
 from asdm_compress.assembly.plan import Plan
+from asdm_compress.assembly.polish import Problem, polish
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.units import Limit, Resource, format_resource
 
 # CP-SAT works on integers. Objectives are scaled so that their sum stays below this; costs below 2^62 by their units.
 OBJECTIVE_RESOLUTION = 10**13
-TIME_LIMIT_SECONDS = 60.0
+TIME_LIMIT_SECONDS = 10.0
 _ROUNDING = 1e-6  # of a unit: what floating-point division may be off by
 _COST_UNITS: Mapping[Resource, float] = {"latency": 1e-9, "macs": 1.0, "params": 1.0}
 
 
 Pairs = Mapping[frozenset[str], float]
+Interaction = Callable[[str, str], float]
 
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """A plan with its summed damage, the proven lower bound of any plan's, and its predicted costs."""
+    """A plan with its summed damage, the proven lower bound of any plan's, and its predicted costs.
+
+    The damage holds the terms of all pairs of its options, the bound those of `pairs` pairs that were looked at.
+    """
 
     plan: Plan
     options: tuple[Option, ...]
@@ -35,6 +42,7 @@ class Solution:
     proven: bool
     costs: Mapping[Resource, float]
     seconds: float
+    pairs: int = 0
 
     @property
     def gap(self) -> float:
@@ -48,15 +56,85 @@ def solve(
     teacher: Mapping[Resource, float],
     limits: Sequence[Limit],
     pairs: Pairs | None = None,
+    interaction: Interaction | None = None,
 ) -> Solution:
-    """The options that do not overlap, meet every limit, and have the least summed damage.
+    """The options that do not overlap, meet every limit, and have the least damage: summed, with the terms of pairs.
 
     `damages` maps option names to damages (0 or more); `pairs` two options' names to what their damage together is
-    above the sum of their own (or, negative, below). Raises AsdmError with exit code 3, naming the smallest budget that
-    can be reached, when no choice of options meets the limits.
+    above the sum of their own (or, negative, below). `interaction` says the same of any two options; its terms are
+    taken in for the pairs that a solution has, and the search is made again until they are all in. Raises AsdmError
+    with exit code 3, naming the smallest budget that can be reached, when no choice of options meets the limits.
     """
     began = time.perf_counter()
-    known = pairs or {}
+    known = dict(pairs or {})
+    problem = _problem(options, damages, teacher, limits, known, interaction)
+    at = {o.name: i for i, o in enumerate(options)}
+    best: tuple[int, ...] | None = None
+    while True:
+        found, bound, proven = _solve_known(options, damages, teacher, limits, known)
+        solved = tuple(at[o.name] for o in found)
+        polished = polish(problem, solved) if interaction else solved
+        if best is None or problem.damage(polished) < problem.damage(best):
+            best = polished
+        new: dict[frozenset[str], float] = {}
+        if interaction:
+            for choice in (solved, polished):
+                named = sorted(options[i].name for i in choice)
+                new |= {frozenset(pair): interaction(*pair) for pair in combinations(named, 2)}
+        new = {pair: term for pair, term in new.items() if pair not in known}
+        known |= new
+        seconds = time.perf_counter() - began
+        if new and seconds < TIME_LIMIT_SECONDS:
+            continue
+        picked = tuple(options[i] for i in best)
+        return Solution(
+            plan=Plan({o.site: o.edit for o in picked}),
+            options=picked,
+            damage=_summed_damage(picked, damages, known),
+            bound=bound,
+            proven=proven and not new,
+            costs=costs_of(picked, teacher),
+            seconds=seconds,
+            pairs=len(known),
+        )
+
+
+def _problem(
+    options: Sequence[Option],
+    damages: Mapping[str, float],
+    teacher: Mapping[Resource, float],
+    limits: Sequence[Limit],
+    known: Pairs,
+    interaction: Interaction | None,
+) -> Problem:
+    """The same search for the polishing, with the terms of all pairs."""
+    count = len(options)
+    terms = np.zeros((count, count))
+    overlaps = np.zeros((count, count), dtype=bool)
+    for (i, one), (j, other) in combinations(enumerate(options), 2):
+        between = interaction(one.name, other.name) if interaction else 0.0
+        terms[i, j] = terms[j, i] = known.get(frozenset((one.name, other.name)), between)
+        overlaps[i, j] = overlaps[j, i] = not one.atoms.isdisjoint(other.atoms)
+    # In the solver's own integers, so that what is allowed here is allowed there.
+    savings = [[_integer(o.savings[limit.resource], limit.resource) for o in options] for limit in limits]
+    missing = [_missing(limit, teacher) for limit in limits]
+    return Problem(
+        np.array([damages[o.name] for o in options]),
+        terms,
+        overlaps,
+        np.array(savings, dtype=float).reshape(len(limits), count),
+        np.array(missing, dtype=float),
+    )
+
+
+def _solve_known(
+    options: Sequence[Option],
+    damages: Mapping[str, float],
+    teacher: Mapping[Resource, float],
+    limits: Sequence[Limit],
+    known: Pairs,
+) -> tuple[tuple[Option, ...], float, bool]:
+    """The best options under these pair terms alone, the bound, and whether it is proven."""
     total = sum(damages[o.name] for o in options) + sum(abs(term) for term in known.values())
     if not math.isfinite(total):
         broken = [o.name for o in options if not math.isfinite(damages[o.name])]
@@ -67,7 +145,7 @@ def solve(
     scale = OBJECTIVE_RESOLUTION / (total or 1.0)
     model, chosen = _choice_model(options)
     for limit in limits:
-        _require(model, chosen, options, limit.resource, limit.absolute(teacher[limit.resource]), teacher)
+        _require(model, chosen, options, limit, teacher)
     together = _pair_variables(model, chosen, known)
     model.minimize(
         sum(round(damages[o.name] * scale) * chosen[o.name] for o in options)
@@ -80,15 +158,7 @@ def solve(
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         raise AsdmError(f"no plan was found in {TIME_LIMIT_SECONDS:.0f} s", "Try a larger budget.", ExitCode.INFEASIBLE)
     picked = tuple(o for o in options if solver.boolean_value(chosen[o.name]))
-    return Solution(
-        plan=Plan({o.site: o.edit for o in picked}),
-        options=picked,
-        damage=_summed_damage(picked, damages, known),
-        bound=solver.best_objective_bound / scale,
-        proven=status == cp_model.OPTIMAL,
-        costs=costs_of(picked, teacher),
-        seconds=time.perf_counter() - began,
-    )
+    return picked, solver.best_objective_bound / scale, status == cp_model.OPTIMAL
 
 
 def _summed_damage(options: Sequence[Option], damages: Mapping[str, float], pairs: Pairs) -> float:
@@ -102,7 +172,7 @@ def _pair_variables(
 ) -> dict[frozenset[str], cp_model.IntVar]:
     """For each pair a variable that says whether both are chosen."""
     together = {}
-    for pair in pairs:
+    for pair in sorted(pairs, key=sorted):
         both = [chosen[name] for name in sorted(pair)]
         variable = model.new_bool_var(" and ".join(sorted(pair)))
         model.add_bool_and(both).only_enforce_if(variable)
@@ -122,7 +192,7 @@ def smallest_reachable(
     """The least cost of one resource over all plans that meet the other limits, or None where none does."""
     model, chosen = _choice_model(options)
     for limit in others:
-        _require(model, chosen, options, limit.resource, limit.absolute(teacher[limit.resource]), teacher)
+        _require(model, chosen, options, limit, teacher)
     model.maximize(sum(_integer(o.savings[resource], resource) * chosen[o.name] for o in options))
     solver = _solver()
     if solver.solve(model) != cp_model.OPTIMAL:
@@ -146,13 +216,17 @@ def _require(
     model: cp_model.CpModel,
     chosen: Mapping[str, cp_model.IntVar],
     options: Sequence[Option],
-    resource: Resource,
-    limit: float,
+    limit: Limit,
     teacher: Mapping[Resource, float],
 ) -> None:
-    # Savings are rounded down and what must be saved is rounded up: a plan that passes here meets the limit.
-    missing = math.ceil((teacher[resource] - limit) / _COST_UNITS[resource] - _ROUNDING)
-    model.add(sum(_integer(o.savings[resource], resource) * chosen[o.name] for o in options) >= missing)
+    saved = sum(_integer(o.savings[limit.resource], limit.resource) * chosen[o.name] for o in options)
+    model.add(saved >= _missing(limit, teacher))
+
+
+def _missing(limit: Limit, teacher: Mapping[Resource, float]) -> int:
+    """What must be saved, rounded up; savings are rounded down, so that a plan that passes meets the limit."""
+    over = teacher[limit.resource] - limit.absolute(teacher[limit.resource])
+    return math.ceil(over / _COST_UNITS[limit.resource] - _ROUNDING)
 
 
 def _integer(saving: float, resource: Resource) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -45,31 +45,51 @@ class BandSums:
     def add(self, calibration: Calibration, first: int, inputs: Tensor, targets: Tensor) -> None:
         """Take in the activations of the triples from `first` on; a triple has one row per guidance branch.
 
-        Of two branches their guided combination is a third sample: the error that a sampler sees is the slot's error on
-        it, as far as what follows is linear.
+        See `samples_of` for what becomes of them.
         """
-        branches, guidance = calibration.inputs.texts.shape[1], calibration.inputs.guidance
-        if branches == 2:
-            inputs, targets = (torch.cat([x, _guided(x, guidance)[:, None]], 1) for x in _split(inputs, targets))
-        else:
-            inputs, targets = inputs[:, None], targets[:, None]
-        triples = torch.arange(first, first + len(inputs))
-        enough = int(calibration.prompts.max()) >= HELD_OUT_EVERY - 1
-        who = calibration.prompts[triples] if enough else triples
-        held_out = who % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        for sums, of_this in ((self.train, ~held_out), (self.held_out, held_out)):
-            for band in set(calibration.bands[triples][of_this].tolist()):
-                rows = of_this & (calibration.bands[triples] == band)
-                sums[band].add(inputs[rows].flatten(0, 1), targets[rows].flatten(0, 1), self.kernel)
+        for held_out, band, x, y in samples_of(calibration, first, inputs, targets):
+            (self.held_out if held_out else self.train)[band].add(x, y, self.kernel)
 
     def centre(self) -> BandSums:
         """The sums of a 1 x 1 kernel."""
         return BandSums([s.centre(self.kernel) for s in self.train], [s.centre(self.kernel) for s in self.held_out], 1)
 
 
+def samples_of(
+    calibration: Calibration, first: int, inputs: Tensor, targets: Tensor
+) -> Iterator[tuple[bool, int, Tensor, Tensor]]:
+    """The activations (R, …) of the triples from `first` on: whether held out, band, inputs, targets.
+
+    A triple has one row per guidance branch. Of two branches their guided combination is a third sample: the error that
+    a sampler sees is a fit's error on it, as far as what follows is linear.
+    """
+    branches, guidance = calibration.inputs.texts.shape[1], calibration.inputs.guidance
+    if branches == 2:
+        inputs, targets = (torch.cat([x, _guided(x, guidance)[:, None]], 1) for x in _split(inputs, targets))
+    else:
+        inputs, targets = inputs[:, None], targets[:, None]
+    triples = torch.arange(first, first + len(inputs))
+    enough = int(calibration.prompts.max()) >= HELD_OUT_EVERY - 1
+    who = calibration.prompts[triples] if enough else triples
+    held_out = who % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    for is_held_out, of_this in ((False, ~held_out), (True, held_out)):
+        for band in sorted(set(calibration.bands[triples][of_this].tolist())):
+            rows = of_this & (calibration.bands[triples] == band)
+            yield is_held_out, band, inputs[rows].flatten(0, 1), targets[rows].flatten(0, 1)
+
+
+def check_finite(sums: Sequence[NormalEquations]) -> None:
+    """Raise AsdmError where activations were no numbers."""
+    if not all(bool(part.gram.isfinite().all() and part.cross.isfinite().all()) for part in sums):
+        raise AsdmError(
+            "activations of the model are not finite numbers, nothing can be fitted to them",
+            "Does the model overflow in this dtype? Try --dtype fp32.",
+        )
+
+
 def _split(*activations: Tensor) -> tuple[Tensor, ...]:
     """(2 N, …) with the branches in turns to (N, 2, …)."""
-    return tuple(x.reshape(-1, 2, *x.shape[1:]) for x in activations)
+    return tuple(x.reshape(len(x) // 2, 2, *x.shape[1:]) for x in activations)
 
 
 def _guided(both: Tensor, guidance: float) -> Tensor:
@@ -113,7 +133,7 @@ def check_prompts(count: int) -> None:
     if count < FEWEST_PROMPTS:
         raise AsdmError(
             f"{count} calibration prompts are too few to fit convolutions on some and measure them on others",
-            f"Use --calibration-prompts {FEWEST_PROMPTS} or more, or --slot none.",
+            f"Use --calibration-prompts {FEWEST_PROMPTS} or more, or --slot none --narrow none.",
         )
 
 
@@ -178,11 +198,7 @@ class SlotFits:
                 [_sum([parts[band] for band in group], [weights[band] for band in group]) for group in groups]
                 for parts in (sums.train, sums.held_out)
             )
-            if not all(bool(part.gram.isfinite().all() and part.cross.isfinite().all()) for part in train + held_out):
-                raise AsdmError(
-                    "activations of the model are not finite numbers, nothing can be fitted to them",
-                    "Does the model overflow in this dtype? Try --dtype fp32.",
-                )
+            check_finite(train + held_out)
             towards = self._solve(kernel, 1)[0] if experts > 1 else None
             if experts == 1:
                 self._grams[kernel] = train[0].gram + held_out[0].gram

@@ -1,4 +1,4 @@
-"""Where slot convolutions start from: fitted one by one for a search, or one after the other for a whole plan."""
+"""Where what a plan brings along starts from: fitted one by one for a search, or in network order for a whole plan."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -14,14 +14,18 @@ from torch import Tensor
 
 from asdm_compress.assembly.calibration import Calibration
 from asdm_compress.assembly.damage import Damage, chunks_of, known_damages, measure_damages, teacher_pass
+from asdm_compress.assembly.narrowing import InnerSums, collecting, narrowed_state
 from asdm_compress.assembly.options import Option
-from asdm_compress.assembly.plan import Plan, edited, place
+from asdm_compress.assembly.plan import PlacedEdits, Plan, place
 from asdm_compress.assembly.slot_fit import BandSums, SlotFits, check_fits, slot_activations
-from asdm_compress.core.edits import conv_spec
-from asdm_compress.models.edits import SlotWeights, slot_of
-from asdm_compress.models.walk import State, Step, start, steps_of, take
+from asdm_compress.core.edits import conv_spec, has_weights, kept_share
+from asdm_compress.models.edits import SlotWeights, edited_copy
+from asdm_compress.models.walk import State, Step, finish, start, steps_of, take
+from asdm_compress.models.widths import inner_widths
 
 Progress = Callable[[int, int], None]
+ItemT = TypeVar("ItemT")
+OPTION_MOMENTS: Final = 128  # that every option is fitted on; a plan's own fit has all of them
 SUMS_BYTES: Final = 3 * 2**30  # of normal equations held at a time
 
 
@@ -51,25 +55,29 @@ def measure_options(
     store: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Damage]:
-    """The one-shot damage of every option, with the convolutions of those that have one fitted first.
+    """The one-shot damage of every option, with the weights of those that bring some along fitted first.
 
-    Convolutions are fitted on one part of the prompts and all damages measured on the other (see `Calibration.parts`),
+    They are fitted on one part of the prompts and all damages measured on the other (see `Calibration.parts`),
     so that a fit to its own samples does not count as less damage. What the `store` knows is neither fitted nor
     measured again.
     """
     report = progress or (lambda done, total: None)
     fitting, measuring_on = calibration.parts()
+    fitting = fitting.thinned(OPTION_MOMENTS)
     damages = known_damages(store, options, measuring_on)
     done = len(damages)
     report(done, len(options))
     unknown = [o for o in options if o.name not in damages]
-    plain = [o for o in unknown if conv_spec(o.edit) is None]
+    plain = [o for o in unknown if not has_weights(o.edit)]
     convolutions = [o for o in unknown if conv_spec(o.edit) is not None]
+    narrowings = [o for o in unknown if kept_share(o.edit) is not None]
     groups: list[Iterable[tuple[list[Option], dict[str, SlotWeights]]]] = []
     if plain:
         groups.append([(plain, {})])
     if convolutions:
         groups.append(fit_options(unet, convolutions, fitting))
+    if narrowings:
+        groups.append(fit_narrowings(unet, narrowings, fitting))
     for group, weights in chain.from_iterable(groups):
 
         def measuring(step: int, steps: int, before: int = done, share: int = len(group)) -> None:
@@ -88,7 +96,12 @@ def fit_options(
     Yields the options of one unit at a time with their slot weights by option.
     """
     spans = {o.name: next(iter(place(unet, o.plan).replaced.items())) for o in options}
-    for group in _groups(unet, _bearers(options, spans), len(calibration.band_weights)):
+    bands = len(calibration.band_weights)
+
+    def size_of(bearer: _Bearer) -> int:
+        return BandSums.bytes(bands, _widths(unet, bearer.unit)[0], bearer.targets(unet), bearer.kernel)
+
+    for group in _within_memory(_bearers(options, spans), size_of):
         sums = _accumulate(unet, group, calibration)
         for bearer in group:
             width = _widths(unet, bearer.unit)[1]
@@ -104,43 +117,105 @@ def fit_options(
             yield ours, weights
 
 
+def fit_narrowings(
+    unet: UNet2DConditionModel, options: Sequence[Option], calibration: Calibration
+) -> Iterator[tuple[list[Option], dict[str, SlotWeights]]]:
+    """Fit every narrowing to the teacher's activations, in groups that fit into memory.
+
+    Yields groups of options with their weights by option.
+    """
+    inner = inner_widths(unet)
+    sites = list(dict.fromkeys(o.site for o in options))
+    for group in _within_memory(sites, lambda path: InnerSums.bytes(inner[path])):
+        sums = _inner_sums(unet, group, calibration)
+        ours = [o for o in options if o.site in sums]
+        weights: dict[str, SlotWeights] = {}
+        for option in ours:
+            share = kept_share(option.edit)
+            assert share is not None
+            state = narrowed_state(unet.get_submodule(option.site), share, sums[option.site])
+            weights[option.name] = {option.site: state}
+        yield ours, weights
+
+
+@torch.no_grad()
+def _inner_sums(unet: UNet2DConditionModel, paths: Sequence[str], calibration: Calibration) -> dict[str, InnerSums]:
+    inner, steps = inner_widths(unet), steps_of(unet)
+    sums = {path: InnerSums.empty(inner[path], unet.device) for path in paths}
+    for first, last in chunks_of(calibration):
+        with collecting(unet, sums, calibration, first):
+            finish(steps, start(unet, *calibration.part(first, last).rows()))
+    return sums
+
+
 @torch.no_grad()
 def fit_plan(
     unet: UNet2DConditionModel, plan: Plan, calibration: Calibration, progress: Progress | None = None
 ) -> SlotWeights:
-    """Fit the convolutions of a whole plan in the order in which they run.
+    """Fit everything that the edits of a whole plan bring along, in the order in which it runs.
 
-    Each is fitted from what the student, with all earlier convolutions in place, hands to it, to what the teacher has
-    behind the modules that it stands for, and so makes up for what was damaged before it. Raises AsdmError for
-    convolutions that have no fit (see `check_fits`).
+    A convolution is fitted from what the student, with all earlier edits in place, hands to it, to what the teacher has
+    behind the modules that it stands for, and so makes up for what was damaged before it. A narrowed module is fitted
+    to do on the student's activations what the whole one would. Raises AsdmError for convolutions that have no fit (see
+    `check_fits`).
     """
     placed = place(unet, plan)
     specs = [spec for spec in (conv_spec(edit) for edit in placed.units.values()) if spec is not None]
     check_fits(specs, len(calibration.band_weights))
     weights: dict[str, Mapping[str, Tensor]] = {}
-    if not placed.replaced:
+    order = _in_network_order(unet, [path for path, edit in placed.units.items() if has_weights(edit)])
+    if not order:
         return weights
     report = progress or (lambda done, total: None)
-    student = edited(unet, plan)
-    teacher_steps, student_steps = steps_of(unet), steps_of(student)
-    at = {step.path: i for i, step in enumerate(teacher_steps)}
-    order = sorted(placed.bearers, key=lambda unit: at[unit])
     chunks = chunks_of(calibration)
-    runs = [_Lockstep(unet, teacher_steps, student, student_steps, calibration, *chunk) for chunk in chunks]
-    for number, unit in enumerate(order):
-        spec = conv_spec(placed.units[unit])
-        assert spec is not None
-        there = placed.edited_path(unet, unit)
-        inputs, outputs = _widths(unet, unit)
-        sums = BandSums.empty(len(calibration.band_weights), inputs, outputs, spec.kernel, unet.device)
-        module = unet.get_submodule(unit)
-        for done, ((first, _), lockstep) in enumerate(zip(chunks, runs, strict=True)):
-            step, state, output = lockstep.advance(there, placed.replaced[unit][-1])
-            sums.add(calibration, first, *slot_activations(step, module, state, output))
-            report(number * len(chunks) + done + 1, len(order) * len(chunks))
-        weights[unit] = SlotFits(sums, calibration, module, [slice(0, outputs)]).state(spec)
-        slot_of(student, there).load_state_dict(weights[unit])
+    student = _student_so_far(unet, placed, weights)
+    runs = [_Lockstep(unet, student, calibration, *chunk) for chunk in chunks]
+    for number, path in enumerate(order):
+        there = placed.edited_path(unet, path)
+        module, share = unet.get_submodule(path), kept_share(placed.units[path])
+        if share is None:
+            spec = conv_spec(placed.units[path])
+            assert spec is not None
+            inputs, outputs = _widths(unet, path)
+            sums = BandSums.empty(len(calibration.band_weights), inputs, outputs, spec.kernel, unet.device)
+            for (first, _), lockstep in zip(chunks, runs, strict=True):
+                step, state = lockstep.student_before(there)
+                sums.add(
+                    calibration,
+                    first,
+                    *slot_activations(step, module, state, lockstep.teacher_behind(placed.replaced[path][-1])),
+                )
+            weights[path] = SlotFits(sums, calibration, module, [slice(0, outputs)]).state(spec)
+        else:
+            inner = inner_widths(unet)[path]
+            inside = InnerSums.empty(inner, unet.device)
+            for (first, _), lockstep in zip(chunks, runs, strict=True):
+                step, state = lockstep.student_before(_unit_of(there))
+                with collecting(student, {there: inside}, calibration, first):
+                    take(step, state)
+            weights[path] = narrowed_state(module, share, inside)
+        student = _student_so_far(unet, placed, weights)
+        for lockstep in runs:
+            lockstep.student_steps = steps_of(student)
+        report(number + 1, len(order))
     return weights
+
+
+def _student_so_far(unet: UNet2DConditionModel, placed: PlacedEdits, weights: SlotWeights) -> UNet2DConditionModel:
+    """The student with what is fitted; modules still to be narrowed are whole, convolutions still to come are zero."""
+    edits = {path: edit for path, edit in placed.units.items() if kept_share(edit) is None or path in weights}
+    return edited_copy(unet, edits, placed.drop_mid, placed.keep_levels, weights)
+
+
+def _in_network_order(unet: UNet2DConditionModel, paths: Sequence[str]) -> list[str]:
+    at = {step.path: i for i, step in enumerate(steps_of(unet))}
+    inside = {path: i for i, path in enumerate(inner_widths(unet))}  # sub-units come in the order in which they run
+    return sorted(paths, key=lambda path: (at[_unit_of(path)], inside.get(path, 0)))
+
+
+def _unit_of(path: str) -> str:
+    """The unit that a sub-unit is a part of; a unit's own path."""
+    return path.split(".transformer_blocks.", maxsplit=1)[0]
 
 
 class _Lockstep:
@@ -149,27 +224,29 @@ class _Lockstep:
     def __init__(
         self,
         teacher: UNet2DConditionModel,
-        teacher_steps: Sequence[Step],
         student: UNet2DConditionModel,
-        student_steps: Sequence[Step],
         calibration: Calibration,
         first: int,
         last: int,
     ) -> None:
         rows = calibration.part(first, last).rows()
-        self.teacher_steps, self.student_steps = teacher_steps, student_steps
+        self.teacher_steps, self.student_steps = steps_of(teacher), steps_of(student)
         self.teacher, self.student = start(teacher, *rows), start(student, *rows)
         self.teacher_at = self.student_at = 0
 
-    def advance(self, unit: str, behind: str) -> tuple[Step, State, Tensor]:
-        """The unit's step, the student's state before it, and the teacher's hidden state behind the module `behind`."""
+    def student_before(self, unit: str) -> tuple[Step, State]:
+        """A unit's step in the student, and the state before it."""
         while self.student_steps[self.student_at].path != unit:
             self.student = take(self.student_steps[self.student_at], self.student)
             self.student_at += 1
-        while self.teacher_steps[self.teacher_at - 1].path != behind or self.teacher_at == 0:
+        return self.student_steps[self.student_at], self.student
+
+    def teacher_behind(self, unit: str) -> Tensor:
+        """The teacher's hidden state behind a unit."""
+        while self.teacher_at == 0 or self.teacher_steps[self.teacher_at - 1].path != unit:
             self.teacher = take(self.teacher_steps[self.teacher_at], self.teacher)
             self.teacher_at += 1
-        return self.student_steps[self.student_at], self.student, self.teacher.hidden
+        return self.teacher.hidden
 
 
 def _bearers(options: Sequence[Option], spans: Mapping[str, tuple[str, tuple[str, ...]]]) -> list[_Bearer]:
@@ -183,16 +260,16 @@ def _bearers(options: Sequence[Option], spans: Mapping[str, tuple[str, tuple[str
     return [_Bearer(unit, tuple(known), kernel) for (unit, _), (known, kernel) in found.items()]
 
 
-def _groups(unet: UNet2DConditionModel, bearers: Sequence[_Bearer], bands: int) -> Iterator[list[_Bearer]]:
-    """Bearers whose sums fit into memory together."""
-    group: list[_Bearer] = []
+def _within_memory(items: Sequence[ItemT], size_of: Callable[[ItemT], int]) -> Iterator[list[ItemT]]:
+    """Items in groups whose sums fit into memory together."""
+    group: list[ItemT] = []
     held = 0
-    for bearer in bearers:
-        size = BandSums.bytes(bands, _widths(unet, bearer.unit)[0], bearer.targets(unet), bearer.kernel)
+    for item in items:
+        size = size_of(item)
         if group and held + size > SUMS_BYTES:
             yield group
             group, held = [], 0
-        group.append(bearer)
+        group.append(item)
         held += size
     if group:
         yield group

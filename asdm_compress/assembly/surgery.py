@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 
 from asdm_compress.assembly.plan import Plan, place
 from asdm_compress.assembly.stock import fold_into_config
-from asdm_compress.core.edits import Edit, conv_spec
+from asdm_compress.core.edits import Edit
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.assembled_unet import AssembledUNet2DConditionModel
-from asdm_compress.models.edits import SlotWeights, edited_copy, slot_of
-
-_SLOT: Final = ".slot."
+from asdm_compress.models.edits import SlotWeights, edited_copy, own_tensors, weights_path
+from asdm_compress.models.tree import meta_copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +24,8 @@ class StudentSpec:
 
     `config` is a plain diffusers config. `edits`, in the student's own numbering, are those that no such config can
     express; without any, the student is a stock UNet. `weight_map` gives every student tensor that is inherited its
-    teacher tensor; `slot_map` every other one the unit of the teacher that its convolution replaces, and its name in
-    that convolution.
+    teacher tensor; `slot_map` every other one the unit or sub-unit whose edit brings it along, and its name in
+    the convolution or the narrowed module.
     """
 
     config: Mapping[str, Any]
@@ -49,12 +48,13 @@ def specify(unet: UNet2DConditionModel, plan: Plan) -> StudentSpec:
     parts = fold_into_config(unet, placed)
     student = _build(parts.config, parts.edits)
     names = {key: parts.teacher_key(key) for key in student.state_dict()}
-    units = {path for path, edit in placed.units.items() if conv_spec(edit) is not None}
-    slot_map = {}
-    for key, name in names.items():
-        unit, is_slot, inside = name.partition(_SLOT)
-        if is_slot and unit in units:
-            slot_map[key] = unit, inside
+    bearing = edited_copy(meta_copy(unet), placed.units)
+    brought = {
+        f"{weights_path(bearing, path)}.{name}": (path, name)
+        for path, edit in placed.units.items()
+        for name in own_tensors(bearing, path, edit)
+    }
+    slot_map = {key: brought[name] for key, name in names.items() if name in brought}
     weight_map = {key: name for key, name in names.items() if key not in slot_map}
     _check_map(unet, student, weight_map)
     return StudentSpec(parts.config, parts.edits, weight_map, slot_map)
@@ -75,7 +75,7 @@ def assemble(unet: UNet2DConditionModel, plan: Plan, slot_weights: SlotWeights |
         given = slot_weights or {}
         zero = edited_copy(unet, place(unet, plan).units)
         for key, (unit, name) in spec.slot_map.items():
-            source = given[unit] if unit in given else slot_of(zero, unit).state_dict()
+            source = given[unit] if unit in given else zero.get_submodule(weights_path(zero, unit)).state_dict()
             state[key] = source[name].detach().to(unet.device, unet.dtype, copy=True)
     student.load_state_dict(state, strict=True, assign=True)
     return student.eval().requires_grad_(False)

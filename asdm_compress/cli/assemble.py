@@ -9,9 +9,12 @@ import typer
 
 from asdm_compress.cli import options as o
 from asdm_compress.cli.console import Output
-from asdm_compress.core.defaults import CALIBRATION_PROMPTS, GUIDANCE, HELD_OUT_PROMPTS, STEPS
+from asdm_compress.core.defaults import CALIBRATION_PROMPTS, GUIDANCE, HELD_OUT_PROMPTS, NARROW_SHARES, STEPS
+from asdm_compress.core.edits import parse_shares
 from asdm_compress.core.files import check_output
 from asdm_compress.core.units import parse_budget
+
+_SHARES = ",".join(map(str, NARROW_SHARES))
 
 
 def assemble(
@@ -38,6 +41,9 @@ def assemble(
     ] = "auto",
     experts: Annotated[int, typer.Option(min=1, help="Experts of a routed convolution; 1 for plain ones only.")] = 8,
     routing: Annotated[str, typer.Option(help="What routes the experts: timestep, feature, both, none.")] = "timestep",
+    narrow: Annotated[
+        str, typer.Option(help="Shares to which inner widths may be narrowed, with commas; or none.")
+    ] = _SHARES,
     calibration_prompts: Annotated[
         int, typer.Option(min=1, help="Prompts whose trajectories are measured on.")
     ] = CALIBRATION_PROMPTS,
@@ -59,6 +65,7 @@ def assemble(
 ) -> None:
     """Cut a model to a budget with the least damage, provably, and write the student with its evidence."""
     limits = parse_budget(budget or [])
+    shares = parse_shares(narrow)
     check_output(out, overwrite)
     output = Output(quiet, as_json)
     with output.stage("Starting torch"):
@@ -82,6 +89,7 @@ def assemble(
         slot=slot,  # type: ignore[arg-type]
         experts=experts,
         routing=routing,  # type: ignore[arg-type]
+        narrow=shares,
     )
     result = run_assemble(model, limits, out, load, settings, output, overwrite)
     evidence = result.recipe.evidence

@@ -11,6 +11,7 @@ from asdm_compress.core.errors import AsdmError
 Edit = str
 DROP: Final[Edit] = "drop"
 SHORTCUT: Final[Edit] = "shortcut"
+SUBPIXEL: Final[Edit] = "subpixel"  # an upsampler that convolves before it interpolates, exactly
 
 Routing = Literal["none", "timestep", "feature", "both"]
 Mixing = Literal["softmax", "sigmoid"]
@@ -19,7 +20,10 @@ _CONV_NAME: Final = re.compile(
     r"(?P<shape>conv|separable)(?P<kernel>1x1|3x3)(-rank(?P<rank>\d+))?"
     r"(\*(?P<experts>\d+)@(?P<routing>timestep|feature|both)(-(?P<mixing>sigmoid))?(-t(?P<temperature>\d+(\.\d+)?))?)?"
 )
-EDIT_GRAMMAR: Final = "drop, shortcut, conv1x1, conv3x3, separable3x3, conv3x3-rank32, conv3x3*8@timestep"
+_NARROW_NAME: Final = re.compile(r"narrow(?P<share>0\.\d{1,4})")
+EDIT_GRAMMAR: Final = (
+    "drop, shortcut, subpixel, narrow0.5, conv1x1, conv3x3, separable3x3, conv3x3-rank32, conv3x3*8@timestep"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +76,11 @@ class ConvSpec:
 
 
 def conv_spec(edit: Edit) -> ConvSpec | None:
-    """The convolution that an edit puts into its slot, or None for `drop` and `shortcut`.
+    """The convolution that an edit puts into its slot, or None for an edit that puts none there.
 
     Raises AsdmError for a name that is no edit.
     """
-    if edit in (DROP, SHORTCUT):
+    if edit in (DROP, SHORTCUT, SUBPIXEL) or kept_share(edit) is not None:
         return None
     match = _CONV_NAME.fullmatch(edit) if isinstance(edit, str) else None
     if match is None:
@@ -91,3 +95,36 @@ def conv_spec(edit: Edit) -> ConvSpec | None:
         mixing="sigmoid" if match["mixing"] else "softmax",
         temperature=float(match["temperature"] or 1),
     )
+
+
+def narrow(share: float) -> Edit:
+    """The edit that leaves a share of a unit's or sub-unit's inner width, for example `narrow0.5`."""
+    return f"narrow{share:g}"
+
+
+def kept_share(edit: Edit) -> float | None:
+    """The share of the inner width that an edit leaves, or None for one that is no narrowing."""
+    match = _NARROW_NAME.fullmatch(edit) if isinstance(edit, str) else None
+    share = float(match["share"]) if match else 0.0
+    return share if share > 0 else None
+
+
+def has_weights(edit: Edit) -> bool:
+    """Whether an edit brings weights of its own, which are fitted: convolutions and narrowed modules."""
+    return kept_share(edit) is not None or conv_spec(edit) is not None
+
+
+def parse_shares(text: str) -> tuple[float, ...]:
+    """Shares of an inner width from a list with commas, such as `0.75,0.5`, or from `none`.
+
+    Raises AsdmError for what is no share between 0 and 1 with at most four digits.
+    """
+    if text.strip() == "none":
+        return ()
+    shares = []
+    for word in text.split(","):
+        share = kept_share(f"narrow{word.strip()}")
+        if share is None:
+            raise AsdmError(f"{word.strip()!r} is no share of a width", "For example 0.75,0.5, or none.")
+        shares.append(share)
+    return tuple(dict.fromkeys(shares))

@@ -25,7 +25,7 @@ class Base(_Strict):
 
 
 class EditEntry(_Strict):
-    """One edit: a site's path, and `drop`, `shortcut` or a convolution's name, such as `conv3x3*8@timestep`."""
+    """One edit: a site's path, and the edit's name, such as `drop`, `narrow0.5` or `conv3x3*8@timestep`."""
 
     site: str = Field(min_length=1)
     edit: str

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, TypeVar
 
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from asdm_compress.core.edits import SHORTCUT, ConvSpec, Edit, conv_spec
+from asdm_compress.core.edits import DROP, SHORTCUT, SUBPIXEL, ConvSpec, Edit, conv_spec, has_weights, kept_share
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.expert_conv import MultiExpertConv2d
 from asdm_compress.models.sites import modules_of
@@ -26,19 +25,28 @@ from asdm_compress.models.slots import (
     PooledDownsampler,
     ShortcutResnet,
 )
+from asdm_compress.models.subpixel import SubpixelUpsampler
+from asdm_compress.models.tree import shallow_copy
+from asdm_compress.models.widths import Inner, inner_of, inner_widths, narrow_unit, own_names
 
-SlotWeights = Mapping[str, Mapping[str, Tensor]]  # unit path to the state of its `MultiExpertConv2d`
+# The path of a unit or sub-unit to the tensors that its edit brings along (see `own_tensors`).
+SlotWeights = Mapping[str, Mapping[str, Tensor]]
 SUB_UNITS: Final = ("attn1", "attn2", "ff")
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def legal_edits(unet: UNet2DConditionModel) -> dict[str, tuple[Edit, ...]]:
-    """For every unit and sub-unit, the edits without weights of their own that keep all shapes right."""
+    """For every unit and sub-unit, the edits without weights of their own that keep all shapes right.
+
+    Narrowing and convolutions come on top (`inner_widths`, `slot_kernels`).
+    """
     legal: dict[str, tuple[Edit, ...]] = {}
     discardable = set(_resnets_whose_skip_can_go(unet))
     for path, module in _units(unet):
-        if ".resnets." not in path or module.conv_shortcut is None:
+        if ".upsamplers." in path and _is_subpixel(module):
+            legal[path] = ("drop", SUBPIXEL)
+        elif ".resnets." not in path or module.conv_shortcut is None:
             legal[path] = ("drop",)
         else:
             legal[path] = ("drop", "shortcut") if path in discardable else ("shortcut",)
@@ -55,6 +63,13 @@ def slot_kernels(unet: UNet2DConditionModel) -> dict[str, tuple[int, ...]]:
     A sampler's own convolution is 3 x 3 already.
     """
     return {path: (1,) if "samplers." in path else (1, 3) for path, _ in _units(unet)}
+
+
+def _is_subpixel(upsampler: Any) -> bool:
+    """Whether an upsampler is a nearest-neighbour interpolation followed by a 3 x 3 convolution."""
+    conv = getattr(upsampler, "conv", None)
+    plain = upsampler.norm is None and upsampler.interpolate and not upsampler.use_conv_transpose
+    return plain and isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.padding == (1, 1)
 
 
 def _units(unet: UNet2DConditionModel) -> Iterator[tuple[str, nn.Module]]:
@@ -86,32 +101,61 @@ def apply_edits(unet: UNet2DConditionModel, edits: Mapping[str, Edit]) -> None:
 
     Raises AsdmError for a path that is no unit or sub-unit of this UNet and for an edit that is not legal there.
     """
-    legal, kernels = legal_edits(unet), slot_kernels(unet)
+    legal, kernels, inner = legal_edits(unet), slot_kernels(unet), inner_widths(unet)
     sub_units: dict[str, set[str]] = {}
     for path, edit in edits.items():
         if path not in legal:
             raise AsdmError(f"this UNet has no unit or sub-unit {path!r}", "See `asdm-compress profile` for its sites.")
-        check_edit(path, edit, legal[path], kernels.get(path, ()))
-        if ".transformer_blocks." in path:
+        check_edit(path, edit, legal[path], kernels.get(path, ()), inner.get(path))
+        if ".transformer_blocks." in path and edit == DROP:
             block, _, part = path.rpartition(".")
             sub_units.setdefault(block, set()).add(part)
     for path, parts in sub_units.items():
         _replace(unet, path, PartialTransformerBlock(unet.get_submodule(path), frozenset(parts)))
     for path, edit in edits.items():
-        if ".transformer_blocks." not in path:
+        share = kept_share(edit)
+        if share is not None:
+            _replace(unet, path, narrow_unit(unet.get_submodule(path), share))
+        elif ".transformer_blocks." not in path:
             slot = _slot(path, unet.get_submodule(path), edit)
             _replace(unet, path, slot if conv_spec(edit) is None else slot.to(unet.device, unet.dtype).eval())
 
 
-def check_edit(path: str, edit: Edit, legal: tuple[Edit, ...], kernels: tuple[int, ...]) -> None:
-    """Raise AsdmError unless the edit is possible at a path with these legal edits and slot kernels."""
-    spec = conv_spec(edit)
-    if (edit in legal) if spec is None else (spec.kernel in kernels):
+def check_edit(path: str, edit: Edit, legal: tuple[Edit, ...], kernels: tuple[int, ...], inner: Inner | None) -> None:
+    """Raise AsdmError unless the edit is possible at a path with these legal edits, slot kernels, and inner width."""
+    spec, share = conv_spec(edit), kept_share(edit)
+    if share is not None:
+        possible = inner is not None and inner.can_narrow(share)
+    else:
+        possible = (edit in legal) if spec is None else (spec.kernel in kernels)
+    if possible:
         return
-    convolutions = [f"conv{k}x{k} and its kin" for k in kernels]
-    raise AsdmError(
-        f"the edit {edit!r} is not possible at {path}", f"Possible there: {', '.join([*legal, *convolutions])}."
-    )
+    others = [f"conv{k}x{k} and its kin" for k in kernels]
+    others += [f"narrow, to {inner.kept(0)} to {inner.count - 1} of {inner.count} structures"] if inner else []
+    raise AsdmError(f"the edit {edit!r} is not possible at {path}", f"Possible there: {', '.join([*legal, *others])}.")
+
+
+def weights_path(unet: nn.Module, path: str) -> str:
+    """Where at an edited path lies what the edit brings along: the slot's convolution, or the narrowed module."""
+    return f"{path}.slot" if hasattr(unet.get_submodule(path), "slot") else path
+
+
+def own_tensors(unet: nn.Module, path: str, edit: Edit) -> tuple[str, ...]:
+    """The names, in the module at `weights_path`, of the tensors that an edit brings along."""
+    if not has_weights(edit):
+        return ()
+    module = unet.get_submodule(weights_path(unet, path))
+    if kept_share(edit) is None:
+        return tuple(module.state_dict())
+    inner = inner_of(module)
+    assert inner is not None
+    return own_names(module, inner)
+
+
+def load_weights(unet: nn.Module, path: str, edit: Edit, weights: Mapping[str, Tensor]) -> None:
+    """Give an edited path all the tensors that its edit brings along; raises KeyError where one is missing."""
+    own = {name: weights[name] for name in own_tensors(unet, path, edit)}
+    unet.get_submodule(weights_path(unet, path)).load_state_dict(own, strict=False)
 
 
 def slot_of(unet: nn.Module, path: str) -> MultiExpertConv2d:
@@ -142,9 +186,9 @@ def edited_copy(
 
     Only the containers on the way to an edited place are copied, so that it costs neither memory nor time. `drop_mid`
     takes the mid block out, `keep_levels` leaves only the first levels (see `removable_levels`). Convolutions whose
-    weights are not given are zero.
+    weights are not given are zero, narrowed modules whose weights are not given keep their largest structures.
     """
-    twins: dict[str, Any] = {"": _shallow(unet)}
+    twins: dict[str, Any] = {"": shallow_copy(unet)}
     if drop_mid or keep_levels is not None:
         twins[""]._modules["mid_block"] = None
     for path in edits:
@@ -153,11 +197,11 @@ def edited_copy(
             here = ".".join(names[: depth + 1])
             if here not in twins:
                 parent = twins[".".join(names[:depth])]
-                twins[here] = parent._modules[name] = _shallow(parent._modules[name])
+                twins[here] = parent._modules[name] = shallow_copy(parent._modules[name])
     root: ModuleT = twins[""]
     apply_edits(root, edits)
     for path, weights in (slot_weights or {}).items():
-        slot_of(root, path).load_state_dict(weights)
+        load_weights(root, path, edits[path], weights)
     if keep_levels is not None:
         _remove_levels(root, keep_levels)
     return root
@@ -166,17 +210,11 @@ def edited_copy(
 def _remove_levels(root: Any, keep: int) -> None:
     """Leave the first `keep` levels of a tree of which only the root is known to be a copy."""
     down, up = list(root.down_blocks), list(root.up_blocks)
-    last = _shallow(down[keep - 1])
+    last = shallow_copy(down[keep - 1])
     last._modules["downsamplers"] = None
     root._modules["down_blocks"] = nn.ModuleList([*down[: keep - 1], last])
     root._modules["up_blocks"] = nn.ModuleList(up[len(up) - keep :])
     root.num_upsamplers = keep - 1
-
-
-def _shallow(module: ModuleT) -> ModuleT:
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    return twin
 
 
 def _replace(unet: nn.Module, path: str, slot: nn.Module) -> None:
@@ -195,7 +233,7 @@ def _plain_slot(path: str, kind: str, module: Any, edit: Edit) -> nn.Module:
     if kind == "downsamplers":
         return PooledDownsampler()
     if kind == "upsamplers":
-        return NearestUpsampler()
+        return SubpixelUpsampler(module) if edit == SUBPIXEL else NearestUpsampler()
     if edit == SHORTCUT:
         return ShortcutResnet(module.conv_shortcut, module.output_scale_factor)
     if path.startswith("up_blocks."):

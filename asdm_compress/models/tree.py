@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -38,3 +39,10 @@ def meta_copy(module: ModuleT) -> ModuleT:
 def sharing_copy(module: ModuleT) -> ModuleT:
     """A copy with the very parameters of the original."""
     return copy_tree(module, lambda p: p)
+
+
+def shallow_copy(module: ModuleT) -> ModuleT:
+    """A copy whose list of children is its own, and nothing else."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin

@@ -1,4 +1,4 @@
-"""What convolutions would cost in the slots: measured inside whole passes of a UNet that has them everywhere."""
+"""What edits cost that put something into a place: measured inside whole passes of a UNet that has them everywhere."""
 
 from __future__ import annotations
 
@@ -8,34 +8,50 @@ from dataclasses import replace
 import torch
 from diffusers import UNet2DConditionModel
 
-from asdm_compress.core.edits import ConvSpec
-from asdm_compress.models.edits import edited_copy, slot_kernels
+from asdm_compress.core.edits import SUBPIXEL, ConvSpec, Edit, conv_spec, narrow
+from asdm_compress.models.edits import edited_copy, legal_edits, slot_kernels
+from asdm_compress.models.widths import inner_widths
 from asdm_compress.profiling.profile import ProfileSettings, SiteProfile, profile
 
-SlotCosts = Mapping[ConvSpec, Mapping[str, SiteProfile]]
+SlotCosts = Mapping[Edit, Mapping[str, SiteProfile]]
 
 
-def as_run(spec: ConvSpec) -> ConvSpec:
-    """The convolution that costs the same time: one that is routed by the timestep alone runs as a plain one.
+def as_run(edit: Edit) -> Edit:
+    """The edit that costs the same time: a convolution that is routed by the timestep alone runs as a plain one.
 
     With the features the timestep's logits are nothing beside the kernels mixed for every image.
     """
+    spec = conv_spec(edit)
+    if spec is None:
+        return edit
     if spec.routing in ("feature", "both"):
-        return replace(spec, routing="feature")
-    return replace(spec, experts=1, routing="none", mixing="softmax", temperature=1.0)
+        return replace(spec, routing="feature").name
+    return replace(spec, experts=1, routing="none", mixing="softmax", temperature=1.0).name
+
+
+def places_of(
+    unet: UNet2DConditionModel, specs: Sequence[ConvSpec], shares: Sequence[float] = ()
+) -> dict[Edit, tuple[str, ...]]:
+    """Every edit that puts something into a place, with the paths of the units and sub-units where it can."""
+    kernels, inner = slot_kernels(unet), inner_widths(unet)
+    places = {spec.name: [path for path, sizes in kernels.items() if spec.kernel in sizes] for spec in specs}
+    places[SUBPIXEL] = [path for path, edits in legal_edits(unet).items() if SUBPIXEL in edits]
+    for share in shares:
+        places[narrow(share)] = [path for path, width in inner.items() if width.can_narrow(share)]
+    return {edit: tuple(paths) for edit, paths in places.items() if paths}
 
 
 @torch.no_grad()
-def slot_costs(unet: UNet2DConditionModel, specs: Sequence[ConvSpec], settings: ProfileSettings) -> SlotCosts:
-    """The costs of every unit's slot with each convolution, by the spec as it runs (see `as_run`).
+def slot_costs(
+    unet: UNet2DConditionModel, places: Mapping[Edit, Sequence[str]], settings: ProfileSettings
+) -> SlotCosts:
+    """The costs of every place with each edit, by the edit as it runs (see `as_run`).
 
-    `parameters` and `bytes` are those of that spec too. One profile is made per different convolution.
+    `parameters` and `bytes` are those of that edit too. One profile is made per different one.
     """
-    kernels = slot_kernels(unet)
-    costs = {}
-    for spec in dict.fromkeys(as_run(spec) for spec in specs):
-        paths = [path for path, sizes in kernels.items() if spec.kernel in sizes]
-        everywhere = edited_copy(unet, dict.fromkeys(paths, spec.name))
-        found = profile(everywhere, settings)
-        costs[spec] = {path: found.site(path) for path in paths}
+    costs: dict[Edit, Mapping[str, SiteProfile]] = {}
+    for edit, paths in places.items():
+        if as_run(edit) not in costs:
+            found = profile(edited_copy(unet, dict.fromkeys(paths, as_run(edit))), settings)
+            costs[as_run(edit)] = {path: found.site(path) for path in paths}
     return costs

@@ -109,7 +109,7 @@ def _fit(source: Source, options: LoadOptions, plan: Plan, start: SlotStart, pro
         calibration = record(pipeline, prompts, start.sampling, start.bands, bar)
     with progress.bar("Fitting the slots") as bar:
         # As `assemble` does: on the same model, prompts and sampler the weights come out the same.
-        return fit_plan(pipeline.unet, plan, calibration.parts()[0], bar)
+        return fit_plan(pipeline.unet, plan, calibration, bar)
 
 
 def check_fit(recipe: Recipe, teacher: UNet2DConditionModel, model: str) -> None:

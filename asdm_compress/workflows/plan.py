@@ -10,13 +10,13 @@ from diffusers import StableDiffusionPipeline
 
 from asdm_compress.assembly.calibration import DEFAULT_BANDS, Calibration, check_bands, record
 from asdm_compress.assembly.damage import Damage
-from asdm_compress.assembly.options import Option, SlotChoice, find_options, slot_specs
+from asdm_compress.assembly.options import Option, SlotChoice, find_options, slot_specs, useful_options
 from asdm_compress.assembly.plan import check_teacher
 from asdm_compress.assembly.slot_fit import check_fits, check_prompts
 from asdm_compress.assembly.slot_start import measure_options
 from asdm_compress.assembly.store import measurement_folder, recorded
-from asdm_compress.assembly.verify import Verified, search_verified
-from asdm_compress.core.defaults import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS
+from asdm_compress.assembly.verify import Search, Verified, search_verified
+from asdm_compress.core.defaults import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS, NARROW_SHARES
 from asdm_compress.core.edits import Routing
 from asdm_compress.core.units import Limit, parse_budget
 from asdm_compress.evaluation.prompts import PromptSplit, choose_prompts
@@ -28,7 +28,7 @@ from asdm_compress.profiling.profile import (
     load_profile,
     profile,
 )
-from asdm_compress.profiling.slot_costs import slot_costs
+from asdm_compress.profiling.slot_costs import places_of, slot_costs
 from asdm_compress.sampling.run import check_one_evaluation_per_step
 from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.sampling.settings import SamplingSettings, check_text_to_image
@@ -40,7 +40,8 @@ class PlanSettings:
     """Everything that changes a plan besides the model and the budget.
 
     `prompts` are a user's own; `known_profile` is a `profile.json` to use instead of profiling again. `slot`, `experts`
-    and `routing` say which convolutions the search may put into the places of what it takes out.
+    and `routing` say which convolutions the search may put into the places of what it takes out, `narrow` to which
+    shares of their inner width ResNets, attentions and feed-forwards may be narrowed.
     """
 
     profile: ProfileSettings = field(default_factory=ProfileSettings)
@@ -54,6 +55,7 @@ class PlanSettings:
     slot: SlotChoice = "auto"
     experts: int = 8
     routing: Routing = "timestep"
+    narrow: tuple[float, ...] = NARROW_SHARES
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ def plan(
         pipeline.scheduler = make_scheduler(settings.scheduler, pipeline)
     check_one_evaluation_per_step(pipeline.scheduler, sampling.steps)
     prompts = choose_prompts(pipeline, settings.prompts, settings.calibration_prompts, settings.held_out_prompts)
-    if specs:
+    if specs or settings.narrow:
         check_prompts(len(prompts.calibration))
     shape = replace(settings.profile, text_tokens=int(pipeline.tokenizer.model_max_length))
     with progress.stage("Profiling"):
@@ -108,12 +110,12 @@ def plan(
         calibration = recorded(
             folder / "triples.pt", lambda: record(pipeline, prompts.calibration, sampling, settings.bands, bar)
         ).to(pipeline.device)
-    with progress.stage("Timing slot convolutions"):
-        slots = slot_costs(teacher, specs, shape)
-    options = find_options(teacher, costs, specs, slots)
-    with progress.bar("Fitting slots and measuring the damage of every edit") as bar:
+    with progress.stage("Timing convolutions in slots and narrower modules"):
+        places = places_of(teacher, specs, settings.narrow)
+        slots = slot_costs(teacher, places, shape)
+    options = useful_options(find_options(teacher, costs, places, slots), limits)
+    with progress.bar("Fitting and measuring the damage of every edit") as bar:
         damages = measure_options(teacher, options, calibration, folder / "damages.jsonl", bar)
     with progress.stage("Searching, fitting and verifying the plan"):
-        totals = {name: damage.total for name, damage in damages.items()}
-        verified = search_verified(teacher, costs, options, totals, limits, shape, calibration)
+        verified = search_verified(Search(teacher, costs, options, damages, limits, shape, calibration))
     return PlanResult(verified, costs, prompts, calibration, options, damages)
