@@ -52,7 +52,7 @@ def test_version_and_missing_command(cli):
         (["assemble", "--budget", "macs=0.7x", "--routing", "magic"], 2, "Routings: none, timestep"),
         (["assemble", "--budget", "macs=0.7x", "--experts", "9"], 2, "cannot be fitted on 8 timestep bands"),
         (["assemble", "--budget", "macs=0.7x", "--calibration-prompts", "2"], 2, "too few to fit convolutions"),
-        (["apply", "good.yaml", "--slot-start", "guess"], 2, "Use fit or zero"),
+        (["apply", "good.yaml", "--slot-start", "guess"], 2, "Use fit, zero, random or copied"),
         (["profile", "sd15"], 4, "not on this machine"),
         (["profile", "--device", "cuda:77"], 4, "not available"),
         (["profile", "--device", "abacus"], 2, "unknown device"),

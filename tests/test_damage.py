@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from asdm_compress.assembly.calibration import measure_band_weights, record
-from asdm_compress.assembly.damage import compare_predictions, measure_damages, measure_plan
+from asdm_compress.assembly.damage import SKETCH, compare_predictions, measure_damages, measure_plan, sketch
 from asdm_compress.assembly.options import find_options
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.store import measurement_folder, recorded, weights_hash
@@ -203,3 +204,26 @@ def test_the_store_is_plain_json_lines(unet, calibration, few_options, tmp_path)
     measure_damages(unet, few_options, calibration, store)
     lines = [json.loads(line) for line in store.read_text().splitlines() if line]
     assert [line["chunk"] for line in lines] == list(range(len(lines)))
+
+
+def test_sketches_keep_scalar_products():
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(64, 4, 16, 16, generator=generator)
+    a, b = (shared + torch.randn(64, 4, 16, 16, generator=generator) for _ in range(2))
+    found = (sketch(a) * sketch(b)).sum()
+    assert sketch(a).shape == (64, SKETCH)
+    assert found == pytest.approx(float((a * b).sum()), rel=0.1)
+    assert sketch(a).square().sum() == pytest.approx(float(a.square().sum()), rel=0.1)
+    assert sketch(torch.zeros(2, 4, 3, 3)).shape == (2, SKETCH)
+
+
+def test_errors_that_add_up_are_foreseen(unet, mini_profile, calibration):
+    """Two small edits in places that do not feed each other's errors much."""
+    options = {o.name: o for o in find_options(unet, mini_profile)}
+    a, b = (options[f"up_blocks.1.attentions.{i}.transformer_blocks.0.ff:drop"] for i in (0, 1))
+    damages = measure_damages(unet, [a, b], calibration)
+    together = measure_plan(unet, Plan({a.site: a.edit, b.site: b.edit}), calibration).total
+    one, other = damages[a.name], damages[b.name]
+    foreseen = one.total + other.total + one.interaction(other)
+    assert foreseen == pytest.approx(together, rel=0.25)
+    assert np.square(one.sketch).sum() == pytest.approx(one.total, rel=0.3)

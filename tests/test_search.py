@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from asdm_compress.assembly.options import Option
+from asdm_compress.assembly.polish import Problem, polish
 from asdm_compress.assembly.search import solve
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.units import Limit
@@ -115,3 +116,62 @@ def test_an_infeasible_budget_names_the_smallest_that_is_not():
     assert named == pytest.approx(664 / 997, abs=1e-4)
     assert solve(odd, {"a:drop": 1.0}, teacher, [Limit("params", named, True)]).plan.edits == {"a": "drop"}
     assert solve(options, damages, TEACHER, [Limit("latency", 0.7, True)]).plan.edits == {"a": "drop", "b": "drop"}
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_interactions_are_taken_in_until_the_plan_is_the_best_of_all(data):
+    options, damages, limits = data.draw(problems(max_options=7))
+    chance = np.random.default_rng(data.draw(st.integers(0, 999)))
+    terms = {frozenset((a.name, b.name)): float(chance.random()) for a, b in combinations(options, 2)}
+    calls = []
+
+    def interaction(one, other):
+        calls.append((one, other))
+        return terms[frozenset((one, other))]
+
+    def value(chosen):
+        names = {o.name for o in chosen}
+        return sum(damages[name] for name in names) + sum(t for pair, t in terms.items() if pair <= names)
+
+    everything = [
+        [o for o, use in zip(options, mask, strict=True) if use] for mask in product((0, 1), repeat=len(options))
+    ]
+    possible = [chosen for chosen in everything if feasible(chosen, limits)]
+    if not possible:
+        return
+    solution = solve(options, damages, TEACHER, limits, None, interaction)
+    assert solution.proven
+    assert solution.damage == pytest.approx(min(value(chosen) for chosen in possible), abs=1e-6)
+    assert feasible(solution.options, limits)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 9999))
+def test_polishing_keeps_what_is_allowed_and_never_makes_it_worse(seed):
+    chance = np.random.default_rng(seed)
+    count = 8
+    pairs = chance.normal(size=(count, count))
+    pairs = np.triu(pairs, 1) + np.triu(pairs, 1).T
+    overlaps = np.triu(chance.random((count, count)) < 0.2, 1)
+    overlaps = overlaps | overlaps.T
+    problem = Problem(chance.random(count), pairs, overlaps, chance.random((2, count)), chance.random(2))
+
+    def allowed(chosen):
+        picked = list(chosen)
+        saved = problem.savings[:, picked].sum(1) if picked else np.zeros(2)
+        return not overlaps[np.ix_(picked, picked)].any() and (saved >= problem.missing).all()
+
+    subsets = [[i for i in range(count) if mask >> i & 1] for mask in range(2**count)]
+    possible = [s for s in subsets if allowed(s)]
+    if not possible:
+        return
+    begin = possible[int(chance.integers(len(possible)))]
+    found = polish(problem, begin)
+    assert allowed(found)
+    assert problem.damage(found) <= problem.damage(begin) + 1e-12
+    # No single exchange of one for one is left that would help.
+    for out in found:
+        for into in range(count):
+            other = sorted({*found, into} - {out})
+            assert not allowed(other) or problem.damage(other) >= problem.damage(found) - 1e-6

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from asdm_compress.assembly.calibration import record
 from asdm_compress.assembly.damage import measure_plan
 from asdm_compress.assembly.options import find_options, slot_specs
+from asdm_compress.assembly.other_starts import copied_start, random_start
 from asdm_compress.assembly.plan import Plan, place
 from asdm_compress.assembly.regression import RIDGES, NormalEquations, solve_at_best_ridge
-from asdm_compress.assembly.slot_start import fit_options, fit_plan, measure_options
+from asdm_compress.assembly.slot_start import fit_options, fit_plan, fitting_places, measure_options
 from asdm_compress.assembly.surgery import assemble, specify
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.units import Limit
@@ -133,7 +134,7 @@ def test_one_slot_of_full_rank_is_the_dense_slot(unet, calibration):
 def test_a_single_slot_is_fitted_alike_alone_and_in_a_plan(unet, mini_profile, calibration):
     specs = slot_specs("3x3", 4, "timestep", [])
     places = places_of(unet, specs)
-    costs = slot_costs(unet, places, ProfileSettings(text_tokens=40, repeats=2))
+    costs = slot_costs(unet, places, ProfileSettings(text_tokens=40, repeats=2), mini_profile)
     wanted = (
         "down_blocks.1.resnets.0", "down_blocks.1.layers.0", "mid_block", "mid_block.layers.1", "mid_block.resnets.1",
         "up_blocks.1.attentions.2",
@@ -153,7 +154,7 @@ def test_a_single_slot_is_fitted_alike_alone_and_in_a_plan(unet, mini_profile, c
 def test_damages_of_slots_are_kept_and_not_fitted_again(unet, mini_profile, calibration, tmp_path, monkeypatch):
     specs = slot_specs("1x1", 4, "timestep", [])
     places = places_of(unet, specs)
-    costs = slot_costs(unet, places, ProfileSettings(text_tokens=40, repeats=2))
+    costs = slot_costs(unet, places, ProfileSettings(text_tokens=40, repeats=2), mini_profile)
     wanted = ("down_blocks.0.attentions.0", "down_blocks.0.layers.1")
     options = [o for o in find_options(unet, mini_profile, places, costs) if o.site in wanted]
     store = tmp_path / "damages.jsonl"
@@ -177,7 +178,7 @@ def test_slot_options_have_exact_costs(unet, mini_profile):
     specs = slot_specs("all", 4, "timestep", [Limit("params", 0.5, True)])
     assert len(specs) == 6
     places = places_of(unet, specs)
-    costs = slot_costs(unet, places, ProfileSettings(text_tokens=40, repeats=2))
+    costs = slot_costs(unet, places, ProfileSettings(text_tokens=40, repeats=2), mini_profile)
     options = find_options(unet, mini_profile, places, costs)
     for option in options[:: max(1, len(options) // 40)]:
         student = assemble(unet, option.plan)
@@ -201,11 +202,11 @@ def test_what_has_no_closed_form_is_refused(unet, calibration, edit, words):
 
 
 @pytest.mark.parametrize("routing", ["feature", "both"])
-def test_feature_routing_can_be_costed_and_starts_as_the_plain_fit(unet, calibration, routing):
+def test_feature_routing_can_be_costed_and_starts_as_the_plain_fit(unet, calibration, mini_profile, routing):
     specs = slot_specs("1x1", 4, routing, [])
     assert [spec.experts for spec in specs] == [1, 4]
     places = places_of(unet, specs)
-    costs = slot_costs(unet, places, ProfileSettings(text_tokens=40, repeats=2))
+    costs = slot_costs(unet, places, ProfileSettings(text_tokens=40, repeats=2), mini_profile)
     assert all(costs[as_run(spec.name)]["mid_block.resnets.0"].macs > 0 for spec in specs)
     predictions = []
     rows = calibration.part(0, 4).rows()
@@ -263,3 +264,32 @@ def test_a_calibration_of_two_parts_keeps_prompts_apart(calibration):
     assert texts.isdisjoint({tuple(t.flatten().tolist()) for t in measured.inputs.texts[:, 1]})
     alone = replace(calibration, prompts=torch.zeros_like(calibration.prompts))
     assert alone.parts() == (alone, alone)
+
+
+def test_other_starts_are_of_kept_kernels_or_of_the_right_size(unet):
+    edits = {"mid_block.resnets.0": "conv3x3*4@timestep", "up_blocks.3.layers.1": "conv1x1"}
+    plan = Plan({**edits, "mid_block.attentions.0": "drop"})
+    copies, random = copied_start(unet, plan), random_start(unet, plan)
+    assert set(copies) == set(random) == {"mid_block.resnets.0", "up_blocks.3.resnets.1"}
+    kernels = copies["mid_block.resnets.0"]["weights.0"]
+    kept = [m.weight for m in unet.modules() if isinstance(m, torch.nn.Conv2d) and m.weight.shape == kernels.shape[1:]]
+    for kernel in kernels:
+        assert any(torch.equal(kernel, weight) for weight in kept)
+    gone = [unet.mid_block.resnets[0].conv1.weight, unet.mid_block.resnets[0].conv2.weight]
+    assert not any(torch.equal(kernel, weight) for kernel in kernels for weight in gone)
+    spread = random["mid_block.resnets.0"]["weights.0"].std()
+    assert spread == pytest.approx((2 / (9 * kernels.shape[2])) ** 0.5, rel=0.05)
+    again = random_start(unet, plan)["mid_block.resnets.0"]["weights.0"]
+    assert torch.equal(random["mid_block.resnets.0"]["weights.0"], again)
+
+
+def test_places_whose_sums_exceed_memory_are_left_out(sd15_on_meta, monkeypatch):
+    specs = slot_specs("auto", 8, "timestep", [])
+    everywhere = places_of(sd15_on_meta, specs)
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 24 * 2**18}[name])
+    left = fitting_places(sd15_on_meta, everywhere, 8)
+    deep = "mid_block.resnets.0"
+    assert deep in everywhere["conv3x3*8@timestep"]
+    assert deep not in left["conv3x3*8@timestep"]
+    assert deep in left["conv1x1*8@timestep"]
+    assert "down_blocks.0.resnets.0" in left["conv3x3*8@timestep"]

@@ -22,7 +22,15 @@ import matplotlib
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from rival_plans import BK_PATTERNS, greedy, knapsack, random_plans, within_measured, without_convolutions
+from rival_plans import (
+    BK_PATTERNS,
+    greedy,
+    knapsack,
+    narrowed_within,
+    random_plans,
+    within_measured,
+    without_weights,
+)
 
 from asdm_compress.assembly.calibration import Calibration, record
 from asdm_compress.assembly.damage import compare_predictions, measure_plan
@@ -48,6 +56,7 @@ RESULTS = Path(__file__).parent / "results"
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 HELD_OUT_SEED, IMAGE_SEED = 4_242, 70_000
 RANDOM_PLANS = 100
+SHOWN = 0.7  # at this budget the search is also made without anything that is fitted
 
 
 class Judge:
@@ -75,45 +84,46 @@ class Judge:
         }
 
 
-def main() -> None:
-    """Measure every maker of plans at every budget."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=64, help="held-out prompts")
-    parser.add_argument("--guidance", type=float, default=SamplingSettings().guidance)
-    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
-    arguments = parser.parse_args()
-    pipeline = load_pipeline("mini-sd", LoadOptions())
-    pipeline.set_progress_bar_config(disable=True)
-    teacher = pipeline.unet
-    settings = PlanSettings(ProfileSettings(repeats=15), SamplingSettings(25, arguments.guidance))
-    found = plan(pipeline, "latency=0.9x", settings)
-    shape = replace(settings.profile, text_tokens=int(pipeline.tokenizer.model_max_length))
-    judge = Judge(pipeline, arguments.prompts, arguments.guidance, found)
-    damages = {name: damage.total for name, damage in found.damages.items()}
-    fitting, measuring = found.calibration.parts()
+class Bench:
+    """The rows so far, and what they are measured with."""
 
-    def ratio_of(student: Any) -> float:
-        return measured_ratio(teacher, student, shape)
+    def __init__(self, prompts: int, guidance: float) -> None:
+        self.prompts, self.guidance = prompts, guidance
+        pipeline = load_pipeline("mini-sd", LoadOptions())
+        pipeline.set_progress_bar_config(disable=True)
+        self.teacher = pipeline.unet
+        settings = PlanSettings(ProfileSettings(repeats=15), SamplingSettings(25, guidance))
+        self.found = plan(pipeline, "latency=0.5x", settings)
+        self.shape = replace(settings.profile, text_tokens=int(pipeline.tokenizer.model_max_length))
+        self.judge = Judge(pipeline, prompts, guidance, self.found)
+        self.damages = {name: damage.total for name, damage in self.found.damages.items()}
+        self.rows: list[dict[str, Any]] = []
 
-    rows: list[dict[str, Any]] = []
+    def ratio_of(self, student: Any) -> float:
+        """Measured latency over the teacher's."""
+        return measured_ratio(self.teacher, student, self.shape)
 
-    def keep(budget: float | None, maker: str, chosen: Plan, ratio: float, student: Any, **more: Any) -> None:
-        row = {"budget": budget, "maker": maker, "latency_ratio": round(ratio, 4), **judge(student), **more}
-        rows.append({**row, "edits": dict(chosen.edits)})
+    def keep(self, budget: float | None, maker: str, chosen: Plan, student: Any, **more: Any) -> None:
+        """Measure a student and write its row down."""
+        ratio = more.pop("ratio", None) or self.ratio_of(student)
+        row = {"budget": budget, "maker": maker, "latency_ratio": round(ratio, 4), **self.judge(student), **more}
+        self.rows.append({**row, "edits": dict(chosen.edits)})
         print(json.dumps(row), flush=True)
 
-    def search(budget: float, maker: str, options: Sequence[Option]) -> None:
+    def search(self, budget: float, maker: str, options: Sequence[Option]) -> None:
+        """Our own plan."""
         began = time.monotonic()
-        limits = [Limit("latency", budget, True)]
+        found, limits = self.found, [Limit("latency", budget, True)]
         try:
             ours = search_verified(
-                Search(teacher, found.profile, options, found.damages, limits, shape, found.calibration)
+                Search(self.teacher, found.profile, options, found.damages, limits, self.shape, found.calibration)
             )
         except AsdmError as error:
-            rows.append({"budget": budget, "maker": maker, "infeasible": True, "why": str(error)})
+            self.rows.append({"budget": budget, "maker": maker, "infeasible": True, "why": str(error)})
             return
-        keep(
-            budget, maker, ours.solution.plan, ours.latency_ratio, ours.student,
+        self.keep(
+            budget, maker, ours.solution.plan, ours.student,
+            ratio=ours.latency_ratio,
             predicted_damage=ours.solution.damage,
             measured_damage=ours.measured_damage,
             pairs=ours.pairs,
@@ -121,27 +131,51 @@ def main() -> None:
             seconds=round(time.monotonic() - began, 1),
         )  # fmt: skip
 
-    for name, pattern in BK_PATTERNS.items():
-        student = assemble(teacher, pattern)
-        ratio = ratio_of(student)
-        keep(round(ratio, 3), name, pattern, ratio, student)
-        search(round(ratio, 3), "ours", found.options)
-    for budget in arguments.budgets:
+    def rivals(self, budget: float) -> None:
+        """The plans that others would make."""
+        found, measuring = self.found, self.found.calibration.parts()[1]
         makers = {
-            "greedy": lambda share: greedy(found.options, damages, found.profile, share),
-            "drop-only knapsack": lambda share: knapsack(found.options, damages, found.profile, share),
-            "best of 100 random": lambda share: _best_random(teacher, found, share, measuring),
+            "greedy": lambda share: greedy(found.options, self.damages, found.profile, share),
+            "drop-only knapsack": lambda share: knapsack(found.options, self.damages, found.profile, share),
+            "best of 100 random": lambda share: _best_random(self.teacher, found, share, measuring),
         }
         for name, maker in makers.items():
-            made = within_measured(maker, budget, ratio_of, teacher)
+            made = within_measured(maker, budget, self.ratio_of, self.teacher)
             if made is None:
-                rows.append({"budget": budget, "maker": name, "infeasible": True})
-                continue
-            keep(budget, name, made[0], made[1], assemble(teacher, made[0]))
-        search(budget, "ours without convolutions", without_convolutions(found.options))
-        search(budget, "ours", found.options)
-    _fitted_patterns(teacher, fitting, ratio_of, keep)
-    _write(rows, arguments.prompts, arguments.guidance)
+                self.rows.append({"budget": budget, "maker": name, "infeasible": True})
+            else:
+                self.keep(budget, name, made[0], assemble(self.teacher, made[0]), ratio=made[1])
+        narrow = narrowed_within(self.teacher, budget, self.ratio_of, self.shape.tokens)
+        if narrow is None:
+            self.rows.append({"budget": budget, "maker": "torch-pruning by magnitude", "infeasible": True})
+        else:
+            student, ratio, share = narrow
+            self.keep(budget, "torch-pruning by magnitude", Plan({}), student, ratio=ratio, pruned_share=share)
+
+
+def main() -> None:
+    """Measure every maker of plans at every budget."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=24, help="held-out prompts")
+    parser.add_argument("--guidance", type=float, default=SamplingSettings().guidance)
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
+    arguments = parser.parse_args()
+    bench = Bench(arguments.prompts, arguments.guidance)
+    bench.keep(1.0, "teacher", Plan({}), bench.teacher, ratio=1.0)
+    for budget in arguments.budgets:
+        bench.search(budget, "ours", bench.found.options)
+        if budget == SHOWN:
+            bench.search(budget, "ours, only taking out", without_weights(bench.found.options))
+        bench.rivals(budget)
+        _write(bench)
+    for name, pattern in BK_PATTERNS.items():
+        student = assemble(bench.teacher, pattern)
+        ratio = bench.ratio_of(student)
+        bench.keep(round(ratio, 3), name, pattern, student, ratio=ratio)
+        bench.search(round(ratio, 3), "ours", bench.found.options)
+        _write(bench)
+    _fitted_patterns(bench)
+    _write(bench)
 
 
 def _best_random(teacher: Any, found: PlanResult, share: float, calibration: Calibration) -> Plan | None:
@@ -151,17 +185,18 @@ def _best_random(teacher: Any, found: PlanResult, share: float, calibration: Cal
     return min(plans, key=lambda p: measure_plan(teacher, p, few).total) if plans else None
 
 
-def _fitted_patterns(teacher: Any, calibration: Calibration, ratio_of: Any, keep: Any) -> None:
+def _fitted_patterns(bench: Bench) -> None:
     """BK-SDM's own removals with our convolutions in the holes: what the fit alone does."""
     for edit in ("conv1x1*8@timestep", "conv3x3*8@timestep"):
         pattern = Plan(dict.fromkeys(BK_PATTERNS["bk-sdm-base"].edits, edit))
-        student = assemble(teacher, pattern, fit_plan(teacher, pattern, calibration))
-        keep(None, f"bk-sdm-base with {edit}", pattern, ratio_of(student), student)
+        weights = fit_plan(bench.teacher, pattern, bench.found.calibration)
+        bench.keep(None, f"bk-sdm-base with {edit}", pattern, assemble(bench.teacher, pattern, weights))
 
 
-def _write(rows: list[dict[str, Any]], prompts: int, guidance: float) -> None:
+def _write(bench: Bench) -> None:
+    rows = bench.rows
     RESULTS.mkdir(exist_ok=True)
-    content = {"prompts": prompts, "guidance": guidance, "device": processor_name(), "versions": versions()}
+    content = {"prompts": bench.prompts, "guidance": bench.guidance, "device": processor_name(), "versions": versions()}
     (RESULTS / "assembly.json").write_text(json.dumps({**content, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import torch
+import torch_pruning
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.upsampling import Upsample2D
 
 from asdm_compress.assembly.options import Option, teacher_costs
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.search import solve
 from asdm_compress.assembly.surgery import assemble
-from asdm_compress.core.edits import DROP, conv_spec
+from asdm_compress.core.edits import DROP, SUBPIXEL, has_weights
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.units import Limit
 from asdm_compress.profiling.profile import Profile
@@ -30,17 +36,17 @@ BK_TINY = {
 }
 BK_PATTERNS = {"bk-sdm-base": Plan(BK_BASE), "bk-sdm-small": Plan(BK_SMALL), "bk-sdm-tiny": Plan(BK_TINY)}
 
-Latency = Callable[[Plan], float]
+PRUNED_SHARES = tuple(i / 16 for i in range(1, 16))
 
 
-def without_convolutions(options: Sequence[Option]) -> list[Option]:
+def without_weights(options: Sequence[Option]) -> list[Option]:
     """What can only be taken out."""
-    return [o for o in options if conv_spec(o.edit) is None]
+    return [o for o in options if not has_weights(o.edit) and o.edit != SUBPIXEL]
 
 
 def knapsack(options: Sequence[Option], damages: Mapping[str, float], profile: Profile, share: float) -> Plan | None:
     """LAPTOP-Diff's idea (2404.11098): whole layers and units, additive one-shot damages, solved exactly."""
-    whole = [o for o in without_convolutions(options) if ".transformer_blocks." not in o.site]
+    whole = [o for o in without_weights(options) if ".transformer_blocks." not in o.site]
     return _solved(whole, damages, profile, share)
 
 
@@ -53,7 +59,7 @@ def _solved(options: Sequence[Option], damages: Mapping[str, float], profile: Pr
 
 def greedy(options: Sequence[Option], damages: Mapping[str, float], profile: Profile, share: float) -> Plan | None:
     """Edits in the order of damage per second saved until the budget is met, without those that are then not needed."""
-    useful = [o for o in without_convolutions(options) if o.savings["latency"] > 0]
+    useful = [o for o in without_weights(options) if o.savings["latency"] > 0]
     order = sorted(useful, key=lambda o: damages[o.name] / o.savings["latency"])
     plan = _taken(order, profile, share)
     if plan is None:
@@ -72,7 +78,7 @@ def greedy(options: Sequence[Option], damages: Mapping[str, float], profile: Pro
 def random_plans(options: Sequence[Option], profile: Profile, share: float, count: int, seed: int) -> Iterator[Plan]:
     """Edits in a random order until the budget is met."""
     chance = random.Random(seed)
-    useful = [o for o in without_convolutions(options) if o.savings["latency"] > 0]
+    useful = [o for o in without_weights(options) if o.savings["latency"] > 0]
     made = 0
     for _ in range(20 * count):
         order = chance.sample(useful, len(useful))
@@ -113,4 +119,43 @@ def within_measured(
         if ratio <= share * 1.01:
             return plan, ratio
         asked *= min(0.99, share / ratio)
+    return None
+
+
+def torch_pruned(unet: UNet2DConditionModel, ratio: float, text_tokens: int) -> UNet2DConditionModel:
+    """A UNet with a share of all its widths pruned by torch-pruning, by magnitude, as its own examples do it.
+
+    The widths that diffusers keep in attributes are corrected afterwards.
+    """
+    pruned = copy.deepcopy(unet).requires_grad_(True)
+    attentions = [module for module in pruned.modules() if isinstance(module, Attention)]
+    size = unet.config["sample_size"]
+    sample = torch.randn(2, unet.config["in_channels"], size, size, device=unet.device)
+    text = torch.randn(2, text_tokens, unet.config["cross_attention_dim"], device=unet.device)
+    torch_pruning.pruner.BasePruner(
+        pruned,
+        example_inputs=(sample, torch.tensor(500, device=unet.device), text),
+        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=ratio,
+        ignored_layers=[pruned.conv_out, pruned.time_embedding],
+        num_heads={part: a.heads for a in attentions for part in (a.to_q, a.to_k, a.to_v)},
+        prune_head_dims=True,
+    ).step()
+    for attention in attentions:
+        attention.inner_dim, attention.inner_kv_dim = attention.to_q.out_features, attention.to_k.out_features
+    for module in pruned.modules():
+        if isinstance(module, (Downsample2D, Upsample2D)):
+            module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
+    return pruned.eval().requires_grad_(False)
+
+
+def narrowed_within(
+    unet: UNet2DConditionModel, share: float, ratio_of: Callable[[UNet2DConditionModel], float], text_tokens: int
+) -> tuple[UNet2DConditionModel, float, float] | None:
+    """The widest UNet of `torch_pruned` that keeps the budget as measured: it, its latency ratio, the pruned share."""
+    for ratio in PRUNED_SHARES:
+        student = torch_pruned(unet, ratio, text_tokens)
+        latency = ratio_of(student)
+        if latency <= share * 1.01:
+            return student, latency, ratio
     return None

@@ -87,11 +87,12 @@ def solve(
         if new and seconds < TIME_LIMIT_SECONDS:
             continue
         picked = tuple(options[i] for i in best)
+        damage = _summed_damage(picked, damages, known)
         return Solution(
             plan=Plan({o.site: o.edit for o in picked}),
             options=picked,
-            damage=_summed_damage(picked, damages, known),
-            bound=bound,
+            damage=damage,
+            bound=max(bound, 0.0) if damage >= 0 else bound,  # no plan does less than nothing
             proven=proven and not new,
             costs=costs_of(picked, teacher),
             seconds=seconds,

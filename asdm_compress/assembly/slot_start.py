@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -18,7 +19,7 @@ from asdm_compress.assembly.narrowing import InnerSums, collecting, narrowed_sta
 from asdm_compress.assembly.options import Option
 from asdm_compress.assembly.plan import PlacedEdits, Plan, place
 from asdm_compress.assembly.slot_fit import BandSums, SlotFits, check_fits, slot_activations
-from asdm_compress.core.edits import conv_spec, has_weights, kept_share
+from asdm_compress.core.edits import Edit, conv_spec, has_weights, kept_share
 from asdm_compress.models.edits import SlotWeights, edited_copy
 from asdm_compress.models.walk import State, Step, finish, start, steps_of, take
 from asdm_compress.models.widths import inner_widths
@@ -115,6 +116,21 @@ def fit_options(
                 span = bearer.spans.index(spans[option.name][1])
                 weights[option.name] = {bearer.unit: fits.state(spec, span)}
             yield ours, weights
+
+
+def fitting_places(
+    unet: UNet2DConditionModel, places: Mapping[Edit, Sequence[str]], bands: int
+) -> dict[Edit, tuple[str, ...]]:
+    """The places without those where a convolution's normal equations would take more than half of the memory."""
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    left = {}
+    for edit, paths in places.items():
+        spec = conv_spec(edit)
+        held = {path: 0 if spec is None else BandSums.bytes(bands, *_widths(unet, path), spec.kernel) for path in paths}
+        possible = tuple(path for path, size in held.items() if size <= most)
+        if possible:
+            left[edit] = possible
+    return left
 
 
 def fit_narrowings(

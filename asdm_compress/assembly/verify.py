@@ -142,7 +142,10 @@ def _measure_pairs(
     for a, b in candidates[:PAIRS_PER_ROUND]:
         both = Plan({a.site: a.edit, b.site: b.edit})
         together = measure_plan(search.teacher, both, measuring, fit_plan(search.teacher, both, fitting)).total
-        found[frozenset((a.name, b.name))] = together - damages[a.name].total - damages[b.name].total
+        one, other = damages[a.name].total, damages[b.name].total
+        # The later fit can make up for the earlier edit, but not for more than there is: many such terms would else sum
+        # up to less than nothing.
+        found[frozenset((a.name, b.name))] = max(together - one - other, -min(one, other))
     return found
 
 

@@ -22,7 +22,7 @@ def apply(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the student.")] = Path("out"),
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; auto keeps the checkpoint's own.")] = "auto",
     slot_start: Annotated[
-        str, typer.Option(help="Convolutions of the recipe: fit them to this model's activations, or zero.")
+        str, typer.Option(help="Weights that the recipe brings along: fit to this model, zero, random, or copied.")
     ] = "fit",
     prompts: o.Prompts = None,
     calibration_prompts: Annotated[
@@ -42,8 +42,8 @@ def apply(
     """Replay a recipe on a checkpoint of the same family, without a search."""
     content = load_recipe(recipe)
     check_output(out, overwrite)
-    if slot_start not in ("fit", "zero"):
-        raise AsdmError(f"unknown slot start {slot_start!r}", "Use fit or zero.")
+    if slot_start not in ("fit", "zero", "random", "copied"):
+        raise AsdmError(f"unknown slot start {slot_start!r}", "Use fit, zero, random or copied.")
     output = Output(quiet, as_json)
     with output.stage("Starting torch"):
         fitting = o.load_options(device, "fp32", threads)
@@ -54,7 +54,7 @@ def apply(
     from asdm_compress.sampling.settings import SamplingSettings
 
     start = SlotStart(
-        slot_start == "fit",
+        slot_start,  # type: ignore[arg-type]
         SamplingSettings(steps, guidance, seed),
         scheduler,
         None if prompts is None else tuple(read_prompts(prompts)),
@@ -63,7 +63,8 @@ def apply(
     )
     result = run_apply(content, model, out, load, start, output, overwrite)
     if result.slots:
-        output.show(f"{result.slots} convolutions {'fitted to this model' if start.fitted else 'start from zero'}.")
+        how = "fitted to this model" if slot_start == "fit" else f"not fitted ({slot_start}): train before use"
+        output.show(f"{result.slots} convolutions and narrowed modules {how}.")
     output.show(
         f"Wrote {out}: {result.kept} tensors inherited, {result.removed} removed; "
         f"{'opens in plain diffusers' if result.is_stock else 'opens after `import asdm_compress`'}."

@@ -11,7 +11,8 @@ from diffusers import UNet2DConditionModel
 from asdm_compress.core.edits import SUBPIXEL, ConvSpec, Edit, conv_spec, narrow
 from asdm_compress.models.edits import edited_copy, legal_edits, slot_kernels
 from asdm_compress.models.widths import inner_widths
-from asdm_compress.profiling.profile import ProfileSettings, SiteProfile, profile
+from asdm_compress.profiling.latency import median_ratio, time_side_by_side
+from asdm_compress.profiling.profile import Profile, ProfileSettings, SiteProfile, forward_pass, profile
 
 SlotCosts = Mapping[Edit, Mapping[str, SiteProfile]]
 
@@ -43,15 +44,25 @@ def places_of(
 
 @torch.no_grad()
 def slot_costs(
-    unet: UNet2DConditionModel, places: Mapping[Edit, Sequence[str]], settings: ProfileSettings
+    unet: UNet2DConditionModel, places: Mapping[Edit, Sequence[str]], settings: ProfileSettings, costs: Profile
 ) -> SlotCosts:
     """The costs of every place with each edit, by the edit as it runs (see `as_run`).
 
-    `parameters` and `bytes` are those of that edit too. One profile is made per different one.
+    `parameters` and `bytes` are those of that edit too. One profile is made per different one, and the UNet itself is
+    timed beside it: latencies are given as they would have been when the UNet's `costs` were measured.
     """
-    costs: dict[Edit, Mapping[str, SiteProfile]] = {}
-    for edit, paths in places.items():
-        if as_run(edit) not in costs:
-            found = profile(edited_copy(unet, dict.fromkeys(paths, as_run(edit))), settings)
-            costs[as_run(edit)] = {path: found.site(path) for path in paths}
-    return costs
+    found: dict[Edit, Mapping[str, SiteProfile]] = {}
+    for edit in dict.fromkeys(map(as_run, places)):
+        paths = dict.fromkeys(path for other, there in places.items() if as_run(other) == edit for path in there)
+        everywhere = edited_copy(unet, dict.fromkeys(paths, edit))
+        whole = profile(everywhere, settings)
+        passes = [forward_pass(model, settings) for model in (everywhere, unet)]
+        ratio = median_ratio(*time_side_by_side(passes, settings.repeats, unet.device))
+        drift = ratio * costs.latency / whole.latency
+        found[edit] = {path: _at_speed(whole.site(path), drift) for path in paths}
+    return found
+
+
+def _at_speed(site: SiteProfile, factor: float) -> SiteProfile:
+    times = {"latency": site.latency * factor, "latency_iqr": site.latency_iqr * factor}
+    return site.model_copy(update={**times, "latency_samples": [seconds * factor for seconds in site.latency_samples]})

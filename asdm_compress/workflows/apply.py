@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from asdm_compress.assembly.calibration import DEFAULT_BANDS, record
+from asdm_compress.assembly.other_starts import copied_start, random_start
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.slot_fit import check_fits, check_prompts
 from asdm_compress.assembly.slot_start import fit_plan
@@ -28,10 +30,12 @@ from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.workflows.progress import Progress
 
+SlotStartName = Literal["fit", "zero", "random", "copied"]
+
 
 @dataclass(frozen=True, slots=True)
 class ApplyResult:
-    """Tensors inherited, tensors gone, convolutions put into slots, and whether diffusers alone opens the student."""
+    """Tensors inherited and gone, places that brought weights along, and whether diffusers alone opens the student."""
 
     kept: int
     removed: int
@@ -41,12 +45,14 @@ class ApplyResult:
 
 @dataclass(frozen=True, slots=True)
 class SlotStart:
-    """How the convolutions of a recipe start on another checkpoint: fitted to its own activations, or from zero.
+    """How what a recipe brings along starts on another checkpoint.
 
-    A fit samples with the checkpoint itself, on `device`, on its own prompts or a user's.
+    `fit` fits it to the checkpoint's own activations, for which it samples with it, on `device`, on its own prompts or
+    a user's. Otherwise convolutions start from zero, from random kernels, or from copies of kept ones, and narrowed
+    modules keep their largest structures: a start for a training, not a student.
     """
 
-    fitted: bool = True
+    start: SlotStartName = "fit"
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     scheduler: str | None = None
     prompts: tuple[str, ...] | None = None
@@ -79,8 +85,12 @@ def run_apply(
     plan = Plan(recipe.as_edits())
     spec = specify(teacher, plan)
     weights: SlotWeights = {}
-    if spec.slot_map and start.fitted:
+    if spec.slot_map and start.start == "fit":
         weights = _fit(source, options, plan, start, progress)
+    elif start.start == "random":
+        weights = random_start(teacher, plan)
+    elif start.start == "copied":
+        weights = copied_start(teacher, plan)
     with progress.stage("Operating"):
         student = assemble(teacher, plan, weights)
     with progress.stage("Writing"), output_folder(out, overwrite) as aside:
@@ -95,8 +105,9 @@ def _fit(source: Source, options: LoadOptions, plan: Plan, start: SlotStart, pro
     """Fit the plan's convolutions to what the model itself does, in fp32."""
     if source.kind != "pipeline folder":
         raise AsdmError(
-            f"the recipe's convolutions are fitted by sampling, for which a {source.kind} is not enough",
-            "Give a whole pipeline folder, or --slot-start zero for convolutions that a later training fills.",
+            f"the recipe's convolutions and narrowed modules are fitted by sampling, for which a {source.kind} is not "
+            "enough",
+            "Give a whole pipeline folder, or --slot-start zero for a student that a later training fills.",
         )
     specs = [spec for spec in map(conv_spec, plan.edits.values()) if spec is not None]
     check_fits(specs, start.bands)

@@ -13,7 +13,7 @@ from asdm_compress.assembly.damage import Damage
 from asdm_compress.assembly.options import Option, SlotChoice, find_options, slot_specs, useful_options
 from asdm_compress.assembly.plan import check_teacher
 from asdm_compress.assembly.slot_fit import check_fits, check_prompts
-from asdm_compress.assembly.slot_start import measure_options
+from asdm_compress.assembly.slot_start import fitting_places, measure_options
 from asdm_compress.assembly.store import measurement_folder, recorded
 from asdm_compress.assembly.verify import Search, Verified, search_verified
 from asdm_compress.core.defaults import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS, NARROW_SHARES
@@ -111,8 +111,8 @@ def plan(
             folder / "triples.pt", lambda: record(pipeline, prompts.calibration, sampling, settings.bands, bar)
         ).to(pipeline.device)
     with progress.stage("Timing convolutions in slots and narrower modules"):
-        places = places_of(teacher, specs, settings.narrow)
-        slots = slot_costs(teacher, places, shape)
+        places = fitting_places(teacher, places_of(teacher, specs, settings.narrow), settings.bands)
+        slots = slot_costs(teacher, places, shape, costs)
     options = useful_options(find_options(teacher, costs, places, slots), limits)
     with progress.bar("Fitting and measuring the damage of every edit") as bar:
         damages = measure_options(teacher, options, calibration, folder / "damages.jsonl", bar)
