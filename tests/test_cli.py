@@ -52,6 +52,7 @@ def test_version_and_missing_command(cli):
         (["assemble", "--budget", "macs=0.7x", "--routing", "magic"], 2, "Routings: none, timestep"),
         (["assemble", "--budget", "macs=0.7x", "--experts", "9"], 2, "cannot be fitted on 8 timestep bands"),
         (["assemble", "--budget", "macs=0.7x", "--calibration-prompts", "2"], 2, "too few to fit convolutions"),
+        (["assemble", "--budget", "macs=0.7x", "--narrow", "1.5"], 2, "no share of a width"),
         (["apply", "good.yaml", "--slot-start", "guess"], 2, "Use fit, zero, random or copied"),
         (["profile", "sd15"], 4, "not on this machine"),
         (["profile", "--device", "cuda:77"], 4, "not available"),
@@ -139,13 +140,14 @@ def test_assemble_leaves_a_student_that_meets_its_budget(assembled):
     assert printed["recipe"]["edits"] == [e.model_dump() for e in recipe.edits]
     evidence = recipe.evidence
     assert evidence is not None
-    assert evidence.proven_optimal
     assert evidence.measured.macs <= 0.7 * evidence.teacher.macs
     assert evidence.measured.params <= 0.75 * evidence.teacher.params
     # Counts are predicted exactly, damages nearly.
     assert (evidence.measured.macs, evidence.measured.params) == (evidence.predicted.macs, evidence.predicted.params)
     assert 0 < evidence.measured_damage < 1
-    assert evidence.damage_bound == pytest.approx(evidence.predicted_damage, rel=1e-3)
+    assert 0 <= evidence.damage_bound <= evidence.predicted_damage * (1 + 1e-6)
+    if evidence.proven_optimal:
+        assert evidence.damage_bound == pytest.approx(evidence.predicted_damage, rel=1e-3)
 
 
 def test_the_report_is_one_file_that_needs_no_network(assembled):

@@ -92,7 +92,8 @@ def solve(
             plan=Plan({o.site: o.edit for o in picked}),
             options=picked,
             damage=damage,
-            bound=max(bound, 0.0) if damage >= 0 else bound,  # no plan does less than nothing
+            # No plan does less than nothing; and pairs that were just found may be below what the bound knows of.
+            bound=min(damage, max(bound, 0.0)),
             proven=proven and not new,
             costs=costs_of(picked, teacher),
             seconds=seconds,

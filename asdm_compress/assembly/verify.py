@@ -28,7 +28,6 @@ SLACK = 0.02  # of a latency limit that a plan may leave unspent while there are
 BELIEF = (1.0, 0.5, 0.0)
 DAMAGE_TOLERANCE = 0.15  # of the predicted damage
 PAIRS_PER_ROUND = 4
-
 # A measured ratio this little above its limit is taken as met: it is within what repeated timings differ by.
 TIMING_TOLERANCE = 0.01
 
@@ -38,8 +37,9 @@ class Verified:
     """A solution, the student built from it, and what the student costs as measured (latency) and counted (the rest).
 
     `solved_for` are the limits that the solution's proof holds for: tighter ones than the user's where a first plan
-    measured slower than predicted. Its damage holds the terms of `pairs` pairs; `measured_damage` is that of the whole
-    plan on prompts that nothing was fitted on.
+    measured slower than predicted. Its damage holds the terms of pairs, of which `pairs` were looked at;
+    `measured_damage` is that of the whole plan on prompts that were kept out of its fit. The student and `slot_weights`
+    are fitted to all prompts.
     """
 
     solution: Solution

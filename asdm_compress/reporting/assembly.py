@@ -86,7 +86,7 @@ def report_content(
         plan=rows,
         quality=[
             ("predicted damage", f"{evidence.predicted_damage:.4g}", "sum of the edits' one-shot damages" + pairs),
-            ("measured damage", f"{evidence.measured_damage:.4g}", "of the whole plan, on prompts not fitted on"),
+            ("measured damage", f"{evidence.measured_damage:.4g}", "of the whole plan, fitted without these prompts"),
             ("held-out damage", f"{evidence.held_out_damage:.4g}", "the same on prompts and seeds not searched"),
             *quality.rows(),
         ],
