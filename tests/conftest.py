@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +16,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 
+from asdm_compress.assembly.store import weights_hash
 from asdm_compress.models.families import FAMILIES
 from asdm_compress.models.loading import LoadOptions, load_pipeline
 from asdm_compress.models.saving import save_pipeline
@@ -30,8 +31,10 @@ def pipeline() -> StableDiffusionPipeline:
 
 
 @pytest.fixture(scope="session")
-def unet(pipeline: StableDiffusionPipeline) -> UNet2DConditionModel:
-    return pipeline.unet
+def unet(pipeline: StableDiffusionPipeline) -> Iterator[UNet2DConditionModel]:
+    before = weights_hash(pipeline.unet)
+    yield pipeline.unet
+    assert weights_hash(pipeline.unet) == before, "a test, or what it tested, has changed the teacher"
 
 
 @pytest.fixture(scope="session")

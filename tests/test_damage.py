@@ -226,4 +226,4 @@ def test_errors_that_add_up_are_foreseen(unet, mini_profile, calibration):
     one, other = damages[a.name], damages[b.name]
     foreseen = one.total + other.total + one.interaction(other)
     assert foreseen == pytest.approx(together, rel=0.25)
-    assert np.square(one.sketch).sum() == pytest.approx(one.total, rel=0.3)
+    assert np.square(one.sketch).sum() == pytest.approx(one.total, rel=0.5)

@@ -277,6 +277,11 @@ def test_other_starts_are_of_kept_kernels_or_of_the_right_size(unet):
         assert any(torch.equal(kernel, weight) for weight in kept)
     gone = [unet.mid_block.resnets[0].conv1.weight, unet.mid_block.resnets[0].conv2.weight]
     assert not any(torch.equal(kernel, weight) for kernel in kernels for weight in gone)
+    deep = Plan({"levels.3": "drop", "up_blocks.1.resnets.0": "conv3x3"})
+    copy = copied_start(unet, deep)["up_blocks.1.resnets.0"]["weights.0"][0]
+    removed = [*unet.mid_block.modules(), *unet.up_blocks[0].modules(), *unet.down_blocks[3].modules()]
+    gone = [m.weight for m in removed if isinstance(m, torch.nn.Conv2d)]
+    assert not any(torch.equal(copy, weight) for weight in gone if weight.shape == copy.shape)
     spread = random["mid_block.resnets.0"]["weights.0"].std()
     assert spread == pytest.approx((2 / (9 * kernels.shape[2])) ** 0.5, rel=0.05)
     again = random_start(unet, plan)["mid_block.resnets.0"]["weights.0"]

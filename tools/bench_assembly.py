@@ -26,7 +26,7 @@ from rival_plans import (
     BK_PATTERNS,
     greedy,
     knapsack,
-    narrowed_within,
+    pruned_within,
     random_plans,
     within_measured,
     without_weights,
@@ -150,7 +150,7 @@ class Bench:
                 self.rows.append({"budget": budget, "maker": name, "infeasible": True})
             else:
                 self.keep(budget, name, made[0], assemble(self.teacher, made[0]), ratio=made[1])
-        narrow = narrowed_within(self.teacher, budget, self.ratio_of, self.shape.tokens)
+        narrow = pruned_within(self.teacher, budget, self.ratio_of, self.shape.tokens)
         if narrow is None:
             self.rows.append({"budget": budget, "maker": "torch-pruning by magnitude", "infeasible": True})
         else:

@@ -149,7 +149,7 @@ def torch_pruned(unet: UNet2DConditionModel, ratio: float, text_tokens: int) -> 
     return pruned.eval().requires_grad_(False)
 
 
-def narrowed_within(
+def pruned_within(
     unet: UNet2DConditionModel, share: float, ratio_of: Callable[[UNet2DConditionModel], float], text_tokens: int
 ) -> tuple[UNet2DConditionModel, float, float] | None:
     """The widest UNet of `torch_pruned` that keeps the budget as measured: it, its latency ratio, the pruned share."""

@@ -64,7 +64,7 @@ def measure_damages(
 
     The teacher's activations are kept before every unit, and each edited pass starts at the edit, so that an edit costs
     about half a forward pass. With a `store`, finished chunks of triples are kept there and not measured again, also
-    after a kill. `slot_weights` are those of the options' convolutions, by option.
+    after a kill. `slot_weights` are what the options bring along, by option.
     """
     names, given = [o.name for o in options], slot_weights or {}
     known = _read_store(store)
@@ -148,13 +148,19 @@ def compare_predictions(
 
 
 def summarise(errors: np.ndarray, energy: np.ndarray, calibration: Calibration) -> Damage:
-    """Per-triple squared errors and energies (N,) to damages per band and their weighted sum."""
+    """Per-triple squared errors and energies (N,) to damages per band and their weighted sum.
+
+    A band without triples has damage 0 and no weight.
+    """
     bands = calibration.bands.numpy()
+    weights = np.asarray(calibration.band_weights)
+    there = np.array([(bands == band).any() for band in range(len(weights))])
+    weights = np.where(there, weights, 0.0) / weights[there].sum()
     per_band = tuple(
-        float(errors[bands == band].sum() / energy[bands == band].sum())
-        for band in range(len(calibration.band_weights))
+        float(errors[bands == band].sum() / energy[bands == band].sum()) if there[band] else 0.0
+        for band in range(len(weights))
     )
-    return Damage(per_band, float(np.dot(calibration.band_weights, per_band)))
+    return Damage(per_band, float(np.dot(weights, per_band)))
 
 
 def teacher_pass(

@@ -16,7 +16,7 @@ from asdm_compress.assembly.slot_fit import check_finite, samples_of
 from asdm_compress.models.widths import Inner, inner_of, narrowed, own_names
 
 CHOICE_RIDGE: Final = 1e-3  # share of the mean diagonal, while structures are chosen
-ROUNDS: Final = 64  # at least this many, however many structures go
+ROUNDS: Final = 64  # a 64th of the structures goes at a time, at least one
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +86,11 @@ def narrowed_state(module: nn.Module, share: float, sums: InnerSums) -> dict[str
     weight = projection.weight.detach().to(device, torch.float64)
     taps = weight.flatten(2) if weight.ndim == 4 else weight[..., None]
     rows = taps.permute(1, 0, 2).flatten(1)  # (channels, outputs x taps)
-    structures = choose_structures(sums.train.plus(sums.held_out), rows, inner, inner.kept(share))
+    # Zero padding has no constants: near the border a larger kernel could not make up for one.
+    shifts = taps.shape[2] == 1
+    structures = choose_structures(sums.train.plus(sums.held_out), rows, inner, inner.kept(share), shifts)
     keep = inner.channels(structures).to(device)
-    parts = [part.onto(keep, rows) for part in (sums.train, sums.held_out)]
+    parts = [part.onto(keep, rows, constant=shifts) for part in (sums.train, sums.held_out)]
     towards = torch.cat([rows[keep], rows.new_zeros(1, rows.shape[1])])
     solved = solve_at_best_ridge([parts[0]], [parts[1]], [slice(0, rows.shape[1])], towards)[0]
     twin = narrowed(module, inner, structures)
@@ -103,12 +105,14 @@ def narrowed_state(module: nn.Module, share: float, sums: InnerSums) -> dict[str
     return state
 
 
-def choose_structures(sums: NormalEquations, rows: Tensor, inner: Inner, count: int) -> Tensor:
-    """The structures to keep, (count,), ascending. `rows` are the projection's weights, (channels, outputs)."""
+def choose_structures(sums: NormalEquations, rows: Tensor, inner: Inner, count: int, shifts: bool) -> Tensor:
+    """The structures to keep, (count,), ascending. `rows` are the projection's weights, (channels, outputs).
+
+    `shifts` says that the projection's bias takes over what is constant, which then costs nothing to lose.
+    """
     gram = sums.gram / max(sums.samples, 1e-30)
-    # What is constant costs nothing to lose: the projection's bias takes it over.
     mean = gram[:-1, -1]
-    spread = gram[:-1, :-1] - torch.outer(mean, mean)
+    spread = gram[:-1, :-1] - torch.outer(mean, mean) if shifts else gram[:-1, :-1]
     ridge = CHOICE_RIDGE * spread.diagonal().mean().clamp_min(1e-30)
     inverse = torch.linalg.inv(spread + ridge * torch.eye(len(spread), dtype=spread.dtype, device=spread.device))
     rows = rows.clone()

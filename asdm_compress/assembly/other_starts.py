@@ -22,7 +22,14 @@ def copied_start(unet: UNet2DConditionModel, plan: Plan) -> SlotWeights:
     """
     placed = place(unet, plan)
     student = edited_copy(unet, placed.units)
-    paths = [path for path, module in student.named_modules() if isinstance(module, nn.Conv2d)]
+    gone: tuple[str, ...] = ("mid_block",) if placed.drop_mid else ()
+    if placed.keep_levels is not None:
+        keep, count = placed.keep_levels, len(unet.down_blocks)
+        gone += tuple(f"down_blocks.{i}." for i in range(keep, count))
+        gone += tuple(f"up_blocks.{i}." for i in range(count - keep))
+        gone += (f"down_blocks.{keep - 1}.downsamplers",)
+    modules = ((path, module) for path, module in student.named_modules() if not path.startswith(gone or ("-",)))
+    paths = [path for path, module in modules if isinstance(module, nn.Conv2d)]
     order = {path: i for i, (path, _) in enumerate(unet.named_modules())}
     weights = {}
     for unit in placed.bearers:

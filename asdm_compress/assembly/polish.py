@@ -9,7 +9,8 @@ from typing import Any, Final
 import numpy as np
 
 CANDIDATES: Final = 60  # edits tried in twos
-LEAST_GAIN: Final = 1e-9  # share of the damage; less is rounding
+LEAST_GAIN: Final = 1e-9  # share of the summed damages; less is rounding
+MOST_EXCHANGES: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +36,16 @@ class Problem:
 def polish(problem: Problem, chosen: Sequence[int]) -> tuple[int, ...]:
     """The choice at which no exchange lowers the damage any more; `chosen` must be allowed."""
     current = set(chosen)
-    while True:
-        least = -LEAST_GAIN * max(problem.damage(sorted(current)), 0.0)
+    for _ in range(MOST_EXCHANGES):
+        least = -LEAST_GAIN * float(problem.damages[sorted(current)].sum())
         best: tuple[set[int], set[int]] | None = None
         for change, out, into in _exchanges(problem, current):
             if change < least:
                 least, best = change, (out, into)
         if best is None:
-            return tuple(sorted(current))
+            break
         current = (current - best[0]) | best[1]
+    return tuple(sorted(current))
 
 
 def _exchanges(problem: Problem, current: set[int]) -> Iterator[tuple[float, set[int], set[int]]]:

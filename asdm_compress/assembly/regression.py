@@ -57,11 +57,17 @@ class NormalEquations:
         keep = torch.tensor([*range(kernel**2 // 2, features, kernel**2), features], device=self.device)
         return self._with(self.gram[keep][:, keep], self.cross[keep], self.energy)
 
-    def onto(self, keep: Tensor, weights: Tensor) -> NormalEquations:
-        """The equations of giving what `weights` (C, T) give of all C values from those at `keep` (K,) alone."""
+    def onto(self, keep: Tensor, weights: Tensor, constant: bool) -> NormalEquations:
+        """The equations of giving what `weights` (C, T) give of all C values from those at `keep` (K,) alone.
+
+        Without `constant` the fit's constant comes out as zero.
+        """
         kept = torch.cat([keep, keep.new_tensor([len(self.gram) - 1])])
         given = self.gram[:, :-1] @ weights
-        return self._with(self.gram[kept][:, kept], given[kept], (given[:-1] * weights).sum(0))
+        gram, cross = self.gram[kept][:, kept], given[kept]
+        if not constant:
+            gram[-1, :-1] = gram[:-1, -1] = cross[-1] = 0
+        return self._with(gram, cross, (given[:-1] * weights).sum(0))
 
     def _with(self, gram: Tensor, cross: Tensor, energy: Tensor) -> NormalEquations:
         twin = object.__new__(NormalEquations)

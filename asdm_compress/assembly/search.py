@@ -1,4 +1,4 @@
-"""Exact search: the plan with the least summed damage under any number of budgets, with a proven bound."""
+"""Search by integer programming: the plan with the least damage under any number of budgets, with a bound."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ Interaction = Callable[[str, str], float]
 class Solution:
     """A plan with its summed damage, the proven lower bound of any plan's, and its predicted costs.
 
-    The damage holds the terms of all pairs of its options, the bound those of `pairs` pairs that were looked at.
+    The damage holds the terms of all pairs of its options, the bound those of the `pairs` pairs that were looked at:
+    it is one for all plans only as far as no other pair's term is negative.
     """
 
     plan: Plan

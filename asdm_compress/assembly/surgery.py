@@ -63,8 +63,8 @@ def specify(unet: UNet2DConditionModel, plan: Plan) -> StudentSpec:
 def assemble(unet: UNet2DConditionModel, plan: Plan, slot_weights: SlotWeights | None = None) -> UNet2DConditionModel:
     """Build the student of a plan with copies of the teacher's weights; the teacher is not touched.
 
-    `slot_weights` are those of the plan's convolutions, by the path of the unit that they replace (see
-    `assembly.slot_fit`); without them the convolutions are zero. The same teacher, plan and slot weights always give
+    `slot_weights` are what the plan's edits bring along, by path (see `assembly.slot_start`); without them convolutions
+    are zero and narrowed modules keep their largest structures. The same teacher, plan and slot weights always give
     the same student; an empty plan gives a bit-identical UNet. Raises AsdmError for a plan that does not fit the UNet.
     """
     spec = specify(unet, plan)

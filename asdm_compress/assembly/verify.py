@@ -83,7 +83,8 @@ class Search:
         def interaction(one: str, other: str) -> float:
             return belief * self.damages[one].interaction(self.damages[other])
 
-        return solve(self.options, totals, teacher_costs(self.profile), inner, pairs, interaction)
+        whole = teacher_costs(self.profile)
+        return solve(self.options, totals, whole, inner, pairs, interaction if belief else None)
 
 
 def search_verified(search: Search) -> Verified:
@@ -156,7 +157,7 @@ def _search_in_time(search: Search, inner: tuple[Limit, ...], pairs: Pairs, beli
     """
     profile, limits = search.profile, search.limits
     whole = teacher_costs(profile)
-    ratio, best, too_slow = 1.0, None, None
+    ratio, best, too_slow, timed = 1.0, None, None, 0
     for number in range(1, MAX_ROUNDS + 1):
         try:
             solution = search.solve(inner, pairs, belief)
@@ -165,7 +166,7 @@ def _search_in_time(search: Search, inner: tuple[Limit, ...], pairs: Pairs, beli
                 raise
             break
         student = assemble(search.teacher, solution.plan)
-        ratio = measured_ratio(search.teacher, student, search.settings)
+        ratio, timed = measured_ratio(search.teacher, student, search.settings), number
         costs: dict[Resource, float] = {
             "latency": ratio * profile.latency,
             "macs": _macs(student, profile),
@@ -183,7 +184,7 @@ def _search_in_time(search: Search, inner: tuple[Limit, ...], pairs: Pairs, beli
             break
         inner = _between(inner, too_slow, whole)
     if best is None:
-        raise _missed(number, ratio, limits)
+        raise _missed(timed, ratio, limits)
     return best
 
 

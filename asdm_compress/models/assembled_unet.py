@@ -34,7 +34,7 @@ def _with_base_parameters(init: InitT) -> InitT:
 class AssembledUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
     """A Stable Diffusion UNet with slots in the places of the modules that an assembly plan has taken out.
 
-    `edits` maps unit and sub-unit paths to `drop`, `shortcut` or the name of a convolution (see `core.edits`); every
+    `edits` maps unit and sub-unit paths to edits (see `core.edits`): convolutions, narrowings, `drop` and others; every
     other parameter is the base class's. Without edits the class is its base class. Saving and loading are diffusers'
     own, except that loading a folder whose weights do not fit the config raises AsdmError, where the base class would
     fill the gaps with random numbers.

@@ -34,7 +34,7 @@ class Inner:
     projection: str
 
     def kept(self, share: float) -> int:
-        """How many structures a share of the width is: at least one, and in multiples that hardware likes."""
+        """How many structures a share of the width is: at least one; of hidden channels a multiple of eight."""
         count = max(1, round(share * self.count))
         if self.size == 1 and self.count % HIDDEN_MULTIPLE == 0:
             count = max(HIDDEN_MULTIPLE, count // HIDDEN_MULTIPLE * HIDDEN_MULTIPLE)
@@ -81,7 +81,7 @@ def inner_widths(unet: nn.Module) -> dict[str, Inner]:
 
 
 def narrowed(module: ModuleT, inner: Inner, structures: Tensor) -> ModuleT:
-    """A copy that has only some structures of its inner width; all that does not depend on it is shared.
+    """A copy that has only some structures of its inner width; all but `own_names` is shared.
 
     `structures` are their numbers, (kept,), ascending. The diffusers attributes that say a width follow.
     """
@@ -95,7 +95,11 @@ def narrowed(module: ModuleT, inner: Inner, structures: Tensor) -> ModuleT:
         _select(part, "bias", 0, rows)
         if isinstance(part, nn.GroupNorm):
             part.num_groups = len(structures)
-    _select(_own(twin, inner.projection), "weight", 1, keep)
+    last = _own(twin, inner.projection)
+    _select(last, "weight", 1, keep)
+    if isinstance(last._parameters.get("bias"), Tensor):
+        # What is fitted later is copied into the parameters: none of them may be the teacher's.
+        _select(last, "bias", 0, torch.arange(len(last._parameters["bias"])))
     for name in (*inner.producers, inner.projection):
         _tell_widths(twin.get_submodule(name))
     if inner.projection == "to_out.0":

@@ -37,8 +37,11 @@ def places_of(
     kernels, inner = slot_kernels(unet), inner_widths(unet)
     places = {spec.name: [path for path, sizes in kernels.items() if spec.kernel in sizes] for spec in specs}
     places[SUBPIXEL] = [path for path, edits in legal_edits(unet).items() if SUBPIXEL in edits]
+    taken: set[tuple[str, int]] = set()
     for share in shares:
-        places[narrow(share)] = [path for path, width in inner.items() if width.can_narrow(share)]
+        new = {path: (path, width.kept(share)) for path, width in inner.items() if width.can_narrow(share)}
+        places[narrow(share)] = [path for path, mark in new.items() if mark not in taken]
+        taken |= set(new.values())
     return {edit: tuple(paths) for edit, paths in places.items() if paths}
 
 
