@@ -97,9 +97,10 @@ def narrowed(module: ModuleT, inner: Inner, structures: Tensor) -> ModuleT:
             part.num_groups = len(structures)
     last = _own(twin, inner.projection)
     _select(last, "weight", 1, keep)
-    if isinstance(last._parameters.get("bias"), Tensor):
+    bias = last._parameters.get("bias")
+    if bias is not None:
         # What is fitted later is copied into the parameters: none of them may be the teacher's.
-        _select(last, "bias", 0, torch.arange(len(last._parameters["bias"])))
+        _select(last, "bias", 0, torch.arange(len(bias)))
     for name in (*inner.producers, inner.projection):
         _tell_widths(twin.get_submodule(name))
     if inner.projection == "to_out.0":
