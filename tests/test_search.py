@@ -175,3 +175,29 @@ def test_polishing_keeps_what_is_allowed_and_never_makes_it_worse(seed):
         for into in range(count):
             other = sorted({*found, into} - {out})
             assert not allowed(other) or problem.damage(other) >= problem.damage(found) - 1e-6
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_errors_that_cancel_are_used_and_the_damage_told_is_the_plans(data):
+    options, damages, limits = data.draw(problems(max_options=7))
+    chance = np.random.default_rng(data.draw(st.integers(0, 999)))
+    vectors = {o.name: chance.normal(size=3) * damages[o.name] ** 0.5 for o in options}
+    squares = {name: float(vector @ vector) for name, vector in vectors.items()}
+    try:
+        plain = solve(options, squares, TEACHER, limits)
+    except AsdmError:
+        return
+
+    def interaction(one, other):
+        return 2 * float(vectors[one] @ vectors[other])
+
+    solution = solve(options, squares, TEACHER, limits, None, interaction)
+
+    def together(chosen):
+        return float(np.square(sum((vectors[o.name] for o in chosen), np.zeros(3))).sum())
+
+    assert feasible(solution.options, limits)
+    assert solution.damage == pytest.approx(together(solution.options), abs=1e-9)
+    assert solution.bound <= solution.damage + 1e-9
+    assert together(solution.options) <= together(plain.options) + 1e-9

@@ -1,6 +1,6 @@
 """Our plans against those that others would make, at the same measured latency, without any training.
 
-    python tools/bench_assembly.py      # alone on the machine; about half an hour on two cores
+    python tools/bench_assembly.py      # alone on the machine
 
 Every row is measured on held-out prompts and seeds. Writes tools/results/assembly.json and assembly.svg.
 """

@@ -1,6 +1,6 @@
 """What slot convolutions start from: holes, zero, random and copied kernels, and closed-form fits of every shape.
 
-    python tools/bench_starts.py        # a few minutes on two cores; writes tools/results/starts.json
+    python tools/bench_starts.py        # alone on the machine; writes tools/results/starts.json
 
 BK-SDM-base's removals on `mini-sd`, a convolution in every hole, no training; on held-out prompts and seeds.
 """

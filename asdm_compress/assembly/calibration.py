@@ -18,7 +18,7 @@ from asdm_compress.sampling.settings import SamplingSettings, check_text_to_imag
 DEFAULT_BANDS: Final = 8
 PERTURBATION: Final = 0.05  # of the noise prediction's norm, when the sampler's response is measured
 PROBES: Final = 8  # runs whose response is measured
-MOMENTS: Final = 384  # kept in all, but at most one per prompt and band
+MOMENTS: Final = 384  # about as many are kept: at least one per prompt, at most one per prompt and band
 
 Progress = Callable[[int, int], None]
 

@@ -93,8 +93,8 @@ def solve(
             plan=Plan({o.site: o.edit for o in picked}),
             options=picked,
             damage=damage,
-            # No plan does less than nothing; and pairs that were just found may be below what the bound knows of.
-            bound=min(damage, max(bound, 0.0)),
+            # The solver has not seen the newest pairs, whose terms can lower the sum; no plan does less than nothing.
+            bound=min(damage, max(bound + sum(min(0.0, term) for term in new.values()), 0.0)),
             proven=proven and not new,
             costs=costs_of(picked, teacher),
             seconds=seconds,

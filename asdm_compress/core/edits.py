@@ -11,7 +11,9 @@ from asdm_compress.core.errors import AsdmError
 Edit = str
 DROP: Final[Edit] = "drop"
 SHORTCUT: Final[Edit] = "shortcut"
-SUBPIXEL: Final[Edit] = "subpixel"  # an upsampler that convolves before it interpolates, exactly
+SUBPIXEL: Final[Edit] = (
+    "subpixel"  # an upsampler that convolves before it interpolates: the same function, rounding apart
+)
 
 Routing = Literal["none", "timestep", "feature", "both"]
 Mixing = Literal["softmax", "sigmoid"]

@@ -80,7 +80,8 @@ def report_content(
         title=f"{recipe.base.model} within {', '.join(recipe.budget)}",
         recipe=recipe,
         summary=[
-            f"{len(rows)} edits, chosen from {len(options)} by exact search. {proof_text(verified, recipe.budget)}",
+            f"{len(rows)} edits, chosen from {len(options)} by integer programming. "
+            f"{proof_text(verified, recipe.budget)}",
             opens,
         ],
         plan=rows,
