@@ -213,8 +213,19 @@ def both(twins, *args, **kwargs):
         return [unet(*copy.deepcopy(args), **copy.deepcopy(kwargs), return_dict=False)[0] for unet in twins]
 
 
-def test_the_routed_pass_is_the_stock_one(twins, inputs):
+@pytest.mark.parametrize("step_by_step", [False, True])
+def test_the_routed_pass_is_the_stock_one(twins, inputs, step_by_step):
     """Oracle: diffusers' own forward pass, also with everything that other networks and settings may add to it."""
+
+    def both(twins, *args, **kwargs):
+        # With gradient checkpointing the routed student takes its steps one by one.
+        with torch.set_grad_enabled(step_by_step):
+            return [
+                unet(*copy.deepcopy(args), **copy.deepcopy(kwargs), return_dict=False)[0].detach() for unet in twins
+            ]
+
+    if step_by_step:
+        twins[0].enable_gradient_checkpointing()
     generator = torch.Generator().manual_seed(2)
 
     def noise(*shape):
@@ -242,17 +253,18 @@ def test_the_routed_pass_is_the_stock_one(twins, inputs):
         assert torch.allclose(one, other, atol=1e-5), name
         assert name == "odd size" or not torch.allclose(one, first, atol=1e-3), name
     residuals = extras["controlnet"]
-    with pytest.raises(AsdmError, match="11 residuals were given for 12"):
-        twins[0](
-            *inputs, **{**residuals, "down_block_additional_residuals": tuple(noise(2, 1, 1, 1) for _ in range(11))}
-        )
-    with pytest.raises(AsdmError, match="both"):
-        twins[0](*inputs, **{**residuals, "mid_block_additional_residual": None})
+    too_few = {"down_block_additional_residuals": tuple(noise(2, 1, 1, 1) for _ in range(11))}
+    with pytest.raises(AsdmError if step_by_step else RuntimeError, match=r"11 residuals were given for 12|Sizes"):
+        twins[0](*inputs, **{**residuals, **too_few})
+    if step_by_step:
+        with pytest.raises(AsdmError, match="both"):
+            twins[0](*inputs, **{**residuals, "mid_block_additional_residual": None})
     for unet in twins:
         unet.enable_freeu(s1=0.6, s2=0.4, b1=1.1, b2=1.2)
     one, other = both(twins, *inputs)
     for unet in twins:
         unet.disable_freeu()
+    twins[0].disable_gradient_checkpointing()
     assert torch.allclose(one, other, atol=1e-5)
     assert not torch.allclose(one, first, atol=1e-3)
 

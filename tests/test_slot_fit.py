@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from asdm_compress.assembly.calibration import record
 from asdm_compress.assembly.damage import measure_plan
+from asdm_compress.assembly.option_fit import fit_options, fitting_places, measure_options
 from asdm_compress.assembly.options import find_options, slot_specs
 from asdm_compress.assembly.other_starts import copied_start, random_start
 from asdm_compress.assembly.plan import Plan, place
+from asdm_compress.assembly.plan_fit import fit_plan
 from asdm_compress.assembly.regression import RIDGES, NormalEquations, solve_at_best_ridge
-from asdm_compress.assembly.slot_start import fit_options, fit_plan, fitting_places, measure_options
 from asdm_compress.assembly.surgery import assemble, specify
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.units import Limit
@@ -169,7 +170,7 @@ def test_damages_of_slots_are_kept_and_not_fitted_again(unet, mini_profile, cali
         raise AssertionError("fitted again")
         yield
 
-    monkeypatch.setattr("asdm_compress.assembly.slot_start.fit_options", never)
+    monkeypatch.setattr("asdm_compress.assembly.option_fit.fit_options", never)
     assert measure_options(unet, options, calibration, store) == found
     assert store.read_text() == lines
 

@@ -15,7 +15,7 @@ from asdm_compress.assembly.calibration import record
 from asdm_compress.assembly.damage import measure_plan
 from asdm_compress.assembly.narrowing import InnerSums, collecting, narrowed_state
 from asdm_compress.assembly.plan import Plan, edited
-from asdm_compress.assembly.slot_start import fit_plan
+from asdm_compress.assembly.plan_fit import fit_plan
 from asdm_compress.assembly.surgery import assemble, specify
 from asdm_compress.core.edits import kept_share, narrow, parse_shares
 from asdm_compress.core.errors import AsdmError

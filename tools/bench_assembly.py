@@ -36,7 +36,7 @@ from asdm_compress.assembly.calibration import Calibration, record
 from asdm_compress.assembly.damage import compare_predictions, measure_plan
 from asdm_compress.assembly.options import Option
 from asdm_compress.assembly.plan import Plan
-from asdm_compress.assembly.slot_start import fit_plan
+from asdm_compress.assembly.plan_fit import fit_plan
 from asdm_compress.assembly.surgery import assemble
 from asdm_compress.assembly.verify import Search, Verified, measured_ratio, search_verified
 from asdm_compress.core.errors import AsdmError
@@ -93,7 +93,7 @@ class Bench:
         pipeline.set_progress_bar_config(disable=True)
         self.teacher = pipeline.unet
         settings = PlanSettings(ProfileSettings(repeats=15), SamplingSettings(25, guidance))
-        self.found = plan(pipeline, f"latency={budget}x", settings)
+        self.found, self.refit = plan(pipeline, f"latency={budget}x", settings), settings.refit
         self.shape = replace(settings.profile, text_tokens=int(pipeline.tokenizer.model_max_length))
         self.judge = Judge(pipeline, prompts, guidance, self.found)
         self.damages = {name: damage.total for name, damage in self.found.damages.items()}
@@ -116,7 +116,9 @@ class Bench:
         found, limits = self.found, [Limit("latency", budget, True)]
         try:
             ours = search_verified(
-                Search(self.teacher, found.profile, options, found.damages, limits, self.shape, found.calibration)
+                Search(
+                    self.teacher, found.profile, options, found.damages, limits, self.shape, found.calibration, "full"
+                )
             )
         except AsdmError as error:
             self.rows.append({"budget": budget, "maker": maker, "infeasible": True, "why": str(error)})
@@ -128,7 +130,7 @@ class Bench:
         self.keep(
             budget, maker, ours.solution.plan, ours.student,
             ratio=ours.latency_ratio,
-            predicted_damage=ours.solution.damage,
+            predicted_damage=ours.predicted_damage,
             measured_damage=ours.measured_damage,
             proven=ours.solution.proven,
             pairs_of_edits=ours.pairs,

@@ -18,7 +18,7 @@ from asdm_compress.assembly.calibration import record
 from asdm_compress.assembly.damage import measure_plan
 from asdm_compress.assembly.other_starts import copied_start, random_start
 from asdm_compress.assembly.plan import Plan
-from asdm_compress.assembly.slot_start import fit_plan
+from asdm_compress.assembly.plan_fit import fit_plan
 from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.defaults import CALIBRATION_PROMPTS
 from asdm_compress.core.provenance import processor_name, versions

@@ -19,6 +19,7 @@ DEFAULT_BANDS: Final = 8
 PERTURBATION: Final = 0.05  # of the noise prediction's norm, when the sampler's response is measured
 PROBES: Final = 8  # runs whose response is measured
 MOMENTS: Final = 384  # about as many are kept: at least one per prompt, at most one per prompt and band
+TOGETHER: Final = 16  # prompts that are sampled at once: bounds the memory
 
 Progress = Callable[[int, int], None]
 
@@ -57,11 +58,17 @@ class Calibration:
         return self.only(~measured), self.only(measured)
 
     def thinned(self, moments: int) -> Calibration:
-        """The moments of so many prompts, evenly spread, that there are about `moments`."""
+        """About so many of the moments, evenly over prompts and bands, at least one of every prompt."""
         prompts = int(self.prompts.max()) + 1
-        keep = max(1, round(prompts * min(1.0, moments / len(self))))
-        places = torch.tensor(sorted({i * prompts // keep for i in range(keep)}))
-        return self.only(torch.isin(self.prompts, places))
+        keep = max(1, round(moments / prompts))
+        chosen = torch.zeros(len(self), dtype=torch.bool)
+        taken = torch.zeros(len(self.band_weights))
+        for prompt in range(prompts):
+            rows = (self.prompts == prompt).nonzero()[:, 0]
+            for row in sorted(rows.tolist(), key=lambda row: float(taken[self.bands[row]]))[:keep]:
+                chosen[row] = True
+                taken[self.bands[row]] += 1
+        return self.only(chosen)
 
     def only(self, chosen: Tensor) -> Calibration:
         """The moments of a mask (N,)."""
@@ -107,22 +114,30 @@ def record(
     probe_steps = (
         0 if band_weights else settings.steps + sum(settings.steps - s for s in _middles(settings.steps, bands))
     )
-    total = settings.steps + probe_steps
+    starts = range(0, len(prompts), TOGETHER)
+    total = len(starts) * settings.steps + probe_steps
     texts = encode(pipeline, prompts, settings.guidance)
-    run = SamplingRun(pipeline, texts, settings)
     picks = _pick_steps(len(prompts), settings, bands)
     kept: list[tuple[Tensor, ...]] = []
-    for step in range(settings.steps):
-        _, model_input = run.advance()
-        rows = (picks == step).any(dim=0).nonzero()[:, 0]
-        if len(rows):
+    for number, start in enumerate(starts):
+        here = slice(start, start + TOGETHER)
+        run = SamplingRun(pipeline, texts[here], replace(settings, seed=settings.seed + start))
+        for step in range(settings.steps):
+            _, model_input = run.advance()
+            rows = (picks[:, here] == step).any(dim=0).nonzero()[:, 0]
             when = run.timesteps[step].expand(len(rows))
-            band = torch.full((len(rows),), step * bands // settings.steps)
-            kept.append((model_input[rows].clone(), when, texts[rows], band, rows))
-        report(step + 1, total)
-    samples, timesteps, kept_texts, kept_bands, kept_prompts = (torch.cat(parts) for parts in zip(*kept, strict=True))
+            at = torch.full((len(rows),), step)
+            kept.append((model_input[rows].clone(), when, texts[here][rows], at, start + rows))
+            report(number * settings.steps + step + 1, total)
+    samples, timesteps, kept_texts, steps, kept_prompts = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    # Moments of one time lie side by side, for convolutions that are routed by it.
+    order = torch.argsort(steps, stable=True)
+    samples, timesteps, kept_texts, kept_prompts = (
+        x[order.to(x.device)] for x in (samples, timesteps, kept_texts, kept_prompts)
+    )
+    kept_bands = steps[order] * bands // settings.steps
     if band_weights is None:
-        done = settings.steps
+        done = len(starts) * settings.steps
 
         def probing(taken: int, _: int) -> None:
             report(done + taken, total)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1)  # shares of the mean diagonal of the patches' Gram matrix
+# Shares of the mean diagonal of the patches' Gram matrix. The largest all but hold the weights where they are pulled.
+RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 CONSTANT_RIDGE: Final = 1e-8  # share of the number of samples; keeps a constant without samples solvable
 BYTES_PER_BLOCK: Final = 256 * 2**20  # of unfolded patches held at a time
 

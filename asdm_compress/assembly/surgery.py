@@ -63,16 +63,21 @@ def specify(unet: UNet2DConditionModel, plan: Plan) -> StudentSpec:
 def assemble(unet: UNet2DConditionModel, plan: Plan, slot_weights: SlotWeights | None = None) -> UNet2DConditionModel:
     """Build the student of a plan with copies of the teacher's weights; the teacher is not touched.
 
-    `slot_weights` are what the plan's edits bring along, by path (see `assembly.slot_start`); without them convolutions
-    are zero and narrowed modules keep their largest structures. The same teacher, plan and slot weights always give
-    the same student; an empty plan gives a bit-identical UNet. Raises AsdmError for a plan that does not fit the UNet.
+    `slot_weights` are what the plan's edits bring along and what was refitted, by path (see `assembly.plan_fit`);
+    without them convolutions are zero and narrowed modules keep their largest structures. The same teacher, plan and
+    slot weights always give the same student; an empty plan gives a bit-identical UNet. Raises AsdmError for a plan
+    that does not fit the UNet.
     """
     spec = specify(unet, plan)
     student = _build(spec.config, spec.edits)
+    given = slot_weights or {}
     weights = unet.state_dict()
-    state = {key: weights[source].detach().clone() for key, source in spec.weight_map.items()}
+    refitted = {f"{path}.{name}" if path else name: t for path, part in given.items() for name, t in part.items()}
+    state = {
+        key: refitted.get(source, weights[source]).detach().to(weights[source], copy=True)
+        for key, source in spec.weight_map.items()
+    }
     if spec.slot_map:
-        given = slot_weights or {}
         zero = edited_copy(unet, place(unet, plan).units)
         for key, (unit, name) in spec.slot_map.items():
             source = given[unit] if unit in given else zero.get_submodule(weights_path(zero, unit)).state_dict()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
 from diffusers import UNet2DConditionModel
 
 from asdm_compress.assembly.calibration import Calibration
 from asdm_compress.assembly.damage import Damage, measure_plan
+from asdm_compress.assembly.option_fit import OPTION_MOMENTS, absorber
 from asdm_compress.assembly.options import Option, teacher_costs
 from asdm_compress.assembly.plan import Plan
+from asdm_compress.assembly.plan_fit import RefitChoice, fit_plan
 from asdm_compress.assembly.search import Pairs, Solution, solve
-from asdm_compress.assembly.slot_start import OPTION_MOMENTS, fit_plan
 from asdm_compress.assembly.surgery import assemble
+from asdm_compress.core.edits import has_weights
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.units import Limit, Resource, within
 from asdm_compress.models.edits import SlotWeights
@@ -23,9 +26,11 @@ from asdm_compress.profiling.profile import Profile, ProfileSettings, forward_pa
 
 MAX_ROUNDS = 4
 SLACK = 0.02  # of a latency limit that a plan may leave unspent while there are rounds left
-# How much of the errors' scalar products a search believes, round by round: they hold for small errors, and come from
-# few samples.
-BELIEF = (1.0, 0.5, 0.0)
+# The searches that are made until one is measured as predicted. How much of the errors' scalar products each believes:
+# they hold for small errors, and come from few samples; and whether it may use what is fitted in the cut places, which
+# can do worse on unseen prompts than one-shot damages tell.
+ATTEMPTS = ((1.0, True), (1.0, False), (0.5, True), (0.0, True))
+LEAST_ATTEMPTS = 2
 DAMAGE_TOLERANCE = 0.15  # of the predicted damage
 PAIRS_PER_ROUND = 4
 # A measured ratio this little above its limit is taken as met: it is within what repeated timings differ by.
@@ -37,8 +42,9 @@ class Verified:
     """A solution, the student built from it, and what the student costs as measured (latency) and counted (the rest).
 
     `solved_for` are the limits that the solution's proof holds for: tighter ones than the user's where a first plan
-    measured slower than predicted. Its damage holds the terms of pairs, of which `pairs` were looked at;
-    `measured_damage` is that of the whole plan on prompts that were kept out of its fit. The student and `slot_weights`
+    measured slower than predicted. Its damage holds the terms of pairs, of which `pairs` were looked at.
+    `predicted_damage` is that times the factor by which plans searched before it were measured to be off, and
+    `measured_damage` that of the whole plan on prompts that were kept out of its fit. The student and `slot_weights`
     are fitted to all prompts.
     """
 
@@ -49,6 +55,7 @@ class Verified:
     solved_for: tuple[Limit, ...]
     rounds: int
     slot_weights: SlotWeights
+    predicted_damage: float
     measured_damage: float
     pairs: int
 
@@ -75,6 +82,15 @@ class Search:
     limits: Sequence[Limit]
     settings: ProfileSettings
     calibration: Calibration
+    refit: RefitChoice = "none"
+
+    def fit(self, plan: Plan, calibration: Calibration) -> SlotWeights:
+        """The weights of a plan fitted on some moments."""
+        return fit_plan(self.teacher, plan, calibration, refit=self.refit)
+
+    def only_taking_out(self) -> Search:
+        """The same search among the edits that bring no weights along."""
+        return replace(self, options=[option for option in self.options if not has_weights(option.edit)])
 
     def solve(self, inner: Sequence[Limit], pairs: Pairs, belief: float) -> Solution:
         """The best plan under other limits; of pairs not measured (`pairs`) `belief` of the scalar product counts."""
@@ -92,7 +108,8 @@ def search_verified(search: Search) -> Verified:
 
     The search takes one-shot errors to add up (`Damage.interaction`). Where the plan's measured damage is not what that
     says, the pairs of edits that weigh most are fitted and measured together, and the search is made again with what
-    they add and less belief in the rest. Of all plans found on the way, the one of least measured damage is returned,
+    they add and less belief in the rest; its sums are taken times what the plans before were off by. One search only
+    takes out (see `ATTEMPTS`). Of all plans found on the way, the one of least measured damage is returned,
     fitted anew to all prompts. Raises AsdmError with exit code 3 when no plan meets the limits, or none is measured to
     within `MAX_ROUNDS`.
     """
@@ -100,29 +117,39 @@ def search_verified(search: Search) -> Verified:
     fitting, measuring = search.calibration.parts()
     pairs: dict[frozenset[str], float] = {}
     best: Verified | None = None
-    inner = tuple(search.limits)
-    for belief in BELIEF:
+    refused: AsdmError | None = None
+    limits = {with_weights: tuple(search.limits) for _, with_weights in ATTEMPTS}
+    off: list[float] = []
+    for number, (belief, with_weights) in enumerate(ATTEMPTS, start=1):
+        here = search if with_weights else search.only_taking_out()
+        if not with_weights and len(here.options) == len(search.options):
+            continue
         try:
-            in_time = _search_in_time(search, inner, pairs, belief)
+            in_time = _search_in_time(here, limits[with_weights], pairs, belief)
         except AsdmError as error:
-            if best is None or error.exit_code != ExitCode.INFEASIBLE:
+            if error.exit_code != ExitCode.INFEASIBLE:
                 raise
-            break
-        inner, solution = in_time.solved_for, in_time.solution
-        weights = fit_plan(teacher, solution.plan, fitting)
+            refused = refused or error
+            continue
+        limits[with_weights], solution = in_time.solved_for, in_time.solution
+        weights = search.fit(solution.plan, fitting)
         measured = measure_plan(teacher, solution.plan, measuring, weights).total
+        predicted = solution.damage * (median(off) if off else 1.0)
         if best is None or measured < best.measured_damage:
             student = assemble(teacher, solution.plan, weights)
             best = Verified(
-                solution, student, in_time.costs, in_time.latency_ratio, inner, in_time.rounds, weights, measured,
-                solution.pairs,
+                solution, student, in_time.costs, in_time.latency_ratio, in_time.solved_for, in_time.rounds, weights,
+                predicted, measured, solution.pairs,
             )  # fmt: skip
-        predicted = solution.damage
-        if abs(measured - predicted) <= DAMAGE_TOLERANCE * predicted or belief == BELIEF[-1]:
+        off.append(measured / max(solution.damage, 1e-30))
+        if number >= LEAST_ATTEMPTS and abs(measured - predicted) <= DAMAGE_TOLERANCE * predicted:
             break
-        pairs |= _measure_pairs(search, solution.options, pairs, fitting, measuring)
-    assert best is not None
-    final = fit_plan(teacher, best.solution.plan, search.calibration)
+        if with_weights and number < len(ATTEMPTS):
+            pairs |= _measure_pairs(search, solution.options, pairs, fitting, measuring)
+    if best is None:
+        assert refused is not None
+        raise refused
+    final = search.fit(best.solution.plan, search.calibration)
     return replace(best, slot_weights=final, student=assemble(teacher, best.solution.plan, final))
 
 
@@ -142,7 +169,9 @@ def _measure_pairs(
     fitting = fitting.thinned(OPTION_MOMENTS)  # as single edits are
     for a, b in candidates[:PAIRS_PER_ROUND]:
         both = Plan({a.site: a.edit, b.site: b.edit})
-        together = measure_plan(search.teacher, both, measuring, fit_plan(search.teacher, both, fitting)).total
+        units = [unit for unit, _ in filter(None, (absorber(search.teacher, o) for o in (a, b)))]
+        weights = fit_plan(search.teacher, both, fitting, refit=search.refit, refit_at=units)
+        together = measure_plan(search.teacher, both, measuring, weights).total
         one, other = damages[a.name].total, damages[b.name].total
         # The later fit can make up for the earlier edit, but not for more than there is: many such terms would else sum
         # up to less than nothing.

@@ -44,6 +44,9 @@ def assemble(
     narrow: Annotated[
         str, typer.Option(help="Shares to which inner widths may be narrowed, with commas; or none.")
     ] = _SHARES,
+    refit: Annotated[
+        str, typer.Option(help="What stays, solved anew after the cut: full (last projections), scale, or none.")
+    ] = "full",
     calibration_prompts: Annotated[
         int, typer.Option(min=1, help="Prompts whose trajectories are measured on.")
     ] = CALIBRATION_PROMPTS,
@@ -90,6 +93,7 @@ def assemble(
         experts=experts,
         routing=routing,  # type: ignore[arg-type]
         narrow=shares,
+        refit=refit,  # type: ignore[arg-type]
     )
     result = run_assemble(model, limits, out, load, settings, output, overwrite)
     evidence = result.recipe.evidence

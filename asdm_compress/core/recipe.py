@@ -69,11 +69,15 @@ class Evidence(_Strict):
 
 
 class Recipe(_Strict):
-    """A whole `recipe.yaml`. Only `asdm_recipe`, `base` and `edits` are needed to replay it."""
+    """A whole `recipe.yaml`. Only `asdm_recipe`, `base` and `edits` are needed to replay it.
+
+    `refit` says how much of what stays is solved anew after the cut.
+    """
 
     asdm_recipe: Literal[1]
     base: Base
     edits: list[EditEntry]
+    refit: Literal["full", "scale", "none"] = "none"
     budget: list[str] = []
     evidence: Evidence | None = None
     provenance: dict[str, Any] = {}

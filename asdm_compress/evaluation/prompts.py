@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Final
 
@@ -18,10 +20,21 @@ CALIBRATION_SEED: Final = 1
 HELD_OUT_SEED: Final = 2
 
 _SUBJECTS: Final = (
-    "a portrait of an old fisherman", "a red bicycle leaning on a wall", "a bowl of ripe apricots", "a mountain lake",
-    "two dogs running on a beach", "a crowded night market", "a wooden chair in an empty room", "a steam locomotive",
+    "an old fisherman", "a red bicycle", "a bowl of ripe apricots", "two dogs", "a wooden chair", "a steam locomotive",
+    "a woman with a violin", "a stone bridge", "a cup of coffee", "a flock of geese", "a yellow taxi", "a sleeping cat",
+    "three children", "a lighthouse", "a bunch of tulips", "an astronaut", "a sailing boat", "a plate of noodles",
 )  # fmt: skip
-_STYLES: Final = ("photograph, natural light", "oil painting", "pencil drawing", "wide shot at dusk")
+_HELD_OUT_SUBJECTS: Final = (
+    "a mountain goat", "a grand piano", "a loaf of bread", "a young carpenter", "a market stall", "a glass vase",
+)  # fmt: skip
+_PLACES: Final = (
+    "on a beach", "in an empty room", "at a crowded night market", "beside a mountain lake", "in front of a brick wall",
+    "under a cloudy sky", "in a garden", "on a snowy street",
+)  # fmt: skip
+_STYLES: Final = (
+    "photograph, natural light", "oil painting", "pencil drawing", "wide shot at dusk", "watercolour",
+    "close-up, shallow depth of field", "black and white photograph", "digital illustration",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +61,16 @@ def choose_prompts(
         seen = sample_captions(calibration, CALIBRATION_SEED, held_out=False)
         unseen = sample_captions(held_out, HELD_OUT_SEED, held_out=True)
         return PromptSplit(tuple(c.text for c in seen), tuple(c.text for c in unseen), unseen)
-    everything = [f"{subject}, {style}" for style in _STYLES for subject in _SUBJECTS]
-    middle = len(everything) // 2
-    return PromptSplit(tuple(everything[:middle][:calibration]), tuple(everything[middle:][:held_out]))
+    return PromptSplit(
+        _general_prompts(_SUBJECTS, calibration, CALIBRATION_SEED),
+        _general_prompts(_HELD_OUT_SUBJECTS, held_out, HELD_OUT_SEED),
+    )
+
+
+def _general_prompts(subjects: Sequence[str], count: int, seed: int) -> tuple[str, ...]:
+    """So many different prompts, or all that there are."""
+    everything = [f"{a} {b}, {c}" for a, b, c in product(subjects, _PLACES, _STYLES)]
+    return tuple(random.Random(seed).sample(everything, min(count, len(everything))))
 
 
 def read_prompts(path: Path) -> list[str]:

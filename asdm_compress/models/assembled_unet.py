@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from asdm_compress.core.edits import Edit, conv_spec
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.edits import apply_edits
+from asdm_compress.models.expert_conv import Moment, happening_at
 from asdm_compress.models.residuals import AddedResiduals
 from asdm_compress.models.walk import finish, start, steps_of
 
@@ -71,16 +73,20 @@ class AssembledUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
     ) -> UNet2DConditionOutput | tuple[Tensor]:
         """As the base class: (B, C, H, W) to the same.
 
-        The blocks of diffusers do not tell their modules the timestep. With a convolution that is routed by it, the
-        pass is therefore made step by step; otherwise it is the base class's own.
+        The blocks of diffusers do not tell their modules the timestep. Where a convolution is routed by it, a context
+        variable does; compiled, or with gradient checkpointing, which runs modules again when that is gone, the pass
+        is made step by step instead.
         """
-        if not self.is_routed:
-            return super().forward(
-                sample, timestep, encoder_hidden_states, class_labels, timestep_cond, attention_mask,
-                cross_attention_kwargs, added_cond_kwargs, down_block_additional_residuals,
-                mid_block_additional_residual, down_intrablock_additional_residuals, encoder_attention_mask,
-                return_dict,
-            )  # fmt: skip
+        checkpointed = torch.is_grad_enabled() and self.is_gradient_checkpointing
+        if not (self.is_routed and (checkpointed or torch.compiler.is_compiling())):
+            moment = Moment.of(timestep, len(sample), sample.device) if self.is_routed else None
+            with nullcontext() if moment is None else happening_at(moment):
+                return super().forward(
+                    sample, timestep, encoder_hidden_states, class_labels, timestep_cond, attention_mask,
+                    cross_attention_kwargs, added_cond_kwargs, down_block_additional_residuals,
+                    mid_block_additional_residual, down_intrablock_additional_residuals, encoder_attention_mask,
+                    return_dict,
+                )  # fmt: skip
         text = self.process_encoder_hidden_states(
             encoder_hidden_states=encoder_hidden_states, added_cond_kwargs=added_cond_kwargs
         )
@@ -93,7 +99,6 @@ class AssembledUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
         added = AddedResiduals(
             down_block_additional_residuals, mid_block_additional_residual, down_intrablock_additional_residuals
         )
-        checkpointed = torch.is_grad_enabled() and self.is_gradient_checkpointing
         prediction = finish(steps_of(self), state, added, _checkpoint if checkpointed else None)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 

@@ -29,7 +29,8 @@ from asdm_compress.models.subpixel import SubpixelUpsampler
 from asdm_compress.models.tree import shallow_copy
 from asdm_compress.models.widths import Inner, inner_of, inner_widths, narrow_unit, own_names
 
-# The path of a unit or sub-unit to the tensors that its edit brings along (see `own_tensors`).
+# The path of a unit or sub-unit to the tensors that its edit brings along (see `own_tensors`), and to those of a kept
+# module that take the places of the old ones, by their names inside it.
 SlotWeights = Mapping[str, Mapping[str, Tensor]]
 SUB_UNITS: Final = ("attn1", "attn2", "ff")
 
@@ -158,6 +159,24 @@ def load_weights(unet: nn.Module, path: str, edit: Edit, weights: Mapping[str, T
     unet.get_submodule(weights_path(unet, path)).load_state_dict(own, strict=False)
 
 
+def put_tensors(unet: nn.Module, path: str, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors into the places of old ones, by their names inside the module at a path.
+
+    The modules on the way are copied first: those that share them with `unet` keep theirs.
+    """
+    for name, tensor in tensors.items():
+        *way, last = (f"{path}.{name}" if path else name).split(".")
+        here: Any = unet
+        for part in way:
+            here._modules[part] = shallow_copy(here._modules[part])
+            here = here._modules[part]
+        old = here._parameters[last]
+        if old.shape != tensor.shape:
+            raise AsdmError(f"{path}.{name} has the shape {tuple(old.shape)}, not {tuple(tensor.shape)}")
+        new = nn.Parameter(tensor.detach().to(old), requires_grad=False)
+        here._parameters = {**here._parameters, last: new}
+
+
 def slot_of(unet: nn.Module, path: str) -> MultiExpertConv2d:
     """The convolution in the slot at a unit's path."""
     slot: MultiExpertConv2d = unet.get_submodule(f"{path}.slot")  # type: ignore[assignment]
@@ -186,7 +205,8 @@ def edited_copy(
 
     Only the containers on the way to an edited place are copied, so that it costs neither memory nor time. `drop_mid`
     takes the mid block out, `keep_levels` leaves only the first levels (see `removable_levels`). Convolutions whose
-    weights are not given are zero, narrowed modules whose weights are not given keep their largest structures.
+    weights are not given are zero, narrowed modules whose weights are not given keep their largest structures. Weights
+    at other paths take the places of the old ones there.
     """
     twins: dict[str, Any] = {"": shallow_copy(unet)}
     if drop_mid or keep_levels is not None:
@@ -201,7 +221,11 @@ def edited_copy(
     root: ModuleT = twins[""]
     apply_edits(root, edits)
     for path, weights in (slot_weights or {}).items():
-        load_weights(root, path, edits[path], weights)
+        own: tuple[str, ...] = ()
+        if has_weights(edits.get(path, DROP)):
+            load_weights(root, path, edits[path], weights)
+            own = own_tensors(root, path, edits[path])
+        put_tensors(root, path, {name: tensor for name, tensor in weights.items() if name not in own})
     if keep_levels is not None:
         _remove_levels(root, keep_levels)
     return root

@@ -9,7 +9,9 @@ layer costs one plain convolution.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -45,6 +47,20 @@ class Moment:
         reads = device.type != "meta" and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
         uniform = len(given) == 1 or (reads and bool((given == given[0]).all()))
         return Moment(given.expand(batch), uniform, float(given[0]) if uniform and reads else None)
+
+
+# The moment of the forward pass under way, for layers inside blocks that do not hand it on.
+_moment_now: ContextVar[Moment | None] = ContextVar("moment", default=None)
+
+
+@contextmanager
+def happening_at(moment: Moment) -> Iterator[None]:
+    """While a forward pass is made, tell every `MultiExpertConv2d` in it when it happens."""
+    token = _moment_now.set(moment)
+    try:
+        yield
+    finally:
+        _moment_now.reset(token)
 
 
 class TimestepRouter(nn.Module):
@@ -85,9 +101,14 @@ class MultiExpertConv2d(nn.Module):
         self._mixed = _MomentCache()
 
     def forward(self, hidden_states: Tensor, moment: Moment | None = None) -> Tensor:
-        """(B, C_in, H, W) to (B, C_out, H, W). Raises AsdmError where the timestep is needed and not given."""
+        """(B, C_in, H, W) to (B, C_out, H, W). Raises AsdmError where the timestep is needed and not given.
+
+        It may also be given by `happening_at`.
+        """
         if self.spec.experts == 1:
             return self._convolve(hidden_states, [weight[0] for weight in self.weights], self.bias[0])
+        if self.time_router is not None and moment is None and not torch.compiler.is_compiling():
+            moment = _moment_now.get()
         if self.time_router is not None and moment is None:
             raise AsdmError("this convolution is routed by the timestep, which it was not given")
         if self.spec.routing == "timestep":

@@ -8,7 +8,7 @@ path in the same style: a layer (`down_blocks.0.layers.1`) and the projections a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from diffusers import UNet2DConditionModel
@@ -34,16 +34,7 @@ class Site:
 
 def find_sites(unet: UNet2DConditionModel) -> tuple[Site, ...]:
     """All sites in the order in which they run, each parent before its children."""
-    sites = tuple(_sites(unet))
-    if not getattr(unet, "is_routed", False):
-        return sites
-    # A student that is routed by the timestep runs unit by unit; its blocks are never called as modules.
-    return tuple(replace(s, modules=_units_inside(s, sites)) if s.kind in ("block", "mid") else s for s in sites)
-
-
-def _units_inside(block: Site, sites: tuple[Site, ...]) -> tuple[str, ...]:
-    inside = [s for s in sites if s.parent == block.path]
-    return tuple(path for site in inside for path in site.modules)
+    return tuple(_sites(unet))
 
 
 def _sites(unet: UNet2DConditionModel) -> Iterator[Site]:

@@ -12,8 +12,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from asdm_compress.assembly.calibration import DEFAULT_BANDS, record
 from asdm_compress.assembly.other_starts import copied_start, random_start
 from asdm_compress.assembly.plan import Plan
+from asdm_compress.assembly.plan_fit import RefitChoice, fit_plan
 from asdm_compress.assembly.slot_fit import check_fits, check_prompts
-from asdm_compress.assembly.slot_start import fit_plan
 from asdm_compress.assembly.surgery import assemble, removed_tensors, specify
 from asdm_compress.core.defaults import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS
 from asdm_compress.core.edits import conv_spec
@@ -85,8 +85,8 @@ def run_apply(
     plan = Plan(recipe.as_edits())
     spec = specify(teacher, plan)
     weights: SlotWeights = {}
-    if spec.slot_map and start.start == "fit":
-        weights = _fit(source, options, plan, start, progress)
+    if (spec.slot_map or recipe.refit != "none") and start.start == "fit":
+        weights = _fit(source, options, plan, recipe.refit, start, progress)
     elif start.start == "random":
         weights = random_start(teacher, plan)
     elif start.start == "copied":
@@ -101,12 +101,14 @@ def run_apply(
     return ApplyResult(len(spec.weight_map), len(removed_tensors(teacher, spec)), slots, spec.is_stock)
 
 
-def _fit(source: Source, options: LoadOptions, plan: Plan, start: SlotStart, progress: Progress) -> SlotWeights:
-    """Fit the plan's convolutions to what the model itself does, in fp32."""
+def _fit(
+    source: Source, options: LoadOptions, plan: Plan, refit: RefitChoice, start: SlotStart, progress: Progress
+) -> SlotWeights:
+    """Fit the plan's convolutions, and what stays, to what the model itself does, in fp32."""
     if source.kind != "pipeline folder":
         raise AsdmError(
-            f"the recipe's convolutions and narrowed modules are fitted by sampling, for which a {source.kind} is not "
-            "enough",
+            "the recipe's convolutions, narrowed and refitted modules are fitted by sampling, for which a "
+            f"{source.kind} is not enough",
             "Give a whole pipeline folder, or --slot-start zero for a student that a later training fills.",
         )
     specs = [spec for spec in map(conv_spec, plan.edits.values()) if spec is not None]
@@ -120,7 +122,7 @@ def _fit(source: Source, options: LoadOptions, plan: Plan, start: SlotStart, pro
         calibration = record(pipeline, prompts, start.sampling, start.bands, bar)
     with progress.bar("Fitting the slots") as bar:
         # As `assemble` does: on the same model, prompts and sampler the weights come out the same.
-        return fit_plan(pipeline.unet, plan, calibration, bar)
+        return fit_plan(pipeline.unet, plan, calibration, bar, refit)
 
 
 def check_fit(recipe: Recipe, teacher: UNet2DConditionModel, model: str) -> None:

@@ -122,7 +122,7 @@ def _evidence(profile: Profile, verified: Verified, held_out_damage: float) -> E
         measured=Costs(latency=costs["latency"], macs=int(costs["macs"]), params=int(costs["params"])),
         measured_latency_ratio=round(verified.latency_ratio, 4),
         solved_for=[str(limit) for limit in verified.solved_for],
-        predicted_damage=verified.solution.damage,
+        predicted_damage=verified.predicted_damage,
         measured_damage=verified.measured_damage,
         held_out_damage=held_out_damage,
         damage_bound=verified.solution.bound,
@@ -144,6 +144,7 @@ def _recipe(
         asdm_recipe=1,
         base=Base(model=Path(model).name or model, architecture=architecture(pipeline.unet)),
         edits=[EditEntry(site=o.site, edit=o.edit) for o in found.verified.solution.options],
+        refit=settings.refit,
         budget=[str(limit) for limit in limits],
         evidence=evidence,
         provenance={

@@ -10,10 +10,11 @@ from diffusers import StableDiffusionPipeline
 
 from asdm_compress.assembly.calibration import DEFAULT_BANDS, Calibration, check_bands, record
 from asdm_compress.assembly.damage import Damage
+from asdm_compress.assembly.option_fit import fitting_places, measure_options
 from asdm_compress.assembly.options import Option, SlotChoice, find_options, slot_specs, useful_options
 from asdm_compress.assembly.plan import check_teacher
+from asdm_compress.assembly.plan_fit import RefitChoice, check_refit
 from asdm_compress.assembly.slot_fit import check_fits, check_prompts
-from asdm_compress.assembly.slot_start import fitting_places, measure_options
 from asdm_compress.assembly.store import measurement_folder, recorded
 from asdm_compress.assembly.verify import Search, Verified, search_verified
 from asdm_compress.core.defaults import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS, NARROW_SHARES
@@ -41,7 +42,8 @@ class PlanSettings:
 
     `prompts` are a user's own; `known_profile` is a `profile.json` to use instead of profiling again. `slot`, `experts`
     and `routing` say which convolutions the search may put into the places of what it takes out, `narrow` to which
-    shares of their inner width ResNets, attentions and feed-forwards may be narrowed.
+    shares of their inner width ResNets, attentions and feed-forwards may be narrowed, and `refit` how much of what
+    stays is solved anew after the cut (see `assembly.refit`).
     """
 
     profile: ProfileSettings = field(default_factory=ProfileSettings)
@@ -56,6 +58,7 @@ class PlanSettings:
     experts: int = 8
     routing: Routing = "timestep"
     narrow: tuple[float, ...] = NARROW_SHARES
+    refit: RefitChoice = "full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,7 @@ def plan(
     limits = parse_budget([budget]) if isinstance(budget, str) else budget
     specs = slot_specs(settings.slot, settings.experts, settings.routing, limits)
     check_fits(specs, settings.bands)
+    check_refit(settings.refit)
     teacher, sampling = pipeline.unet, settings.sampling
     check_teacher(teacher)
     check_text_to_image(pipeline)
@@ -96,7 +100,7 @@ def plan(
         pipeline.scheduler = make_scheduler(settings.scheduler, pipeline)
     check_one_evaluation_per_step(pipeline.scheduler, sampling.steps)
     prompts = choose_prompts(pipeline, settings.prompts, settings.calibration_prompts, settings.held_out_prompts)
-    if specs or settings.narrow:
+    if specs or settings.narrow or settings.refit != "none":
         check_prompts(len(prompts.calibration))
     shape = replace(settings.profile, text_tokens=int(pipeline.tokenizer.model_max_length))
     with progress.stage("Profiling"):
@@ -115,7 +119,10 @@ def plan(
         slots = slot_costs(teacher, places, shape, costs)
     options = useful_options(find_options(teacher, costs, places, slots), limits)
     with progress.bar("Fitting and measuring the damage of every edit") as bar:
-        damages = measure_options(teacher, options, calibration, folder / "damages.jsonl", bar)
+        refit = settings.refit == "full"
+        store = folder / ("damages_refitted.jsonl" if refit else "damages.jsonl")
+        damages = measure_options(teacher, options, calibration, store, bar, refit)
     with progress.stage("Searching, fitting and verifying the plan"):
-        verified = search_verified(Search(teacher, costs, options, damages, limits, shape, calibration))
+        search = Search(teacher, costs, options, damages, limits, shape, calibration, settings.refit)
+        verified = search_verified(search)
     return PlanResult(verified, costs, prompts, calibration, options, damages)

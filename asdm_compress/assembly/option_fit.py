@@ -1,27 +1,29 @@
-"""Where what a plan brings along starts from: fitted one by one for a search, or in network order for a whole plan."""
+"""The weights that single edits bring along, fitted to the teacher's activations, and the damage of every edit."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import nn
 
 from asdm_compress.assembly.calibration import Calibration
 from asdm_compress.assembly.damage import Damage, chunks_of, known_damages, measure_damages, teacher_pass
 from asdm_compress.assembly.narrowing import InnerSums, collecting, narrowed_state
 from asdm_compress.assembly.options import Option
-from asdm_compress.assembly.plan import PlacedEdits, Plan, place
-from asdm_compress.assembly.slot_fit import BandSums, SlotFits, check_fits, slot_activations
+from asdm_compress.assembly.plan import edited, place
+from asdm_compress.assembly.refit import Refit, last_absorbed, projections_of
+from asdm_compress.assembly.slot_fit import BandSums, SlotFits, slot_activations
 from asdm_compress.core.edits import Edit, conv_spec, has_weights, kept_share
-from asdm_compress.models.edits import SlotWeights, edited_copy
-from asdm_compress.models.walk import State, Step, finish, start, steps_of, take
+from asdm_compress.models.edits import SlotWeights
+from asdm_compress.models.walk import finish, shared_prefix, start, steps_of, take
 from asdm_compress.models.widths import inner_widths
 
 Progress = Callable[[int, int], None]
@@ -46,7 +48,7 @@ class _Bearer:
         return self.unit, self.spans[0][0]
 
     def targets(self, unet: UNet2DConditionModel) -> int:
-        return len(self.spans) * _widths(unet, self.unit)[1]
+        return len(self.spans) * slot_widths(unet, self.unit)[1]
 
 
 def measure_options(
@@ -55,8 +57,11 @@ def measure_options(
     calibration: Calibration,
     store: Path | None = None,
     progress: Progress | None = None,
+    refit: bool = False,
 ) -> dict[str, Damage]:
     """The one-shot damage of every option, with the weights of those that bring some along fitted first.
+
+    With `refit`, the module before a dropped one, and one that has lost a part, are solved anew for what was there.
 
     They are fitted on one part of the prompts and all damages measured on the other (see `Calibration.parts`),
     so that a fit to its own samples does not count as less damage. What the `store` knows is neither fitted nor
@@ -70,11 +75,15 @@ def measure_options(
     report(done, len(options))
     unknown = [o for o in options if o.name not in damages]
     plain = [o for o in unknown if not has_weights(o.edit)]
+    absorbing = [o for o in plain if refit and absorber(unet, o) is not None]
+    plain = [o for o in plain if o not in absorbing]
     convolutions = [o for o in unknown if conv_spec(o.edit) is not None]
     narrowings = [o for o in unknown if kept_share(o.edit) is not None]
     groups: list[Iterable[tuple[list[Option], dict[str, SlotWeights]]]] = []
     if plain:
         groups.append([(plain, {})])
+    if absorbing:
+        groups.append(fit_absorbers(unet, absorbing, fitting))
     if convolutions:
         groups.append(fit_options(unet, convolutions, fitting))
     if narrowings:
@@ -100,12 +109,12 @@ def fit_options(
     bands = len(calibration.band_weights)
 
     def size_of(bearer: _Bearer) -> int:
-        return BandSums.bytes(bands, _widths(unet, bearer.unit)[0], bearer.targets(unet), bearer.kernel)
+        return BandSums.bytes(bands, slot_widths(unet, bearer.unit)[0], bearer.targets(unet), bearer.kernel)
 
     for group in _within_memory(_bearers(options, spans), size_of):
         sums = _accumulate(unet, group, calibration)
         for bearer in group:
-            width = _widths(unet, bearer.unit)[1]
+            width = slot_widths(unet, bearer.unit)[1]
             targets = [slice(i * width, (i + 1) * width) for i in range(len(bearer.spans))]
             fits = SlotFits(sums.pop(bearer.key), calibration, unet.get_submodule(bearer.unit), targets)
             ours = [o for o in options if spans[o.name][0] == bearer.unit and spans[o.name][1] in bearer.spans]
@@ -126,7 +135,9 @@ def fitting_places(
     left = {}
     for edit, paths in places.items():
         spec = conv_spec(edit)
-        held = {path: 0 if spec is None else BandSums.bytes(bands, *_widths(unet, path), spec.kernel) for path in paths}
+        held = {
+            path: 0 if spec is None else BandSums.bytes(bands, *slot_widths(unet, path), spec.kernel) for path in paths
+        }
         possible = tuple(path for path, size in held.items() if size <= most)
         if possible:
             left[edit] = possible
@@ -154,6 +165,58 @@ def fit_narrowings(
         yield ours, weights
 
 
+def absorber(unet: UNet2DConditionModel, option: Option) -> tuple[str, str] | None:
+    """The unit that can take over the part of what an option takes out, and the last unit whose part that is.
+
+    That is the first module that the option changes, where it still has a projection, or the one before it. Both are
+    given by their paths in `unet`; None where there is none.
+    """
+    placed = place(unet, option.plan)
+    teacher, steps = steps_of(unet), steps_of(edited(unet, option.plan))
+    student, moved = {step.path: step for step in steps}, partial(placed.edited_path, unet)
+    first = shared_prefix(teacher, steps)
+    for at in (first, first - 1):
+        unit = teacher[at].path
+        step = student.get(moved(unit))
+        if at > 0 and step is not None and projections_of(step.modules[-1]):
+            behind = last_absorbed(teacher, student, moved, unit)
+            if at == first or behind != unit:
+                return unit, behind
+    return None
+
+
+@torch.no_grad()
+def fit_absorbers(
+    unet: UNet2DConditionModel, options: Sequence[Option], calibration: Calibration
+) -> Iterator[tuple[list[Option], dict[str, SlotWeights]]]:
+    """Refit for every option the module that takes over the part of what is taken out (see `absorber`).
+
+    Yields groups of options with their weights by option.
+    """
+    teacher = steps_of(unet)
+    at = {step.path: i for i, step in enumerate(teacher)}
+    places = {o.name: found for o in options if (found := absorber(unet, o)) is not None}
+    student_steps = {}
+    for option in options:
+        placed = place(unet, option.plan)
+        path = placed.edited_path(unet, places[option.name][0])
+        student_steps[option.name] = next(s for s in steps_of(edited(unet, option.plan)) if s.path == path)
+
+    def module_of(option: Option) -> nn.Module:
+        return student_steps[option.name].modules[-1]
+
+    for group in _within_memory(options, lambda o: Refit.bytes(module_of(o))):
+        sums = {o.name: Refit(module_of(o), "full") for o in group}
+        for first, last in chunks_of(calibration):
+            states, _ = teacher_pass(unet, teacher, calibration.part(first, last))
+            for option in group:
+                (unit, behind), refit = places[option.name], sums[option.name]
+                with refit.watching() as taken:
+                    output = take(student_steps[option.name], states[at[unit]]).hidden
+                refit.add(calibration, first, taken, output, states[at[behind] + 1].hidden)
+        yield list(group), {o.name: {places[o.name][0]: sums[o.name].solve()} for o in group}
+
+
 @torch.no_grad()
 def _inner_sums(unet: UNet2DConditionModel, paths: Sequence[str], calibration: Calibration) -> dict[str, InnerSums]:
     inner, steps = inner_widths(unet), steps_of(unet)
@@ -162,107 +225,6 @@ def _inner_sums(unet: UNet2DConditionModel, paths: Sequence[str], calibration: C
         with collecting(unet, sums, calibration, first):
             finish(steps, start(unet, *calibration.part(first, last).rows()))
     return sums
-
-
-@torch.no_grad()
-def fit_plan(
-    unet: UNet2DConditionModel, plan: Plan, calibration: Calibration, progress: Progress | None = None
-) -> SlotWeights:
-    """Fit everything that the edits of a whole plan bring along, in the order in which it runs.
-
-    A convolution is fitted from what the student, with all earlier edits in place, hands to it, to what the teacher has
-    behind the modules that it stands for, and so makes up for what was damaged before it. A narrowed module is fitted
-    to do on the student's activations what the whole one would. Raises AsdmError for convolutions that have no fit (see
-    `check_fits`).
-    """
-    placed = place(unet, plan)
-    specs = [spec for spec in (conv_spec(edit) for edit in placed.units.values()) if spec is not None]
-    check_fits(specs, len(calibration.band_weights))
-    weights: dict[str, Mapping[str, Tensor]] = {}
-    order = _in_network_order(unet, [path for path, edit in placed.units.items() if has_weights(edit)])
-    if not order:
-        return weights
-    report = progress or (lambda done, total: None)
-    chunks = chunks_of(calibration)
-    student = _student_so_far(unet, placed, weights)
-    runs = [_Lockstep(unet, student, calibration, *chunk) for chunk in chunks]
-    for number, path in enumerate(order):
-        there = placed.edited_path(unet, path)
-        module, share = unet.get_submodule(path), kept_share(placed.units[path])
-        if share is None:
-            spec = conv_spec(placed.units[path])
-            assert spec is not None
-            inputs, outputs = _widths(unet, path)
-            sums = BandSums.empty(len(calibration.band_weights), inputs, outputs, spec.kernel, unet.device)
-            for (first, _), lockstep in zip(chunks, runs, strict=True):
-                step, state = lockstep.student_before(there)
-                sums.add(
-                    calibration,
-                    first,
-                    *slot_activations(step, module, state, lockstep.teacher_behind(placed.replaced[path][-1])),
-                )
-            weights[path] = SlotFits(sums, calibration, module, [slice(0, outputs)]).state(spec)
-        else:
-            inner = inner_widths(unet)[path]
-            inside = InnerSums.empty(inner, unet.device)
-            for (first, _), lockstep in zip(chunks, runs, strict=True):
-                step, state = lockstep.student_before(_unit_of(there))
-                with collecting(student, {there: inside}, calibration, first):
-                    take(step, state)
-            weights[path] = narrowed_state(module, share, inside)
-        student = _student_so_far(unet, placed, weights)
-        for lockstep in runs:
-            lockstep.student_steps = steps_of(student)
-        report(number + 1, len(order))
-    return weights
-
-
-def _student_so_far(unet: UNet2DConditionModel, placed: PlacedEdits, weights: SlotWeights) -> UNet2DConditionModel:
-    """The student with what is fitted; modules still to be narrowed are whole, convolutions still to come are zero."""
-    edits = {path: edit for path, edit in placed.units.items() if kept_share(edit) is None or path in weights}
-    return edited_copy(unet, edits, placed.drop_mid, placed.keep_levels, weights)
-
-
-def _in_network_order(unet: UNet2DConditionModel, paths: Sequence[str]) -> list[str]:
-    at = {step.path: i for i, step in enumerate(steps_of(unet))}
-    inside = {path: i for i, path in enumerate(inner_widths(unet))}  # sub-units come in the order in which they run
-    return sorted(paths, key=lambda path: (at[_unit_of(path)], inside.get(path, 0)))
-
-
-def _unit_of(path: str) -> str:
-    """The unit that a sub-unit is a part of; a unit's own path."""
-    return path.split(".transformer_blocks.", maxsplit=1)[0]
-
-
-class _Lockstep:
-    """Teacher and student on the same triples, each going on from where it was."""
-
-    def __init__(
-        self,
-        teacher: UNet2DConditionModel,
-        student: UNet2DConditionModel,
-        calibration: Calibration,
-        first: int,
-        last: int,
-    ) -> None:
-        rows = calibration.part(first, last).rows()
-        self.teacher_steps, self.student_steps = steps_of(teacher), steps_of(student)
-        self.teacher, self.student = start(teacher, *rows), start(student, *rows)
-        self.teacher_at = self.student_at = 0
-
-    def student_before(self, unit: str) -> tuple[Step, State]:
-        """A unit's step in the student, and the state before it."""
-        while self.student_steps[self.student_at].path != unit:
-            self.student = take(self.student_steps[self.student_at], self.student)
-            self.student_at += 1
-        return self.student_steps[self.student_at], self.student
-
-    def teacher_behind(self, unit: str) -> Tensor:
-        """The teacher's hidden state behind a unit."""
-        while self.teacher_at == 0 or self.teacher_steps[self.teacher_at - 1].path != unit:
-            self.teacher = take(self.teacher_steps[self.teacher_at], self.teacher)
-            self.teacher_at += 1
-        return self.teacher.hidden
 
 
 def _bearers(options: Sequence[Option], spans: Mapping[str, tuple[str, tuple[str, ...]]]) -> list[_Bearer]:
@@ -299,7 +261,8 @@ def _accumulate(
     at = {step.path: i for i, step in enumerate(steps)}
     bands = len(calibration.band_weights)
     sums = {
-        b.key: BandSums.empty(bands, _widths(unet, b.unit)[0], b.targets(unet), b.kernel, unet.device) for b in bearers
+        b.key: BandSums.empty(bands, slot_widths(unet, b.unit)[0], b.targets(unet), b.kernel, unet.device)
+        for b in bearers
     }
     for first, last in chunks_of(calibration):
         states, _ = teacher_pass(unet, steps, calibration.part(first, last))
@@ -312,7 +275,7 @@ def _accumulate(
     return sums
 
 
-def _widths(unet: UNet2DConditionModel, unit: str) -> tuple[int, int]:
+def slot_widths(unet: UNet2DConditionModel, unit: str) -> tuple[int, int]:
     """Input and output channels of a slot's convolution in a unit's place."""
     module: Any = unet.get_submodule(unit)
     if ".attentions." in unit:

@@ -1,0 +1,243 @@
+"""What stays is solved anew: the last projections of a kept module, so that they make up for what is cut before it.
+
+The layer-wise least-squares reconstruction of Optimal Brain Compression (Frantar and Alistarh, 2208.11580), with the
+teacher's own hidden state behind the module as the target, on what the student hands to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Any, Final, Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from asdm_compress.assembly.calibration import Calibration
+from asdm_compress.assembly.regression import RIDGES, NormalEquations
+from asdm_compress.assembly.slot_fit import check_finite, samples_of
+from asdm_compress.models.slots import IdentityResnet, IdentityTransformer, ShortcutResnet
+from asdm_compress.models.walk import Step
+
+RefitKind = Literal["full", "scale"]
+BYTES_PER_BLOCK: Final = 256 * 2**20  # of unfolded activations held at a time
+
+
+def projections_of(module: nn.Module) -> tuple[str, ...]:
+    """The linear maps, by name inside the module, whose sum, with what does not depend on them, is its output."""
+    names: tuple[str, ...] = ()
+    if isinstance(module, ResnetBlock2D):
+        names = ("conv2", "conv_shortcut")
+    elif isinstance(module, ShortcutResnet):
+        names = ("conv_shortcut",)
+    elif isinstance(module, Transformer2DModel):
+        names = ("proj_out",)
+    elif isinstance(module, (Downsample2D, Upsample2D)):
+        names = ("conv",)
+    elif type(module) is nn.Conv2d:
+        return ("",) if module.bias is not None else ()
+    there = tuple(name for name in names if type(getattr(module, name, None)) in (nn.Conv2d, nn.Linear))
+    # Without its main map, or with one that is wrapped by something else, a module is left as it is.
+    return there if there[:1] == names[:1] and all(module.get_submodule(n).bias is not None for n in there) else ()
+
+
+def last_absorbed(teacher: Sequence[Step], student: Mapping[str, Step], moved: Callable[[str], str], unit: str) -> str:
+    """The last of the dropped modules right behind a unit, whose part it can take over; else the unit itself.
+
+    Not beyond a skip connection: its own output goes there too. `student` are the student's steps by path, `moved`
+    gives a teacher's path there.
+    """
+    at = [step.path for step in teacher].index(unit)
+    while not teacher[at].pushes_skip and at + 1 < len(teacher):
+        following = student.get(moved(teacher[at + 1].path))
+        if following is None or not isinstance(following.modules[-1], (IdentityResnet, IdentityTransformer)):
+            break
+        at += 1
+    return teacher[at].path
+
+
+class Refit:
+    """One module's refit: `add` what it does on every part of the calibration, then `solve`.
+
+    `full` solves all the projections' weights anew together; `scale` only gives every output channel of the first one
+    another factor and shift, which takes next to no memory.
+    """
+
+    def __init__(self, module: nn.Module, kind: RefitKind) -> None:
+        self.module, self.kind = module, kind
+        self.names = projections_of(module)
+        parts = self._parts()
+        outputs, device = len(parts[0].weight), parts[0].weight.device
+        if kind == "full":
+            features = 1 + sum(_fan_in(part) for part in parts)
+            self._sums = [NormalEquations(features, outputs, device) for _ in range(2)]
+        else:
+            self._channels = torch.zeros(2, 5, outputs, dtype=torch.float64, device=self.device_of_sums(device))
+
+    @staticmethod
+    def device_of_sums(device: torch.device) -> torch.device:
+        """Of the accelerators only CUDA is sure to have float64."""
+        return device if device.type == "cuda" else torch.device("cpu")
+
+    @staticmethod
+    def bytes(module: nn.Module) -> int:
+        """The memory that the sums of a full refit take."""
+        parts = [module.get_submodule(name) for name in projections_of(module)]
+        features = 1 + sum(_fan_in(part) for part in parts)
+        return 2 * 8 * features * (features + len(parts[0].weight))  # type: ignore[arg-type]
+
+    def _parts(self) -> list[Any]:
+        return [self.module.get_submodule(name) for name in self.names]
+
+    @contextmanager
+    def watching(self) -> Iterator[list[Tensor]]:
+        """Collect, while the module runs once, what each projection takes in."""
+        seen: list[Tensor] = []
+        inputs: dict[str, Tensor] = {}
+        handles = []
+        for name, part in zip(self.names, self._parts(), strict=True):
+
+            def keep(_: nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> None:
+                inputs[name] = arguments[0]
+
+            handles.append(part.register_forward_pre_hook(keep))
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+            seen += [inputs[name] for name in self.names if name in inputs]
+
+    def add(
+        self, calibration: Calibration, first: int, taken: Sequence[Tensor], output: Tensor, wanted: Tensor
+    ) -> None:
+        """Take in the triples from `first` on: the projections' inputs, and the module's output and wanted output.
+
+        Both are (R, T, H, W), a triple having one row per guidance branch.
+        """
+        parts, factor = self._parts(), getattr(self.module, "output_scale_factor", 1.0)
+        branches = calibration.inputs.texts.shape[1]
+        pixels = output[0, 0].numel()
+        per_triple = 12 * branches * pixels * sum(_fan_in(part) for part in parts)
+        triples = max(1, BYTES_PER_BLOCK // per_triple)
+        for start in range(0, len(output) // branches, triples):
+            rows = slice(start * branches, (start + triples) * branches)
+            features = [_unfolded(x[rows], part) for x, part in zip(taken, parts, strict=True)]
+            missing = factor * (wanted[rows].float() - output[rows].float()).flatten(2)
+            if self.kind == "full":
+                now = sum(_flat_weight(part).float() @ x for part, x in zip(parts, features, strict=True))
+                target = missing + now + _biases(parts)[:, None]
+                self._add_full(calibration, first + start, torch.cat(features, 1), target)
+            else:
+                now = _flat_weight(parts[0]).float() @ features[0]
+                self._add_scale(calibration, first + start, now, missing + now)
+
+    def _add_full(self, calibration: Calibration, first: int, features: Tensor, target: Tensor) -> None:
+        for held_out, band, x, y in samples_of(calibration, first, features, target):
+            sums = self._sums[int(held_out)]
+            sums.add(x[..., None], y[..., None], 1, calibration.band_weights[band])
+
+    def _add_scale(self, calibration: Calibration, first: int, now: Tensor, target: Tensor) -> None:
+        for held_out, band, x, y in samples_of(calibration, first, now, target):
+            a, b = (v.transpose(0, 1).flatten(1).to(self._channels) for v in (x, y))
+            moments = torch.stack([torch.full_like(a[:, 0], a.shape[1]), a.sum(1), b.sum(1), (a * a).sum(1),
+                                   (a * b).sum(1)])  # fmt: skip
+            self._channels[int(held_out)] += calibration.band_weights[band] * moments
+
+    def solve(self) -> dict[str, Tensor]:
+        """The new tensors of the projections by name; none where held-out prompts say that the old ones are better.
+
+        Raises AsdmError for activations that are no numbers.
+        """
+        return self._solve_full() if self.kind == "full" else self._solve_scale()
+
+    def _solve_full(self) -> dict[str, Tensor]:
+        check_finite(self._sums)
+        parts = self._parts()
+        train, held_out = self._sums
+        old = torch.cat([_flat_weight(part).T for part in parts]).to(train.gram)
+        old = torch.cat([old, _biases(parts)[None].to(old)])
+        both = train.plus(held_out)
+        if both.samples == 0:
+            return {}
+        told = train.samples > 0 and held_out.samples > 0
+        if told:
+            errors = [float(held_out.error(train.solve(ridge, old)).sum()) for ridge in RIDGES]
+            best = min(range(len(RIDGES)), key=errors.__getitem__)
+            if errors[best] >= float(held_out.error(old).sum()):
+                return {}
+            ridge = RIDGES[best]
+        else:
+            ridge = RIDGES[-1]
+        solution = both.solve(ridge, old)
+        tensors, at = {}, 0
+        for i, (name, part) in enumerate(zip(self.names, parts, strict=True)):
+            rows = solution[at : at + _fan_in(part)]
+            at += _fan_in(part)
+            tensors[_join(name, "weight")] = rows.T.reshape(part.weight.shape).to(part.weight)
+            if i == 0:
+                shift = solution[-1] - _biases(parts).to(solution)
+                tensors[_join(name, "bias")] = (part.bias.to(shift) + shift).to(part.bias)
+        return tensors
+
+    def _solve_scale(self) -> dict[str, Tensor]:
+        part, name = self._parts()[0], self.names[0]
+        train, held_out = self._channels
+        if not bool(self._channels.isfinite().all()) or float(train[0, 0] + held_out[0, 0]) == 0:
+            return {}
+        if float(train[0, 0]) > 0 and float(held_out[0, 0]) > 0:
+            better = _channel_error(held_out, *_line(train)) < _channel_error(held_out, 1.0, 0.0)
+        else:
+            better = torch.ones_like(train[0], dtype=torch.bool)
+        factor, shift = _line(train + held_out)
+        factor, shift = torch.where(better, factor, 1.0), torch.where(better, shift, 0.0)
+        shape = (-1, *[1] * (part.weight.ndim - 1))
+        weight = part.weight.to(factor) * factor.reshape(shape)
+        # The factor scales what comes without the bias, which the regression has left out.
+        return {_join(name, "weight"): weight.to(part.weight), _join(name, "bias"): (part.bias + shift).to(part.bias)}
+
+
+def _line(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope and intercept (T,) of least squared error from the summed 1, x, y, x², xy."""
+    n, x, y, xx, xy = moments
+    spread = xx - x * x / n
+    slope = (xy - x * y / n + 1e-3 * xx) / (spread + 1e-3 * xx).clamp_min(1e-30)
+    return slope, (y - slope * x) / n
+
+
+def _channel_error(moments: Tensor, slope: Tensor | float, shift: Tensor | float) -> Tensor:
+    """The summed squared error (T,) of a line, less the targets' own energy."""
+    n, x, y, xx, xy = moments
+    error: Tensor = slope * slope * xx + shift * shift * n + 2 * slope * shift * x - 2 * slope * xy - 2 * shift * y
+    return error
+
+
+def _fan_in(part: Any) -> int:
+    return prod(part.weight.shape[1:])
+
+
+def _flat_weight(part: Any) -> Tensor:
+    weight: Tensor = part.weight.detach().flatten(1)
+    return weight
+
+
+def _biases(parts: Sequence[Any]) -> Tensor:
+    """The sum of the biases, (T,), in fp32."""
+    return torch.stack([part.bias.detach().float() for part in parts]).sum(0)
+
+
+def _unfolded(inputs: Tensor, part: Any) -> Tensor:
+    """What a projection took in as (R, F, L): a patch per output pixel, or a token."""
+    if isinstance(part, nn.Linear):
+        return inputs.transpose(1, 2).float()
+    return F.unfold(inputs.float(), part.kernel_size, part.dilation, part.padding, part.stride)
+
+
+def _join(name: str, tensor: str) -> str:
+    return f"{name}.{tensor}" if name else tensor

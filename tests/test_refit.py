@@ -1,0 +1,180 @@
+"""Solving anew what stays after a cut: against an independent solver, and for what it does to students."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asdm_compress.assembly.calibration import record
+from asdm_compress.assembly.damage import compare_predictions, measure_plan
+from asdm_compress.assembly.option_fit import absorber, measure_options
+from asdm_compress.assembly.options import find_options
+from asdm_compress.assembly.plan import Plan
+from asdm_compress.assembly.plan_fit import fit_plan
+from asdm_compress.assembly.refit import Refit, projections_of
+from asdm_compress.assembly.regression import RIDGES
+from asdm_compress.assembly.surgery import assemble, specify
+from asdm_compress.sampling.settings import SamplingSettings
+from asdm_compress.scenes.captions import sample_captions
+
+BK_LIKE = Plan({f"{block}.layers.1": "drop" for block in ("down_blocks.0", "down_blocks.1", "up_blocks.2")})
+ONE_ATTENTION = Plan({"up_blocks.2.attentions.0": "drop"})
+
+
+@pytest.fixture(scope="module")
+def calibration(pipeline):
+    prompts = [c.text for c in sample_captions(12, 31)]
+    return record(pipeline, prompts, SamplingSettings(steps=8, guidance=4.0, seed=3), bands=4)
+
+
+@pytest.fixture(scope="module")
+def unseen(pipeline, calibration):
+    prompts = [c.text for c in sample_captions(6, 77)]
+    settings_ = SamplingSettings(steps=8, guidance=4.0, seed=90)
+    return record(pipeline, prompts, settings_, bands=4, band_weights=calibration.band_weights)
+
+
+def run_once(refit, module, arguments):
+    with refit.watching() as taken, torch.no_grad():
+        output = module(*arguments)
+    return taken, output
+
+
+@pytest.mark.parametrize("path", ["up_blocks.2.resnets.0", "down_blocks.1.downsamplers.0", "mid_block.resnets.0"])
+def test_a_full_refit_is_an_independent_solvers_least_squares(unet, calibration, path):
+    """Oracle: all taps and a constant as columns, rows weighted by their band, the old weights as further rows."""
+    torch.manual_seed(0)
+    module = unet.get_submodule(path)
+    one = calibration.only(torch.arange(len(calibration)) < 4)
+    branches, rows = 2, 8
+    channels = module.in_channels if hasattr(module, "in_channels") else module.channels
+    hidden = torch.randn(rows, channels, 6, 6)
+    arguments = (hidden, torch.randn(rows, 128)) if "resnets" in path else (hidden,)
+    refit = Refit(module, "full")
+    taken, output = run_once(refit, module, arguments)
+    wanted = output + torch.randn_like(output)
+    refit.add(one, 0, taken, output, wanted)
+    found = refit.solve()
+
+    parts = [module.get_submodule(name) for name in projections_of(module)]
+    columns = [F.unfold(x, p.kernel_size, 1, p.padding, p.stride) for x, p in zip(taken, parts, strict=True)]
+    features = torch.cat([*columns, torch.ones(rows, 1, columns[0].shape[2])], dim=1).double()
+    target = sum(p(x) for x, p in zip(taken, parts, strict=True)) + wanted - output
+    guided = [
+        torch.cat([x, (x[0::branches] + 4.0 * (x[1::branches] - x[0::branches]))])
+        for x in (features, target.flatten(2).double())
+    ]
+    triple = torch.cat([torch.arange(4).repeat_interleave(2), torch.arange(4)])
+    weight = torch.tensor(calibration.band_weights, dtype=torch.float64)[one.bands[triple]].sqrt()[:, None, None]
+    a, b = ((x * weight).transpose(1, 2).flatten(0, 1) for x in guided)
+    old = torch.cat([p.weight.flatten(1).T for p in parts] + [sum(p.bias for p in parts)[None]]).double()
+    candidates = []
+    scale = (a[:, :-1] ** 2).sum(0).mean()
+    for ridge in RIDGES:
+        penalty = torch.eye(a.shape[1], dtype=torch.float64)[:-1] * (ridge * scale) ** 0.5
+        candidates.append(torch.linalg.lstsq(torch.cat([a, penalty]), torch.cat([b, penalty @ old])).solution)
+    if not found:  # held-out prompts were against every ridge
+        return
+    new = torch.cat([found[f"{name}.weight"].flatten(1).T for name in projections_of(module)]).double()
+    assert min(float((new - c[:-1]).abs().max()) for c in candidates) < 1e-4
+
+
+@settings(deadline=None, max_examples=10)
+@given(factor=st.floats(0.3, 3), shift=st.floats(-2, 2))
+def test_a_scale_and_shift_is_found_again_and_folded(unet, calibration, factor, shift):
+    """Where the wanted output is the projection's own times a factor, the folded module gives it."""
+    torch.manual_seed(0)
+    module = unet.get_submodule("mid_block.resnets.0")
+    arguments = (torch.randn(8, 128, 4, 4), torch.randn(8, 128))
+    refit = Refit(module, "scale")
+    taken, output = run_once(refit, module, arguments)
+    with torch.no_grad():
+        plain = module.conv2(taken[0]) - module.conv2.bias[:, None, None]
+    wanted = output + (factor - 1) * plain + shift
+    refit.add(calibration.only(torch.arange(len(calibration)) < 4), 0, taken, output, wanted)
+    twin = copy.deepcopy(module)
+    twin.load_state_dict(refit.solve(), strict=False)
+    with torch.no_grad():
+        error = (twin(*arguments) - wanted).square().mean()
+    assert error < 1e-4 * (wanted - output).square().mean() + 1e-6
+
+
+@pytest.mark.parametrize("plan", [BK_LIKE, ONE_ATTENTION])
+def test_refitting_helps_on_prompts_that_it_has_not_seen(unet, calibration, unseen, plan):
+    damage = {
+        kind: measure_plan(unet, plan, unseen, fit_plan(unet, plan, calibration, refit=kind)).total
+        for kind in ("none", "scale", "full")
+    }
+    assert damage["full"] < 0.6 * damage["none"]
+    assert damage["scale"] < damage["none"]
+
+
+def test_a_refitted_stock_student_opens_in_plain_diffusers(unet, calibration, tmp_path, inputs):
+    plan = Plan({"levels.3": "drop"})
+    weights = fit_plan(unet, plan, calibration, refit="full")
+    assert specify(unet, plan).is_stock
+    assert weights
+    student = assemble(unet, plan, weights)
+    student.save_pretrained(tmp_path)
+    again = UNet2DConditionModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(student(*inputs).sample, again(*inputs).sample)
+        assert not torch.equal(student(*inputs).sample, assemble(unet, plan)(*inputs).sample)
+
+
+def test_the_built_student_is_the_one_that_was_measured(unet, calibration):
+    """With convolutions, narrowed and refitted modules, removed levels and renumbered blocks at once."""
+    plan = Plan(
+        {
+            "levels.3": "drop",
+            "up_blocks.1.layers.0": "shortcut",
+            "down_blocks.0.layers.1": "conv1x1*4@timestep",
+            "up_blocks.2.resnets.1": "narrow0.5",
+            "up_blocks.3.attentions.1.transformer_blocks.0.ff": "narrow0.5",
+            "up_blocks.3.attentions.2.transformer_blocks.0.attn1": "drop",
+        }
+    )
+    weights = fit_plan(unet, plan, calibration, refit="full")
+    student = assemble(unet, plan, weights)
+    measured = measure_plan(unet, plan, calibration, weights).total
+    assert compare_predictions(unet, student, calibration).total == pytest.approx(measured, rel=1e-4)
+    assert measured < 0.8 * measure_plan(unet, plan, calibration, fit_plan(unet, plan, calibration)).total
+    refitted = [
+        path for path, tensors in weights.items() if path not in plan.edits or "conv_shortcut.weight" in tensors
+    ]
+    assert len(refitted) > 5
+
+
+def test_an_empty_plan_has_nothing_to_refit(unet, calibration):
+    assert fit_plan(unet, Plan({}), calibration, refit="full") == {}
+
+
+@pytest.mark.parametrize(
+    ("site", "edit", "expected"),
+    [
+        ("up_blocks.2.attentions.0", "drop", ("up_blocks.2.resnets.0", "up_blocks.2.attentions.0")),
+        ("up_blocks.1.resnets.0", "shortcut", ("up_blocks.1.resnets.0", "up_blocks.1.resnets.0")),
+        ("down_blocks.1.attentions.1", "drop", ("down_blocks.1.resnets.1", "down_blocks.1.attentions.1")),
+        # The module before has given its output to a skip connection.
+        ("down_blocks.1.layers.1", "drop", None),
+        ("mid_block", "drop", None),
+    ],
+)
+def test_who_can_take_over_what_is_taken_out(unet, mini_profile, site, edit, expected):
+    option = next(o for o in find_options(unet, mini_profile, {}, {}) if (o.site, o.edit) == (site, edit))
+    assert absorber(unet, option) == expected
+
+
+def test_options_are_measured_with_their_absorbers(unet, mini_profile, calibration):
+    sites = ("up_blocks.2.attentions.0", "down_blocks.0.attentions.1", "down_blocks.1.layers.1")
+    options = [o for o in find_options(unet, mini_profile, {}, {}) if o.site in sites and o.edit == "drop"]
+    alone, absorbed = (measure_options(unet, options, calibration, refit=refit) for refit in (False, True))
+    for option in options:
+        one, other = alone[option.name].total, absorbed[option.name].total
+        assert other == one if option.site == sites[2] else other < 0.8 * one
