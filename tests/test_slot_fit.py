@@ -293,9 +293,11 @@ def test_places_whose_sums_exceed_memory_are_left_out(sd15_on_meta, monkeypatch)
     specs = slot_specs("auto", 8, "timestep", [])
     everywhere = places_of(sd15_on_meta, specs)
     monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 24 * 2**18}[name])
-    left = fitting_places(sd15_on_meta, everywhere, 8)
+    left = fitting_places(sd15_on_meta, everywhere)
     deep = "mid_block.resnets.0"
     assert deep in everywhere["conv3x3*8@timestep"]
     assert deep not in left["conv3x3*8@timestep"]
+    assert deep in left["conv3x3"]
+    assert "down_blocks.0.resnets.0" not in left["conv3x3"]
     assert deep in left["conv1x1*8@timestep"]
     assert "down_blocks.0.resnets.0" in left["conv3x3*8@timestep"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from asdm_compress.assembly.calibration import Calibration
+from asdm_compress.assembly.damage import chunks_of
 from asdm_compress.assembly.regression import NormalEquations, solve_at_best_ridge
 from asdm_compress.assembly.slot_fit import check_finite, samples_of
+from asdm_compress.models.walk import finish, start, steps_of
 from asdm_compress.models.widths import Inner, inner_of, narrowed, own_names
 
 CHOICE_RIDGE: Final = 1e-3  # share of the mean diagonal, while structures are chosen
@@ -70,13 +72,15 @@ def _as_image(activations: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def narrowed_state(module: nn.Module, share: float, sums: InnerSums) -> dict[str, Tensor]:
+def narrowed_state(
+    module: nn.Module, share: float, sums: InnerSums, importance: Tensor | None = None
+) -> dict[str, Tensor]:
     """The tensors that narrowing to a share brings along, chosen and fitted so that the module's output changes least.
 
     Structures go one after the other, each time those whose going costs the projection's output least when what stays
     makes up for it: the structured form of Optimal Brain Surgeon (ZipLM, Kurtic et al., 2302.04089). The projection is
-    then solved anew from what stays, by ridge regression towards its old weights. Raises AsdmError for activations that
-    are no numbers.
+    then solved anew from what stays, by ridge regression towards its old weights. With a known `importance` (count,)
+    those stay that matter most. Raises AsdmError for activations that are no numbers.
     """
     inner = inner_of(module)
     assert inner is not None
@@ -88,7 +92,10 @@ def narrowed_state(module: nn.Module, share: float, sums: InnerSums) -> dict[str
     rows = taps.permute(1, 0, 2).flatten(1)  # (channels, outputs x taps)
     # Zero padding has no constants: near the border a larger kernel could not make up for one.
     shifts = taps.shape[2] == 1
-    structures = choose_structures(sums.train.plus(sums.held_out), rows, inner, inner.kept(share), shifts)
+    if importance is None:
+        structures = choose_structures(sums.train.plus(sums.held_out), rows, inner, inner.kept(share), shifts)
+    else:
+        structures = importance.topk(inner.kept(share)).indices.sort().values.cpu()
     keep = inner.channels(structures).to(device)
     parts = [part.onto(keep, rows, constant=shifts) for part in (sums.train, sums.held_out)]
     towards = torch.cat([rows[keep], rows.new_zeros(1, rows.shape[1])])
@@ -103,6 +110,47 @@ def narrowed_state(module: nn.Module, share: float, sums: InnerSums) -> dict[str
     if projection.bias is not None:
         state[f"{name}.bias"] = (projection.bias.detach().to(shift) + shift).to(projection.bias)
     return state
+
+
+def taylor_importance(unet: nn.Module, paths: Sequence[str], calibration: Calibration) -> dict[str, Tensor]:
+    """How much each structure of the modules at some paths matters to the guided prediction, (count,) in fp64.
+
+    The squared first-order change of the prediction when a structure is set to zero, E (vᵀ J a)² with random signs v:
+    the Gauss-Newton form of Taylor importance (Molchanov et al., 1906.10771). The damage's own gradient is zero at the
+    teacher, where the damage has its minimum.
+    """
+    inner = {path: inner_of(unet.get_submodule(path)) for path in paths}
+    found = {path: torch.zeros(i.count, dtype=torch.float64) for path, i in inner.items() if i is not None}
+    steps, generator = steps_of(unet), torch.Generator().manual_seed(0)
+    for first, last in chunks_of(calibration):
+        part, kept = calibration.part(first, last), dict[str, Tensor]()
+        handles = []
+        for path, here in inner.items():
+            assert here is not None
+
+            def keep(
+                _: nn.Module, arguments: tuple[Tensor, ...], path: str = path, kept: dict[str, Tensor] = kept
+            ) -> None:
+                kept[path] = arguments[0]
+
+            module = unet.get_submodule(path).get_submodule(here.projection)
+            handles.append(module.register_forward_pre_hook(keep))
+        samples, timesteps, texts = part.rows()
+        with torch.enable_grad():
+            prediction = part.guided(finish(steps, start(unet, samples.requires_grad_(), timesteps, texts)))
+            signs = torch.randint(0, 2, prediction.shape, generator=generator).to(prediction) * 2 - 1
+            weights = torch.tensor(calibration.band_weights)[calibration.bands[first:last]].sqrt().to(prediction)
+            probe = (signs * prediction * weights[:, None, None, None]).sum()
+            gradients = torch.autograd.grad(probe, [kept[path] for path in found])
+        for handle in handles:
+            handle.remove()
+        for path, gradient in zip(list(found), gradients, strict=True):
+            here = inner[path]
+            assert here is not None
+            change = (_as_image(kept[path].detach()) * _as_image(gradient)).double().sum((2, 3))  # (R, channels)
+            by_structure = change.reshape(len(part), -1, here.count, here.size).sum((1, 3))
+            found[path] += by_structure.square().sum(0).cpu()
+    return found
 
 
 def choose_structures(sums: NormalEquations, rows: Tensor, inner: Inner, count: int, shifts: bool) -> Tensor:

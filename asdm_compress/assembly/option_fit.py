@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,11 +19,13 @@ from asdm_compress.assembly.narrowing import InnerSums, collecting, narrowed_sta
 from asdm_compress.assembly.options import Option
 from asdm_compress.assembly.plan import edited, place
 from asdm_compress.assembly.refit import Refit, last_absorbed, projections_of
-from asdm_compress.assembly.slot_fit import BandSums, SlotFits, slot_activations
-from asdm_compress.core.edits import Edit, conv_spec, has_weights, kept_share
+from asdm_compress.assembly.regression import memory_for_sums
+from asdm_compress.assembly.slot_fit import BandSums, SlotFits, groups_of, slot_activations
+from asdm_compress.core.edits import ConvSpec, Edit, conv_spec, has_weights, kept_share
 from asdm_compress.models.edits import SlotWeights
 from asdm_compress.models.walk import finish, shared_prefix, start, steps_of, take
 from asdm_compress.models.widths import inner_widths
+from asdm_compress.profiling.slot_costs import as_run
 
 Progress = Callable[[int, int], None]
 ItemT = TypeVar("ItemT")
@@ -34,21 +35,27 @@ SUMS_BYTES: Final = 3 * 2**30  # of normal equations held at a time
 
 @dataclass(frozen=True, slots=True)
 class _Bearer:
-    """A unit that may bear convolutions: the modules that each of them would stand for, and the largest kernel.
+    """A unit that may bear the convolutions of some options: the modules that each of them would stand for, the largest
+    kernel, and how many sums their fits need.
 
     All spans begin with the same module.
     """
 
     unit: str
+    options: tuple[Option, ...]
     spans: tuple[tuple[str, ...], ...]
     kernel: int
+    groups: int
 
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.unit, self.spans[0][0]
+    def empty(self, unet: UNet2DConditionModel) -> BandSums:
+        """Sums for all the fits."""
+        inputs, outputs = slot_widths(unet, self.unit)
+        return BandSums.empty(self.groups, inputs, len(self.spans) * outputs, self.kernel, unet.device)
 
-    def targets(self, unet: UNet2DConditionModel) -> int:
-        return len(self.spans) * slot_widths(unet, self.unit)[1]
+    def bytes(self, unet: UNet2DConditionModel) -> int:
+        """The memory that they take."""
+        inputs, outputs = slot_widths(unet, self.unit)
+        return BandSums.bytes(self.groups, inputs, len(self.spans) * outputs, self.kernel)
 
 
 def measure_options(
@@ -106,42 +113,40 @@ def fit_options(
     Yields the options of one unit at a time with their slot weights by option.
     """
     spans = {o.name: next(iter(place(unet, o.plan).replaced.items())) for o in options}
-    bands = len(calibration.band_weights)
-
-    def size_of(bearer: _Bearer) -> int:
-        return BandSums.bytes(bands, slot_widths(unet, bearer.unit)[0], bearer.targets(unet), bearer.kernel)
-
-    for group in _within_memory(_bearers(options, spans), size_of):
+    for group in _within_memory(_bearers(unet, options, spans), lambda bearer: bearer.bytes(unet)):
         sums = _accumulate(unet, group, calibration)
         for bearer in group:
             width = slot_widths(unet, bearer.unit)[1]
             targets = [slice(i * width, (i + 1) * width) for i in range(len(bearer.spans))]
-            fits = SlotFits(sums.pop(bearer.key), calibration, unet.get_submodule(bearer.unit), targets)
-            ours = [o for o in options if spans[o.name][0] == bearer.unit and spans[o.name][1] in bearer.spans]
+            fits = SlotFits(sums.pop(0), calibration, unet.get_submodule(bearer.unit), targets)
             weights: dict[str, SlotWeights] = {}
-            for option in ours:
+            for option in bearer.options:
                 spec = conv_spec(option.edit)
                 assert spec is not None
                 span = bearer.spans.index(spans[option.name][1])
                 weights[option.name] = {bearer.unit: fits.state(spec, span)}
-            yield ours, weights
+            yield list(bearer.options), weights
 
 
-def fitting_places(
-    unet: UNet2DConditionModel, places: Mapping[Edit, Sequence[str]], bands: int
-) -> dict[Edit, tuple[str, ...]]:
-    """The places without those where a convolution's normal equations would take more than half of the memory."""
-    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    left = {}
+def fitting_places(unet: UNet2DConditionModel, places: Mapping[Edit, Sequence[str]]) -> dict[Edit, tuple[str, ...]]:
+    """The places without those where a convolution's normal equations would take more than there is room for.
+
+    Where that is due to a kernel per timestep band, the same convolution with one kernel takes the place.
+    """
+    most = memory_for_sums(unet.device)
+    left: dict[Edit, dict[str, None]] = {}
     for edit, paths in places.items():
         spec = conv_spec(edit)
-        held = {
-            path: 0 if spec is None else BandSums.bytes(bands, *slot_widths(unet, path), spec.kernel) for path in paths
-        }
-        possible = tuple(path for path, size in held.items() if size <= most)
-        if possible:
-            left[edit] = possible
-    return left
+        for path in paths:
+            for possible in (None,) if spec is None else dict.fromkeys((spec, conv_spec(as_run(edit)))):
+                if possible is None or _bytes(unet, path, possible) <= most:
+                    left.setdefault(edit if possible is None else possible.name, {})[path] = None
+                    break
+    return {edit: tuple(paths) for edit, paths in left.items()}
+
+
+def _bytes(unet: UNet2DConditionModel, path: str, spec: ConvSpec) -> int:
+    return BandSums.bytes(groups_of(spec), *slot_widths(unet, path), spec.kernel)
 
 
 def fit_narrowings(
@@ -227,15 +232,26 @@ def _inner_sums(unet: UNet2DConditionModel, paths: Sequence[str], calibration: C
     return sums
 
 
-def _bearers(options: Sequence[Option], spans: Mapping[str, tuple[str, tuple[str, ...]]]) -> list[_Bearer]:
-    found: dict[tuple[str, str], tuple[list[tuple[str, ...]], int]] = {}
+def _bearers(
+    unet: UNet2DConditionModel, options: Sequence[Option], spans: Mapping[str, tuple[str, tuple[str, ...]]]
+) -> list[_Bearer]:
+    """The bearers of the options; those of one unit share their sums where there is room for sums of every kind."""
+    together: dict[tuple[str, str], list[Option]] = {}
     for option in options:
         unit, span = spans[option.name]
-        spec = conv_spec(option.edit)
-        assert spec is not None
-        known, kernel = found.get((unit, span[0]), ([], 1))
-        found[unit, span[0]] = ([*known, span] if span not in known else known, max(kernel, spec.kernel))
-    return [_Bearer(unit, tuple(known), kernel) for (unit, _), (known, kernel) in found.items()]
+        together.setdefault((unit, span[0]), []).append(option)
+    bearers = []
+    for (unit, _), ours in together.items():
+        bearer = _bearer(unit, ours, spans)
+        fits = bearer.bytes(unet) <= memory_for_sums(unet.device)
+        bearers += [bearer] if fits else [_bearer(unit, [option], spans) for option in ours]
+    return bearers
+
+
+def _bearer(unit: str, options: Sequence[Option], spans: Mapping[str, tuple[str, tuple[str, ...]]]) -> _Bearer:
+    specs = [spec for spec in (conv_spec(option.edit) for option in options) if spec is not None]
+    all_spans = tuple(dict.fromkeys(spans[option.name][1] for option in options))
+    return _Bearer(unit, tuple(options), all_spans, max(s.kernel for s in specs), max(groups_of(s) for s in specs))
 
 
 def _within_memory(items: Sequence[ItemT], size_of: Callable[[ItemT], int]) -> Iterator[list[ItemT]]:
@@ -254,24 +270,17 @@ def _within_memory(items: Sequence[ItemT], size_of: Callable[[ItemT], int]) -> I
 
 
 @torch.no_grad()
-def _accumulate(
-    unet: UNet2DConditionModel, bearers: Sequence[_Bearer], calibration: Calibration
-) -> dict[tuple[str, str], BandSums]:
+def _accumulate(unet: UNet2DConditionModel, bearers: Sequence[_Bearer], calibration: Calibration) -> list[BandSums]:
     steps = steps_of(unet)
     at = {step.path: i for i, step in enumerate(steps)}
-    bands = len(calibration.band_weights)
-    sums = {
-        b.key: BandSums.empty(bands, slot_widths(unet, b.unit)[0], b.targets(unet), b.kernel, unet.device)
-        for b in bearers
-    }
+    sums = [bearer.empty(unet) for bearer in bearers]
     for first, last in chunks_of(calibration):
         states, _ = teacher_pass(unet, steps, calibration.part(first, last))
-        for bearer in bearers:
-            unit, begin = bearer.key
-            step, before = steps[at[unit]], states[at[begin]]
-            module = unet.get_submodule(unit)
+        for bearer, here in zip(bearers, sums, strict=True):
+            step, before = steps[at[bearer.unit]], states[at[bearer.spans[0][0]]]
+            module = unet.get_submodule(bearer.unit)
             pairs = [slot_activations(step, module, before, states[at[span[-1]] + 1].hidden) for span in bearer.spans]
-            sums[bearer.key].add(calibration, first, pairs[0][0], torch.cat([y for _, y in pairs], dim=1))
+            here.add(calibration, first, pairs[0][0], torch.cat([y for _, y in pairs], dim=1))
     return sums
 
 

@@ -16,7 +16,8 @@ from asdm_compress.assembly.narrowing import InnerSums, collecting, narrowed_sta
 from asdm_compress.assembly.option_fit import slot_widths
 from asdm_compress.assembly.plan import PlacedEdits, Plan, place
 from asdm_compress.assembly.refit import Refit, last_absorbed, projections_of
-from asdm_compress.assembly.slot_fit import BandSums, SlotFits, check_fits, slot_activations
+from asdm_compress.assembly.regression import memory_for_sums
+from asdm_compress.assembly.slot_fit import BandSums, SlotFits, check_fits, groups_of, slot_activations
 from asdm_compress.core.edits import conv_spec, has_weights, kept_share
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.edits import SlotWeights, edited_copy, put_tensors
@@ -26,7 +27,6 @@ from asdm_compress.models.widths import inner_widths
 Progress = Callable[[int, int], None]
 RefitChoice = Literal["full", "scale", "none"]
 REFITS: Final = ("full", "scale", "none")
-FULL_BYTES: Final = 4 * 2**30  # of a module's sums; where they would take more, only its scale is refitted
 
 
 def check_refit(name: str) -> None:
@@ -124,7 +124,13 @@ class _PlanFit:
         spec, module = conv_spec(self.placed.units[path]), self.unet.get_submodule(path)
         assert spec is not None
         inputs, outputs = slot_widths(self.unet, path)
-        sums = BandSums.empty(len(self.calibration.band_weights), inputs, outputs, spec.kernel, self.unet.device)
+        needed = BandSums.bytes(groups_of(spec), inputs, outputs, spec.kernel)
+        if needed > memory_for_sums(self.unet.device):
+            raise AsdmError(
+                f"the fit of {spec.name} at {path} would take {needed / 2**30:.1f} GiB",
+                "Use fewer experts there, a 1x1 kernel, or a machine with more memory.",
+            )
+        sums = BandSums.empty(groups_of(spec), inputs, outputs, spec.kernel, self.unet.device)
         there, behind = self.placed.edited_path(self.unet, path), self.placed.replaced[path][-1]
         for (first, _), lockstep in zip(self.chunks, self.runs, strict=True):
             step, state = lockstep.student_before(there)
@@ -151,7 +157,7 @@ class _PlanFit:
         behind = last_absorbed(self.teacher_steps, student, partial(self.placed.edited_path, self.unet), unit)
         if behind == unit and self._is_untouched_up_to(unit):
             return
-        kind = "full" if self.refit == "full" and Refit.bytes(module) <= FULL_BYTES else "scale"
+        kind = "full" if self.refit == "full" and Refit.bytes(module) <= memory_for_sums(self.unet.device) else "scale"
         sums = Refit(module, kind)  # type: ignore[arg-type]
         for (first, _), lockstep in zip(self.chunks, self.runs, strict=True):
             step, state = lockstep.student_before(there)

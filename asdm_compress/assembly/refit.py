@@ -20,7 +20,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from asdm_compress.assembly.calibration import Calibration
-from asdm_compress.assembly.regression import RIDGES, NormalEquations
+from asdm_compress.assembly.regression import RIDGES, NormalEquations, best_ridges
 from asdm_compress.assembly.slot_fit import check_finite, samples_of
 from asdm_compress.models.slots import IdentityResnet, IdentityTransformer, ShortcutResnet
 from asdm_compress.models.walk import Step
@@ -168,11 +168,15 @@ class Refit:
             return {}
         told = train.samples > 0 and held_out.samples > 0
         if told:
-            errors = [float(held_out.error(train.solve(ridge, old)).sum()) for ridge in RIDGES]
-            best = min(range(len(RIDGES)), key=errors.__getitem__)
-            if errors[best] >= float(held_out.error(old).sum()):
+            errors: dict[float, float] = {}
+
+            def errors_at(ridge: float) -> list[float]:
+                errors[ridge] = float(held_out.error(train.solve(ridge, old)).sum())
+                return [errors[ridge]]
+
+            ridge = RIDGES[best_ridges(errors_at, 1)[0]]
+            if errors[ridge] >= float(held_out.error(old).sum()):
                 return {}
-            ridge = RIDGES[best]
         else:
             ridge = RIDGES[-1]
         solution = both.solve(ridge, old)

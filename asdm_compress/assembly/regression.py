@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -13,6 +14,13 @@ from torch import Tensor
 RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 CONSTANT_RIDGE: Final = 1e-8  # share of the number of samples; keeps a constant without samples solvable
 BYTES_PER_BLOCK: Final = 256 * 2**20  # of unfolded patches held at a time
+
+
+def memory_for_sums(device: torch.device) -> int:
+    """The bytes that normal equations of a model on a device may take: half of what is free there, or of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 class NormalEquations:
@@ -99,6 +107,23 @@ class NormalEquations:
         return self.energy - 2 * (self.cross * weights).sum(0) + fitted
 
 
+def best_ridges(errors_at: Callable[[float], Sequence[float]], groups: int) -> list[int]:
+    """The number, in `RIDGES`, of the ridge of least error for each group of targets.
+
+    From the middle on, towards both ends for as long as the error of any group falls: it has one valley.
+    """
+    middle = len(RIDGES) // 2
+    known = {middle: errors_at(RIDGES[middle])}
+    for direction in (1, -1):
+        at = middle + direction
+        while 0 <= at < len(RIDGES):
+            known[at] = errors_at(RIDGES[at])
+            if all(new >= old for new, old in zip(known[at], known[at - direction], strict=True)):
+                break
+            at += direction
+    return [min(sorted(known), key=lambda at: known[at][group]) for group in range(groups)]
+
+
 def solve_at_best_ridge(
     train: Sequence[NormalEquations],
     held_out: Sequence[NormalEquations],
@@ -111,11 +136,12 @@ def solve_at_best_ridge(
     others were fitted; where no fit has both kinds of samples, the strongest one.
     """
     told = [(t, h) for t, h in zip(train, held_out, strict=True) if t.samples > 0 and h.samples > 0]
-    errors: list[Tensor] = []
-    for ridge in RIDGES:
-        parts = [h.error(t.solve(ridge, towards)) for t, h in told] or [torch.zeros_like(train[0].energy) - ridge]
-        errors.append(torch.stack(parts).sum(0))
-    best = [min(range(len(RIDGES)), key=lambda i: float(errors[i][group].sum())) for group in targets]
+
+    def errors_at(ridge: float) -> list[float]:
+        errors = torch.stack([h.error(t.solve(ridge, towards)) for t, h in told]).sum(0)
+        return [float(errors[group].sum()) for group in targets]
+
+    best = best_ridges(errors_at, len(targets)) if told else [len(RIDGES) - 1] * len(targets)
     solved = []
     for t, h in zip(train, held_out, strict=True):
         both = t.plus(h)

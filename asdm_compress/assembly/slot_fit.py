@@ -23,36 +23,61 @@ HELD_OUT_EVERY: Final = 4  # every fourth prompt chooses the ridge
 
 @dataclass(frozen=True, slots=True)
 class BandSums:
-    """The normal equations of one slot per timestep band, once for the fit's prompts and once for the others."""
+    """The normal equations of one slot, once for the fit's prompts and once for the others.
+
+    The timestep bands share `groups` sums, as many as the slot has experts that own an interval each. A band counts as
+    much as an error in it matters, whatever its number of samples.
+    """
 
     train: Sequence[NormalEquations]
     held_out: Sequence[NormalEquations]
     kernel: int
 
     @staticmethod
-    def empty(bands: int, channels: int, targets: int, kernel: int, device: torch.device) -> BandSums:
+    def empty(groups: int, channels: int, targets: int, kernel: int, device: torch.device) -> BandSums:
         """Sums without samples; `targets` is the number of output channels, of all modules fitted together."""
         features = channels * kernel**2 + 1
-        both = [[NormalEquations(features, targets, device) for _ in range(bands)] for _ in range(2)]
+        both = [[NormalEquations(features, targets, device) for _ in range(groups)] for _ in range(2)]
         return BandSums(both[0], both[1], kernel)
 
     @staticmethod
-    def bytes(bands: int, channels: int, targets: int, kernel: int) -> int:
+    def bytes(groups: int, channels: int, targets: int, kernel: int) -> int:
         """The memory that the sums take."""
         features = channels * kernel**2 + 1
-        return 2 * bands * 8 * features * (features + targets)
+        return 2 * groups * 8 * features * (features + targets)
 
     def add(self, calibration: Calibration, first: int, inputs: Tensor, targets: Tensor) -> None:
         """Take in the activations of the triples from `first` on; a triple has one row per guidance branch.
 
         See `samples_of` for what becomes of them.
         """
+        weights = band_sample_weights(calibration)
         for held_out, band, x, y in samples_of(calibration, first, inputs, targets):
-            (self.held_out if held_out else self.train)[band].add(x, y, self.kernel)
+            group = band * len(self.train) // len(weights)
+            (self.held_out if held_out else self.train)[group].add(x, y, self.kernel, weights[band])
 
     def centre(self) -> BandSums:
         """The sums of a 1 x 1 kernel."""
         return BandSums([s.centre(self.kernel) for s in self.train], [s.centre(self.kernel) for s in self.held_out], 1)
+
+    def together(self, experts: int) -> BandSums:
+        """The sums of fewer groups."""
+        have = len(self.train)
+        groups = [[i for i in range(have) if i * experts // have == e] for e in range(experts)]
+        train, held_out = ([_sum([p[i] for i in g]) for g in groups] for p in (self.train, self.held_out))
+        return BandSums(train, held_out, self.kernel)
+
+
+def band_sample_weights(calibration: Calibration) -> list[float]:
+    """What each sample of a band counts, at most 1."""
+    counts = calibration.bands.bincount(minlength=len(calibration.band_weights)).tolist()
+    weights = [w / max(n, 1) for w, n in zip(calibration.band_weights, counts, strict=True)]
+    return [w / max(weights) for w in weights]
+
+
+def groups_of(spec: ConvSpec) -> int:
+    """How many sums a convolution's fit needs: one for every expert with an interval of its own."""
+    return spec.experts if spec.needs_timestep else 1
 
 
 def samples_of(
@@ -159,7 +184,7 @@ class SlotFits:
         Time-routed experts are the fits of the timestep bands, each pulled towards the fit of all bands together by a
         ridge that held-out prompts choose. Feature-routed experts start equal.
         """
-        experts = spec.experts if spec.needs_timestep else 1
+        experts = groups_of(spec)
         columns = self.targets[target]
         solutions = [weights[:, columns] for weights in self._solve(spec.kernel, experts)]
         if len(solutions) < spec.experts:
@@ -187,29 +212,19 @@ class SlotFits:
     def _solve(self, kernel: int, experts: int) -> list[Tensor]:
         """The weights (F, T) of every expert; solved once. Raises AsdmError for activations that are no numbers."""
         if (kernel, experts) not in self._solved:
-            sums = self._sums[kernel]
-            counts = [t.samples + h.samples for t, h in zip(sums.train, sums.held_out, strict=True)]
-            # A band counts as much as an error in it matters, whatever its number of samples.
-            weights = [w / max(n, 1.0) for w, n in zip(self.calibration.band_weights, counts, strict=True)]
-            weights = [w / max(weights) for w in weights]
-            bands = range(len(weights))
-            groups = [[band for band in bands if band * experts // len(weights) == e] for e in range(experts)]
-            train, held_out = (
-                [_sum([parts[band] for band in group], [weights[band] for band in group]) for group in groups]
-                for parts in (sums.train, sums.held_out)
-            )
-            check_finite(train + held_out)
+            sums = self._sums[kernel].together(experts)
+            check_finite([*sums.train, *sums.held_out])
             towards = self._solve(kernel, 1)[0] if experts > 1 else None
             if experts == 1:
-                self._grams[kernel] = train[0].gram + held_out[0].gram
-            self._solved[kernel, experts] = solve_at_best_ridge(train, held_out, self.targets, towards)
+                self._grams[kernel] = sums.train[0].gram + sums.held_out[0].gram
+            self._solved[kernel, experts] = solve_at_best_ridge(sums.train, sums.held_out, self.targets, towards)
         return self._solved[kernel, experts]
 
 
-def _sum(parts: Sequence[NormalEquations], weights: Sequence[float]) -> NormalEquations:
-    total = parts[0].times(weights[0])
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        total = total.plus(part, weight)
+def _sum(parts: Sequence[NormalEquations]) -> NormalEquations:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total.plus(part)
     return total
 
 

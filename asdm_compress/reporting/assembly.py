@@ -42,15 +42,21 @@ def plan_rows(verified: Verified, profile: Profile, damages: Mapping[str, Damage
 
 
 def teacher_student_grid(
-    teacher: Samples, student: Samples, prompts: Sequence[str], first_seed: int, latency_ratio: float
+    teacher: Samples,
+    cut: Samples | None,
+    student: Samples,
+    prompts: Sequence[str],
+    first_seed: int,
+    latency_ratio: float,
 ) -> Image:
-    """The first held-out prompts, teacher above student, at the same seeds."""
+    """The first held-out prompts at the same seeds: teacher, the cut with nothing fitted (if any is), student."""
     shown = prompts[:GRID_COLUMNS]
-    labels = (
-        f"teacher\n{teacher.seconds:.2f} s/image",
-        f"student\n{student.seconds:.2f} s/image\nUNet {latency_ratio:.2f}x",
-    )
-    rows = [(label, run.images[: len(shown)]) for label, run in zip(labels, (teacher, student), strict=True)]
+    ratio = f"UNet {latency_ratio:.2f}x"
+    runs = {f"teacher\n{teacher.seconds:.2f} s/image": teacher}
+    if cut is not None:
+        runs[f"the same cut,\nnothing fitted\n{ratio}"] = cut
+    runs[f"student\n{student.seconds:.2f} s/image\n{ratio}"] = student
+    rows = [(label, run.images[: len(shown)]) for label, run in runs.items()]
     return labelled_grid(rows, [f"{prompt} [seed {first_seed + i}]" for i, prompt in enumerate(shown)])
 
 

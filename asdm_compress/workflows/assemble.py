@@ -24,7 +24,7 @@ from asdm_compress.models.families import architecture
 from asdm_compress.models.loading import LoadOptions, Source, open_pipeline, resolve
 from asdm_compress.models.saving import save_pipeline
 from asdm_compress.profiling.profile import Profile
-from asdm_compress.reporting.assembly import plan_rows, proof_text, report_content, teacher_student_grid
+from asdm_compress.reporting.assembly import GRID_COLUMNS, plan_rows, proof_text, report_content, teacher_student_grid
 from asdm_compress.reporting.html import PlanRow, render_report
 from asdm_compress.sampling.images import sample
 from asdm_compress.sampling.settings import SamplingSettings
@@ -73,16 +73,24 @@ def run_assemble(
         weights = found.calibration.band_weights
         others = record(pipeline, found.prompts.held_out, unseen, settings.bands, bar, weights)
         held_out = measure_plan(teacher, chosen, others, verified.slot_weights)
-    runs = []
-    for who, part in (("teacher", pipeline), ("student", with_unet(pipeline, verified.student))):
+    students = {"teacher": teacher, "student": verified.student}
+    if verified.slot_weights:
+        students["unfitted cut"] = assemble(teacher, chosen)
+    runs = {}
+    for who, unet in students.items():
+        # Of the cut that nothing is fitted to, only the grid shows pictures.
+        prompts = found.prompts.held_out if who != "unfitted cut" else found.prompts.held_out[:GRID_COLUMNS]
         with progress.bar(f"Sampling the {who}") as bar:
-            runs.append(sample(part, found.prompts.held_out, unseen, progress=bar))
+            runs[who] = sample(with_unet(pipeline, unet), prompts, unseen, progress=bar)
     # The reader of the bundled model's world knows pictures of that world's size only.
     captions = found.prompts.captions if unseen.image_size is None else None
-    quality = assess(runs[0], runs[1], captions)
+    quality = assess(runs["teacher"], runs["student"], captions)
     evidence = _evidence(found.profile, verified, held_out.total)
     recipe = _recipe(model, pipeline, limits, found, evidence, settings)
-    grid = teacher_student_grid(runs[0], runs[1], found.prompts.held_out, unseen.seed, verified.latency_ratio)
+    grid = teacher_student_grid(
+        runs["teacher"], runs.get("unfitted cut"), runs["student"], found.prompts.held_out, unseen.seed,
+        verified.latency_ratio,
+    )  # fmt: skip
     is_stock = specify(teacher, chosen).is_stock
     content = report_content(recipe, verified, found.profile, found.options, found.damages, quality, grid, is_stock)
     pipeline.scheduler = own_scheduler

@@ -115,7 +115,7 @@ def plan(
             folder / "triples.pt", lambda: record(pipeline, prompts.calibration, sampling, settings.bands, bar)
         ).to(pipeline.device)
     with progress.stage("Timing convolutions in slots and narrower modules"):
-        places = fitting_places(teacher, places_of(teacher, specs, settings.narrow), settings.bands)
+        places = fitting_places(teacher, places_of(teacher, specs, settings.narrow))
         slots = slot_costs(teacher, places, shape, costs)
     options = useful_options(find_options(teacher, costs, places, slots), limits)
     with progress.bar("Fitting and measuring the damage of every edit") as bar:
