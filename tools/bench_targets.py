@@ -1,0 +1,190 @@
+"""What slots and kept modules are fitted for: their own part, what the teacher has behind them, or a block's output.
+
+    python tools/bench_targets.py       # about ten minutes on two cores; writes tools/results/targets.json
+
+BK-SDM-base's removals on `mini-sd` with a convolution in every hole. `own part` fits every slot to what the removed
+modules gave out, on the teacher's activations; `in order` fits it to the teacher's hidden state, on the student's
+activations (the default without refit); `in order, refitted` also solves anew what stays (the default). From there
+`block` goes on: all slots and refitted projections of a block together, for the block's outputs (hidden state and skip
+connections), by quasi-Gauss-Newton steps (L-BFGS) on the calibration triples, stopped when held-out prompts get worse.
+All damages are on prompts that nothing was fitted on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from rival_plans import BK_PATTERNS
+from torch import Tensor
+
+from asdm_compress.assembly.calibration import Calibration, record
+from asdm_compress.assembly.damage import compare_predictions, measure_plan
+from asdm_compress.assembly.option_fit import fit_options
+from asdm_compress.assembly.options import Option
+from asdm_compress.assembly.plan import Plan
+from asdm_compress.assembly.plan_fit import fit_plan
+from asdm_compress.assembly.surgery import assemble
+from asdm_compress.core.defaults import CALIBRATION_PROMPTS
+from asdm_compress.core.provenance import processor_name, versions
+from asdm_compress.evaluation.quality import assess
+from asdm_compress.models.edits import SlotWeights
+from asdm_compress.models.expert_conv import Moment
+from asdm_compress.models.loading import LoadOptions, load_pipeline
+from asdm_compress.models.walk import State, Step, start, steps_of, take
+from asdm_compress.sampling.images import sample
+from asdm_compress.sampling.settings import SamplingSettings
+from asdm_compress.scenes.captions import sample_captions
+from asdm_compress.workflows.assemble import with_unet
+
+RESULTS = Path(__file__).parent / "results" / "targets.json"
+EDIT = "conv3x3*8@timestep"
+PROMPTS, UNSEEN = 24, SamplingSettings(seed=80_000)
+ROUNDS, BATCH = 12, 64
+
+
+def main() -> None:
+    """Fit for every target and measure."""
+    pipeline = load_pipeline("mini-sd", LoadOptions())
+    pipeline.set_progress_bar_config(disable=True)
+    teacher = pipeline.unet
+    seen = [c.text for c in sample_captions(CALIBRATION_PROMPTS, 1, held_out=False)]
+    captions = sample_captions(PROMPTS, 5_151)
+    calibration = record(pipeline, seen, SamplingSettings())
+    others = record(pipeline, [c.text for c in captions], UNSEEN, band_weights=calibration.band_weights)
+    pictures = sample(pipeline, [c.text for c in captions], UNSEEN)
+    plan = Plan(dict.fromkeys(BK_PATTERNS["bk-sdm-base"].edits, EDIT))
+    rows: list[dict[str, Any]] = []
+
+    def keep(target: str, student: UNet2DConditionModel, damage: float, began: float) -> None:
+        seconds = round(time.perf_counter() - began, 1)
+        images = sample(with_unet(pipeline, student), [c.text for c in captions], UNSEEN)
+        quality = assess(pictures, images, captions)
+        rows.append({"target": target, "damage": damage, "psnr": quality.as_json()["psnr"], "fit_seconds": seconds})
+        print(json.dumps(rows[-1]), flush=True)
+
+    began = time.perf_counter()
+    fits: dict[str, SlotWeights] = {"own part": _own_parts(teacher, plan, calibration)}
+    own = fits["own part"]
+    keep("own part", assemble(teacher, plan, own), measure_plan(teacher, plan, others, own).total, began)
+    for name, refit in (("in order", "none"), ("in order, refitted", "full")):
+        began = time.perf_counter()
+        fits[name] = fit_plan(teacher, plan, calibration, refit=refit)  # type: ignore[arg-type]
+        keep(name, assemble(teacher, plan, fits[name]), measure_plan(teacher, plan, others, fits[name]).total, began)
+    student = assemble(teacher, plan, fits["in order, refitted"])
+    began = time.perf_counter()
+    kept = _refine(teacher, student, _trained_names(student, fits["in order, refitted"]), calibration)
+    keep("block", student, compare_predictions(teacher, student, others).total, began)
+    rows[-1]["blocks"] = kept
+    content = {"edit": EDIT, "prompts": PROMPTS, "device": processor_name(), "versions": versions(), "rows": rows}
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _own_parts(teacher: UNet2DConditionModel, plan: Plan, calibration: Calibration) -> SlotWeights:
+    """Every slot fitted alone, to the removed modules' own output on the teacher's activations."""
+    options = [Option(site, edit, frozenset({site}), {}) for site, edit in plan.edits.items()]
+    weights: dict[str, Mapping[str, Tensor]] = {}
+    for group, found in fit_options(teacher, options, calibration):
+        for option in group:
+            weights |= found[option.name]
+    return weights
+
+
+def _trained_names(student: UNet2DConditionModel, weights: SlotWeights) -> set[str]:
+    """The student's tensors that a fit has made, without the routers'."""
+    names = set(student.state_dict())
+    made = {f"{path}.{part}{name}" for path, tensors in weights.items() for name in tensors for part in ("", "slot.")}
+    return {name for name in names & made if "router" not in name}
+
+
+def _refine(
+    teacher: UNet2DConditionModel, student: UNet2DConditionModel, trained: set[str], calibration: Calibration
+) -> dict[str, Any]:
+    """Go on from a fitted student, block by block in network order; what each block's error came down to."""
+    rows = calibration.inputs.rows()
+    held_out = (calibration.prompts % 4 == 3).repeat_interleave(2)
+    weight = torch.tensor(calibration.band_weights)[calibration.bands].repeat_interleave(2)
+    blocks: dict[str, list[str]] = {}
+    for step in steps_of(student):
+        blocks.setdefault(step.path.rsplit(".", 2)[0], []).append(step.path)
+    with torch.no_grad():
+        theirs, ours = start(teacher, *rows), start(student, *rows)
+    done: dict[str, Any] = {}
+    for block, paths in blocks.items():
+        with torch.no_grad():
+            for step in (s for s in steps_of(teacher) if s.path in paths):
+                theirs = take(step, theirs)
+        steps = [s for s in steps_of(student) if s.path in paths]
+        names = [name for name in trained if name.startswith(f"{block}.")]
+        if names:
+            parameters = [p for name, p in student.named_parameters() if name in names]
+            done[block] = _descend(steps, parameters, ours, theirs, weight, held_out)
+            print(block, done[block], flush=True)
+        with torch.no_grad():
+            for step in steps:
+                ours = take(step, ours)
+    return done
+
+
+def _descend(
+    steps: Sequence[Step], parameters: Sequence[Tensor], ours: State, theirs: State, weight: Tensor, held_out: Tensor
+) -> dict[str, Any]:
+    def error(chosen: Tensor, backward: bool) -> float:
+        total = 0.0
+        for part in chosen.nonzero()[:, 0].split(BATCH):
+            state = _rows(ours, part)
+            known = len(state.skips)
+            for step in steps:
+                state = take(step, state)
+            wanted = _rows(theirs, part)
+            pairs = [(state.hidden, wanted.hidden), *zip(state.skips[known:], wanted.skips[known:], strict=False)]
+            loss = sum(((a - b).square().mean((1, 2, 3)) * weight[part]).sum() / b.square().mean() for a, b in pairs)
+            assert isinstance(loss, Tensor)
+            if backward:
+                loss.backward()
+            total += float(loss.detach())
+        return total / float(weight[chosen].sum())
+
+    with torch.no_grad():
+        best, before = (error(held_out, False),) * 2
+    kept = [p.detach().clone() for p in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.LBFGS(parameters, lr=1.0, max_iter=4, history_size=20, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            return error(~held_out, True)
+
+    rounds = 0
+    for _ in range(ROUNDS):
+        optimizer.step(closure)  # type: ignore[arg-type]
+        with torch.no_grad():
+            now = error(held_out, False)
+        if now >= best * 0.999:
+            break
+        best, rounds = now, rounds + 1
+        kept = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.requires_grad_(False)
+            parameter.copy_(value)
+    return {"before": before, "after": best, "rounds": rounds}
+
+
+def _rows(state: State, rows: Tensor) -> State:
+    given = state.conditioning
+    moment = Moment(given.moment.timesteps[rows])
+    conditioning = replace(given, time_embedding=given.time_embedding[rows], text=given.text[rows], moment=moment)
+    return State(state.hidden[rows], tuple(skip[rows] for skip in state.skips), conditioning)
+
+
+if __name__ == "__main__":
+    main()
