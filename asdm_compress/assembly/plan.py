@@ -110,13 +110,8 @@ def edited(unet: UNet2DConditionModel, plan: Plan, slot_weights: SlotWeights | N
 def atoms(unet: UNet2DConditionModel, path: str, sites: Mapping[str, Site]) -> frozenset[str]:
     """The smallest sites that an edit at `path` touches: ResNets, samplers, and the sub-units of transformers."""
     if path.startswith(LEVELS):
-        keep = _level(unet, path)
-        count = len(unet.down_blocks)
-        blocks = [f"down_blocks.{i}" for i in range(keep, count)] + [f"up_blocks.{i}" for i in range(count - keep)]
-        if unet.mid_block is not None:
-            blocks.append("mid_block")
-        inside = frozenset().union(*(atoms(unet, block, sites) for block in blocks))
-        return inside | {f"down_blocks.{keep - 1}.downsamplers.0"}
+        *blocks, downsampler = level_modules(unet, path)
+        return frozenset().union(*(atoms(unet, block, sites) for block in blocks)) | {downsampler}
     if path not in sites:
         raise AsdmError(f"this UNet has no site {path!r}", "See `asdm-compress profile` for its sites.")
     if sites[path].kind in ("resnet", "downsampler", "upsampler"):
@@ -125,6 +120,18 @@ def atoms(unet: UNet2DConditionModel, path: str, sites: Mapping[str, Site]) -> f
     if not children:
         return frozenset({path})
     return frozenset().union(*(atoms(unet, child, sites) for child in children))
+
+
+def level_modules(unet: UNet2DConditionModel, path: str) -> tuple[str, ...]:
+    """The modules that go with a level and everything deeper: the blocks, and last the downsampler that leads there.
+
+    Raises AsdmError for a level that cannot be removed.
+    """
+    keep, count = _level(unet, path), len(unet.down_blocks)
+    down, up = range(keep, count), range(count - keep)
+    middle = () if unet.mid_block is None else ("mid_block",)
+    blocks = (*(f"down_blocks.{i}" for i in down), *middle, *(f"up_blocks.{i}" for i in up))
+    return (*blocks, f"down_blocks.{keep - 1}.downsamplers.0")
 
 
 def _level(unet: UNet2DConditionModel, path: str) -> int:

@@ -46,7 +46,7 @@ def specify(unet: UNet2DConditionModel, plan: Plan) -> StudentSpec:
     """
     placed = place(unet, plan)
     parts = fold_into_config(unet, placed)
-    student = _build(parts.config, parts.edits)
+    student = build(parts.config, parts.edits)
     names = {key: parts.teacher_key(key) for key in student.state_dict()}
     bearing = edited_copy(meta_copy(unet), placed.units)
     brought = {
@@ -69,7 +69,7 @@ def assemble(unet: UNet2DConditionModel, plan: Plan, slot_weights: SlotWeights |
     that does not fit the UNet.
     """
     spec = specify(unet, plan)
-    student = _build(spec.config, spec.edits)
+    student = build(spec.config, spec.edits)
     given = slot_weights or {}
     weights = unet.state_dict()
     refitted = {f"{path}.{name}" if path else name: t for path, part in given.items() for name, t in part.items()}
@@ -86,7 +86,8 @@ def assemble(unet: UNet2DConditionModel, plan: Plan, slot_weights: SlotWeights |
     return student.eval().requires_grad_(False)
 
 
-def _build(config: Mapping[str, Any], edits: Mapping[str, Edit]) -> UNet2DConditionModel:
+def build(config: Mapping[str, Any], edits: Mapping[str, Edit]) -> UNet2DConditionModel:
+    """A student without weights, on the meta device."""
     with torch.device("meta"):
         if edits:
             return AssembledUNet2DConditionModel(**config, edits=dict(edits))

@@ -13,11 +13,11 @@ from asdm_compress.cli.console import Output
 from asdm_compress.core.defaults import CALIBRATION_PROMPTS, GUIDANCE, STEPS
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_output
-from asdm_compress.core.recipe import load_recipe
+from asdm_compress.core.recipe import find_recipe, load_recipe
 
 
 def apply(
-    recipe: Annotated[Path, typer.Argument(help="The recipe.yaml of an assembled model.")],
+    recipe: Annotated[str, typer.Argument(help="The recipe.yaml of an assembled model, or a bundled recipe's name.")],
     model: o.Model = "mini-sd",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the student.")] = Path("out"),
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; auto keeps the checkpoint's own.")] = "auto",
@@ -40,7 +40,7 @@ def apply(
     as_json: o.Json = False,
 ) -> None:
     """Replay a recipe on a checkpoint of the same family, without a search."""
-    content = load_recipe(recipe)
+    content = load_recipe(find_recipe(recipe))
     check_output(out, overwrite)
     if slot_start not in ("fit", "zero", "random", "copied"):
         raise AsdmError(f"unknown slot start {slot_start!r}", "Use fit, zero, random or copied.")

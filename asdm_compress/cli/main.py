@@ -15,6 +15,7 @@ from asdm_compress.cli.console import fail
 from asdm_compress.cli.doctor import doctor
 from asdm_compress.cli.generate import generate
 from asdm_compress.cli.profile import profile
+from asdm_compress.cli.recipes import recipes
 from asdm_compress.core.errors import AsdmError, ExitCode
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 for command in (profile, assemble, apply, generate, doctor):
     app.command()(command)
+app.add_typer(recipes)
 
 
 @app.callback(invoke_without_command=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -85,6 +86,29 @@ class Recipe(_Strict):
     def as_edits(self) -> dict[str, Edit]:
         """Site path to edit."""
         return {entry.site: entry.edit for entry in self.edits}
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    package = Path(__file__).resolve().parents[1]
+    # A wheel holds them inside the package, a source tree beside it.
+    folder = next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), None)
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))} if folder else {}
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe that is given by its path or by the name of a bundled one.
+
+    Raises AsdmError where there is neither.
+    """
+    path, bundled = Path(name), bundled_recipes()
+    if path.exists() or path.suffix in (".yaml", ".yml"):
+        return path
+    if name in bundled:
+        return bundled[name]
+    close = difflib.get_close_matches(name, bundled)
+    hint = f"Did you mean {close[0]}?" if close else "See `asdm-compress recipes list`, or give a file."
+    raise AsdmError(f"there is no recipe {name}", hint)
 
 
 def load_recipe(path: Path) -> Recipe:
