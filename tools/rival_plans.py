@@ -149,20 +149,8 @@ def torch_pruned(unet: UNet2DConditionModel, ratio: float, text_tokens: int) -> 
     return pruned.eval().requires_grad_(False)
 
 
-def pruned_within(
-    unet: UNet2DConditionModel, share: float, ratio_of: Callable[[UNet2DConditionModel], float], text_tokens: int
-) -> tuple[UNet2DConditionModel, float, float]:
-    """The widest UNet of `torch_pruned` that keeps the budget as measured: it, its latency ratio, the pruned share.
-
-    Where none does, the fastest one.
-    """
-    fastest: tuple[UNet2DConditionModel, float, float] | None = None
-    for ratio in PRUNED_SHARES:
-        student = torch_pruned(unet, ratio, text_tokens)
-        latency = ratio_of(student)
-        if latency <= share * 1.01:
-            return student, latency, ratio
-        if fastest is None or latency < fastest[1]:
-            fastest = student, latency, ratio
-    assert fastest is not None
-    return fastest
+def pruned_ratios(
+    unet: UNet2DConditionModel, ratio_of: Callable[[UNet2DConditionModel], float], text_tokens: int
+) -> dict[float, float]:
+    """The measured latency ratio of `torch_pruned` for every pruned share."""
+    return {share: ratio_of(torch_pruned(unet, share, text_tokens)) for share in PRUNED_SHARES}
