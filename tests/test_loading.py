@@ -306,3 +306,37 @@ def test_model_index_of_the_bundled_model_is_a_whole_stable_diffusion_pipeline()
     assert index["_class_name"] == "StableDiffusionPipeline"
     total = sum(path.stat().st_size for path in MINI_SD_FOLDER.rglob("*"))
     assert total <= 25e6
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "is a LoRA"),
+        ("unet.down_blocks.0.attentions.0.to_k.lora_A.weight", "is a LoRA"),
+        ("decoder.conv_in.weight", "is a VAE"),
+        ("model.diffusion_model.double_blocks.0.img_mod.lin.weight", "is a Flux model"),
+        ("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", "Stable Diffusion XL"),
+        ("control_model.input_blocks.0.0.weight", "is a ControlNet"),
+        ("text_model.embeddings.token_embedding.weight", "is a text encoder"),
+    ],
+)
+def test_other_files_are_recognised(tmp_path, key, words):
+    save_file({key: torch.zeros(2, 2)}, tmp_path / "file.safetensors")
+    with pytest.raises(AsdmError, match=words):
+        load_unet(str(tmp_path / "file.safetensors"), LoadOptions())
+
+
+def test_an_xl_unet_is_recognised_although_it_has_cross_attention(tmp_path):
+    names = ("input_blocks.0.0.weight", "label_emb.0.0.weight")
+    save_file({f"model.diffusion_model.{name}": torch.zeros(2, 2) for name in names}, tmp_path / "xl.safetensors")
+    with pytest.raises(AsdmError, match="Stable Diffusion XL"):
+        load_unet(str(tmp_path / "xl.safetensors"), LoadOptions())
+
+
+def test_weights_that_are_no_numbers_are_named(copy, unet):
+    path = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["conv_in.bias"][3] = float("nan")
+    save_file(weights, path)
+    with pytest.raises(AsdmError, match=r"not all finite numbers: conv_in\.bias"):
+        load_unet(str(copy), LoadOptions())

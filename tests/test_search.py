@@ -8,11 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from asdm_compress.assembly.options import Option
+from asdm_compress.assembly.damage import Damage
+from asdm_compress.assembly.options import Option, find_options
 from asdm_compress.assembly.polish import Problem, polish
 from asdm_compress.assembly.search import solve
+from asdm_compress.assembly.verify import Search
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.units import Limit
+from asdm_compress.profiling.profile import ProfileSettings
 
 TEACHER = {"latency": 1.0, "macs": 10_000.0, "params": 1_000.0}
 
@@ -201,3 +204,17 @@ def test_errors_that_cancel_are_used_and_the_damage_told_is_the_plans(data):
     assert solution.damage == pytest.approx(together(solution.options), abs=1e-9)
     assert solution.bound <= solution.damage + 1e-9
     assert together(solution.options) <= together(plain.options) + 1e-9
+
+
+def test_pairs_of_edits_that_a_search_may_not_use_do_not_matter(unet, mini_profile):
+    options = list(find_options(unet, mini_profile, {}, {}))
+    mid = next(o for o in options if o.name == "mid_block:drop")
+    slot = Option("mid_block", "conv1x1", mid.atoms, {**mid.savings, "latency": mid.savings["latency"] / 2})
+    damages = {o.name: Damage((0.01,), 0.01) for o in (*options, slot)}
+    limits = [Limit("latency", 0.9, True)]
+    search = Search(unet, mini_profile, [*options, slot], damages, limits, ProfileSettings(), None)
+    pairs = {frozenset({slot.name, options[0].name}): 0.5}
+    left = search.only_taking_out()
+    assert slot not in left.options
+    assert mid in left.options
+    assert left.solve(left.limits, pairs, 0.0).damage < 1

@@ -43,7 +43,7 @@ class Verified:
 
     `solved_for` are the limits that the solution's proof holds for: tighter ones than the user's where a first plan
     measured slower than predicted. Its damage holds the terms of pairs, of which `pairs` were looked at.
-    `predicted_damage` is that times the factor by which plans searched before it were measured to be off, and
+    `predicted_damage` is that times the factor by which the other plans searched were measured to be off, and
     `measured_damage` that of the whole plan on prompts that were kept out of its fit. The student and `slot_weights`
     are fitted to all prompts.
     """
@@ -99,8 +99,10 @@ class Search:
         def interaction(one: str, other: str) -> float:
             return belief * self.damages[one].interaction(self.damages[other])
 
+        names = {option.name for option in self.options}
+        known = {pair: term for pair, term in pairs.items() if pair <= names}
         whole = teacher_costs(self.profile)
-        return solve(self.options, totals, whole, inner, pairs, interaction if belief else None)
+        return solve(self.options, totals, whole, inner, known, interaction if belief else None)
 
 
 def search_verified(search: Search) -> Verified:
@@ -108,8 +110,8 @@ def search_verified(search: Search) -> Verified:
 
     The search takes one-shot errors to add up (`Damage.interaction`). Where the plan's measured damage is not what that
     says, the pairs of edits that weigh most are fitted and measured together, and the search is made again with what
-    they add and less belief in the rest; its sums are taken times what the plans before were off by. One search only
-    takes out (see `ATTEMPTS`). Of all plans found on the way, the one of least measured damage is returned,
+    they add and less belief in the rest; sums are taken times what other plans were off by. One search only takes out
+    (see `ATTEMPTS`). Of all plans found on the way, the one of least measured damage is returned,
     fitted anew to all prompts. Raises AsdmError with exit code 3 when no plan meets the limits, or none is measured to
     within `MAX_ROUNDS`.
     """
@@ -119,7 +121,8 @@ def search_verified(search: Search) -> Verified:
     best: Verified | None = None
     refused: AsdmError | None = None
     limits = {with_weights: tuple(search.limits) for _, with_weights in ATTEMPTS}
-    off: list[float] = []
+    off: dict[int, float] = {}
+    best_number = 0
     for number, (belief, with_weights) in enumerate(ATTEMPTS, start=1):
         here = search if with_weights else search.only_taking_out()
         if not with_weights and len(here.options) == len(search.options):
@@ -134,14 +137,14 @@ def search_verified(search: Search) -> Verified:
         limits[with_weights], solution = in_time.solved_for, in_time.solution
         weights = search.fit(solution.plan, fitting)
         measured = measure_plan(teacher, solution.plan, measuring, weights).total
-        predicted = solution.damage * (median(off) if off else 1.0)
+        predicted = solution.damage * (median(off.values()) if off else 1.0)
         if best is None or measured < best.measured_damage:
-            student = assemble(teacher, solution.plan, weights)
+            best_number, student = number, assemble(teacher, solution.plan, weights)
             best = Verified(
                 solution, student, in_time.costs, in_time.latency_ratio, in_time.solved_for, in_time.rounds, weights,
                 predicted, measured, solution.pairs,
             )  # fmt: skip
-        off.append(measured / max(solution.damage, 1e-30))
+        off[number] = measured / max(solution.damage, 1e-30)
         if number >= LEAST_ATTEMPTS and abs(measured - predicted) <= DAMAGE_TOLERANCE * predicted:
             break
         if with_weights and number < len(ATTEMPTS):
@@ -149,8 +152,12 @@ def search_verified(search: Search) -> Verified:
     if best is None:
         assert refused is not None
         raise refused
+    others = [factor for number, factor in off.items() if number != best_number]
+    predicted = best.solution.damage * (median(others) if others else 1.0)
     final = search.fit(best.solution.plan, search.calibration)
-    return replace(best, slot_weights=final, student=assemble(teacher, best.solution.plan, final))
+    return replace(
+        best, predicted_damage=predicted, slot_weights=final, student=assemble(teacher, best.solution.plan, final)
+    )
 
 
 def _measure_pairs(

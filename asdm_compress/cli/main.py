@@ -13,7 +13,9 @@ from asdm_compress.cli.apply import apply
 from asdm_compress.cli.assemble import assemble
 from asdm_compress.cli.console import fail
 from asdm_compress.cli.doctor import doctor
+from asdm_compress.cli.export import export
 from asdm_compress.cli.generate import generate
+from asdm_compress.cli.lora import lora
 from asdm_compress.cli.profile import profile
 from asdm_compress.cli.recipes import recipes
 from asdm_compress.core.errors import AsdmError, ExitCode
@@ -26,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (profile, assemble, apply, generate, doctor):
+for command in (profile, assemble, apply, generate, export, lora, doctor):
     app.command()(command)
 app.add_typer(recipes)
 

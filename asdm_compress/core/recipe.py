@@ -53,8 +53,9 @@ class Evidence(_Strict):
     """What the search predicted and what was then measured, beside the teacher's own costs.
 
     Damages are weighted relative squared errors of the noise prediction; `held_out` ones are from prompts and seeds
-    that the search has not seen. `solved_for` is what the proof of optimality holds for: the budget itself, or a
-    tighter one where a first plan measured slower than predicted.
+    that the search has not seen. `summed` is what the search minimised and `damage_bound` bounds, `predicted` that
+    times what the other plans searched were off by. `solved_for` is what the proof of optimality holds for: the budget
+    itself, or a tighter one where a first plan measured slower than predicted.
     """
 
     teacher: Costs
@@ -63,6 +64,7 @@ class Evidence(_Strict):
     measured_latency_ratio: float
     solved_for: list[str]
     predicted_damage: float
+    summed_damage: float | None = None
     measured_damage: float
     held_out_damage: float
     damage_bound: float

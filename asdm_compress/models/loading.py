@@ -32,12 +32,16 @@ from asdm_compress.models.files import (
     stored_dtype,
     variant_of,
 )
+from asdm_compress.models.ldm import unet_to_ldm
 from asdm_compress.models.names import HUB_NAMES, MINI_SD, MINI_SD_FOLDER, NAMES
 from asdm_compress.models.quiet import quiet_libraries
+from asdm_compress.models.recognise import check_numbers, what_is
+from asdm_compress.models.streaming import TensorReader, reading
 
 FILE_SUFFIXES: Final = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 CLIP_TOKENS: Final = 77
 _LDM_PREFIX: Final = "model.diffusion_model."
+_TELLING: Final = ".transformer_blocks.0.attn2.to_k.weight"  # of these, the first tells the family
 _HUB_ID: Final = re.compile(r"^[\w.-]+/[\w.-]+$")
 _UNET_CLASSES: Final = {c.__name__: c for c in (UNet2DConditionModel, AssembledUNet2DConditionModel)}
 # The other parts of a pipeline whose weights are checked as strictly as the UNet's.
@@ -123,6 +127,71 @@ def open_unet(source: Source, options: LoadOptions) -> UNet2DConditionModel:
     return unet.to(options.device).eval().requires_grad_(False)
 
 
+@dataclass(frozen=True, slots=True)
+class LazyUNet:
+    """A UNet on the meta device, and how to get each of its tensors from the files, one at a time.
+
+    `stored` are the names that the tensors have there.
+    """
+
+    unet: UNet2DConditionModel
+    reader: TensorReader
+    stored: Mapping[str, str]
+    shapes: Mapping[str, torch.Size]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The precision in which a tensor is stored."""
+        return self.reader.dtypes[self.stored[name]]
+
+    def get(self, name: str) -> Tensor:
+        """A tensor by its name in the UNet; raises AsdmError where it is missing or does not fit."""
+        tensor = self.reader.get(self.stored[name])
+        expected = self.shapes[name]
+        if tensor.shape != expected:
+            raise AsdmError(
+                f"{self.stored[name]} in {self.reader.place} has the shape {tuple(tensor.shape)}, and its config says "
+                f"{tuple(expected)}",
+                "The files are damaged, or the config.json is not that of the weights.",
+            )
+        return tensor
+
+
+@contextmanager
+def lazy_unet(source: Source, options: LoadOptions) -> Iterator[LazyUNet]:
+    """Open a UNet without reading its weights. Raises AsdmError for everything that is wrong with the files."""
+    assert source.path is not None
+    folder = source.unet_folder
+    place = source.path if folder is None else folder
+    with reading(place, options.allow_pickle) as reader:
+        names = reader.names()
+        prefix, stored = "", {}
+        if folder is None:
+            prefix = _LDM_PREFIX if any(name.startswith(_LDM_PREFIX) for name in names) else ""
+            first = next((n for n in (f"{prefix}input_blocks.0.0.weight", "conv_in.weight") if n in reader), None)
+            telling = {n: reader.get(n) for n in names if n.endswith(_TELLING)}
+            family = _family_of(place, telling or dict.fromkeys(names, torch.empty(0)), prefix)
+            channels = reader.get(first).shape[1] if first else 4
+            config = {**family.unet_config, "in_channels": channels}
+            unet_class: Any = UNet2DConditionModel
+        else:
+            found = _read_json(folder / "config.json")
+            unet_class = _unet_class(folder, found)
+            config = {k: v for k, v in found.items() if not k.startswith("_")}
+        with _readable(place), torch.device("meta"):
+            unet = unet_class(**config) if folder is None else unet_class.from_config(config)
+        check_supported(unet)
+        shapes = {key: tensor.shape for key, tensor in unet.state_dict().items()}
+        keys = list(shapes)
+        if folder is None and f"{prefix}input_blocks.0.0.weight" in reader:
+            renamed = [prefix + name.removeprefix(_LDM_PREFIX) for name in unet_to_ldm(unet)]
+            stored = dict(zip(keys, renamed, strict=True))
+        else:
+            stored = {key: key for key in keys}
+        theirs = {name for name in names if folder is not None or not prefix or name.startswith(prefix)}
+        _refuse_misfit(place, [k for k in keys if stored[k] not in reader], theirs - set(stored.values()), [])
+        yield LazyUNet(unet, reader, stored, shapes)
+
+
 def load_pipeline(reference: str, options: LoadOptions | None = None) -> StableDiffusionPipeline:
     """Open a whole text-to-image pipeline; raises AsdmError where there is only a UNet."""
     options = options or LoadOptions()
@@ -204,10 +273,15 @@ def _resolve_folder(reference: str, folder: Path) -> Source:
 
 
 def _unet_from_folder(folder: Path, options: LoadOptions) -> UNet2DConditionModel:
-    name = _read_json(folder / "config.json").get("_class_name")
+    unet_class = _unet_class(folder, _read_json(folder / "config.json"))
+    return _open_part(unet_class, folder, options.dtype or stored_dtype(folder), options)
+
+
+def _unet_class(folder: Path, config: Mapping[str, Any]) -> Any:
+    name = config.get("_class_name")
     if name not in _UNET_CLASSES:
         raise AsdmError(f"{folder} holds a {name}, not a UNet2DConditionModel", "Give the UNet's folder.")
-    return _open_part(_UNET_CLASSES[name], folder, options.dtype or stored_dtype(folder), options)
+    return _UNET_CLASSES[name]
 
 
 def _open_part(part_class: Any, folder: Path, dtype: torch.dtype, options: LoadOptions) -> Any:
@@ -218,6 +292,7 @@ def _open_part(part_class: Any, folder: Path, dtype: torch.dtype, options: LoadO
             folder, dtype=dtype, variant=variant_of(folder), output_loading_info=True, local_files_only=True
         )
     # Text encoders of old checkpoints carry position ids, which are no weights.
+    check_numbers(folder, part.state_dict())
     unexpected = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]
     _refuse_misfit(folder, info["missing_keys"], unexpected, info["mismatched_keys"])
     return part
@@ -251,6 +326,7 @@ def _unet_from_file(path: Path, options: LoadOptions) -> UNet2DConditionModel:
             weights = convert_ldm_unet_checkpoint(plain, dict(unet.config))
     expected = unet.state_dict()
     mismatched = [k for k, v in expected.items() if k in weights and weights[k].shape != v.shape]
+    check_numbers(path, weights)
     _refuse_misfit(path, expected.keys() - weights.keys(), weights.keys() - expected.keys(), mismatched)
     dtype = options.dtype or next(iter(weights.values())).dtype
     unet.load_state_dict({key: value.to(dtype) for key, value in weights.items()}, assign=True)
@@ -265,6 +341,9 @@ def _family_of(path: Path, weights: Mapping[str, Tensor], prefix: str) -> Family
     )
     found = next((weights[key] for key in keys if key in weights), None)
     widths = {int(family.unet_config["cross_attention_dim"]): family for family in reversed(FAMILIES.values())}
+    other = what_is(weights)
+    if found is None and other is not None:
+        raise AsdmError(f"{path} is {other}", "Give a UNet or a whole checkpoint of Stable Diffusion 1.x or 2.x.")
     if found is None or found.shape[1] not in widths:
         hint = f"its text width is {found.shape[1]}" if found is not None else "no UNet is in it"
         raise AsdmError(

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, Final
 
-from diffusers import StableDiffusionPipeline
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
+from asdm_compress.models.files import variant_of
 from asdm_compress.models.quiet import quiet_libraries
+from asdm_compress.models.streaming import Entry, TensorReader, reading, write_safetensors, write_sharded
+
+SHARD_BYTES: Final = 10 * 2**30  # diffusers' own size
+_WEIGHTS: Final = (".safetensors", ".bin")
+_KEPT: Final = (".json", ".txt", ".model")  # configs, vocabularies and merges
 
 
 def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
@@ -19,6 +30,69 @@ def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     """
     with quiet_libraries():
         pipeline.save_pretrained(folder)
+    _open_in_fp32(folder)
+
+
+def save_unet(
+    unet: UNet2DConditionModel, entries: Sequence[Entry], folder: Path, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a UNet folder from a UNet on the meta device and the tensors that it is to have, one at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with quiet_libraries():
+        unet.save_config(folder)
+    write_sharded(folder, entries, shard_bytes)
+
+
+def copy_rest(source: Path, folder: Path, unet: UNet2DConditionModel, dtype: torch.dtype | None) -> None:
+    """Copy everything of a pipeline folder but its UNet, with `unet`'s class named in the index.
+
+    Of weights that are there twice, only those are copied that would be read; with a `dtype` they are converted, one at
+    a time.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in sorted(source.iterdir()):
+        if part.is_dir() and part.name != "unet":
+            _copy_part(part, folder / part.name, dtype)
+        elif part.is_file() and part.suffix in _KEPT:
+            shutil.copyfile(part, folder / part.name)
+    index: dict[str, Any] = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+    library = "diffusers" if type(unet) is UNet2DConditionModel else type(unet).__module__
+    index["unet"] = [library, type(unet).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _open_in_fp32(folder)
+
+
+def _copy_part(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
+    folder.mkdir()
+    variant = variant_of(source)
+    safe = any(path.suffix == ".safetensors" for path in source.iterdir())
+    for path in sorted(source.iterdir()):
+        if not path.is_file() or (path.suffix not in (*_KEPT, *_WEIGHTS)):
+            continue
+        is_weights = path.suffix in _WEIGHTS
+        if is_weights and (path.suffix == ".safetensors") != safe:
+            continue
+        if ".fp16" in path.name and variant is None:
+            continue
+        name = path.name.replace(".fp16", "")
+        if is_weights and dtype is not None:
+            with reading(path) as reader:
+                write_safetensors((folder / name).with_suffix(".safetensors"), _converted(reader, dtype))
+        else:
+            shutil.copyfile(path, folder / name)
+
+
+def _converted(reader: TensorReader, dtype: torch.dtype) -> list[Entry]:
+    entries = []
+    for name in reader.names():
+        tensor = reader.get(name)
+        to = dtype if tensor.is_floating_point() else tensor.dtype
+        # The shape has to be known before anything is written; the tensor itself is read again then.
+        entries.append(Entry(name, tuple(tensor.shape), to, partial(reader.get, name)))
+    return entries
+
+
+def _open_in_fp32(folder: Path) -> None:
     path = folder / "text_encoder" / "config.json"
     if path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))

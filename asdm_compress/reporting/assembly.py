@@ -77,6 +77,8 @@ def report_content(
     savings = {o.name: o.savings["latency"] / profile.latency for o in options}
     totals = {name: damage.total for name, damage in damages.items()}
     pairs = f" and what {verified.pairs} pairs of edits add" if verified.pairs else ""
+    factor = evidence.predicted_damage / verified.solution.damage if verified.solution.damage else 1.0
+    off = "" if factor == 1 else f", times {factor:.2f}, by which the other plans searched were off"
     opens = (
         "The student opens in plain diffusers."
         if is_stock
@@ -88,11 +90,16 @@ def report_content(
         summary=[
             f"{len(rows)} edits, chosen from {len(options)} by integer programming. "
             f"{proof_text(verified, recipe.budget)}",
+            *(["What stays behind the cuts was solved anew, in closed form."] if recipe.refit == "full" else []),
             opens,
         ],
         plan=rows,
         quality=[
-            ("predicted damage", f"{evidence.predicted_damage:.4g}", "sum of the edits' one-shot damages" + pairs),
+            (
+                "predicted damage",
+                f"{evidence.predicted_damage:.4g}",
+                "sum of the edits' one-shot damages" + pairs + off,
+            ),
             ("measured damage", f"{evidence.measured_damage:.4g}", "of the whole plan, fitted without these prompts"),
             ("held-out damage", f"{evidence.held_out_damage:.4g}", "the same on prompts and seeds not searched"),
             *quality.rows(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,18 +15,19 @@ from asdm_compress.assembly.other_starts import copied_start, random_start
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.plan_fit import RefitChoice, fit_plan
 from asdm_compress.assembly.slot_fit import check_fits, check_prompts
-from asdm_compress.assembly.surgery import assemble, removed_tensors, specify
+from asdm_compress.assembly.surgery import assemble, build, removed_tensors, specify
 from asdm_compress.core.defaults import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS
-from asdm_compress.core.edits import conv_spec
+from asdm_compress.core.edits import conv_spec, has_weights
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_output, output_folder
 from asdm_compress.core.recipe import Recipe, dump_recipe
 from asdm_compress.evaluation.prompts import choose_prompts
 from asdm_compress.models.edits import SlotWeights
 from asdm_compress.models.families import architecture
-from asdm_compress.models.loading import LoadOptions, Source, open_pipeline, open_unet, resolve
+from asdm_compress.models.loading import LoadOptions, Source, lazy_unet, open_pipeline, open_unet, resolve
 from asdm_compress.models.quiet import quiet_libraries
-from asdm_compress.models.saving import save_pipeline
+from asdm_compress.models.saving import copy_rest, save_pipeline, save_unet
+from asdm_compress.models.streaming import Entry
 from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.workflows.progress import Progress
@@ -79,6 +81,9 @@ def run_apply(
     with progress.stage("Opening the model"):
         source = resolve(model, options)
         check_output(out, overwrite, source.path)
+    if recipe.refit == "none" and not any(map(has_weights, recipe.as_edits().values())):
+        return _stream(recipe, source, out, options, progress, overwrite)
+    with progress.stage("Reading the model"):
         pipeline = open_pipeline(source, options) if source.kind == "pipeline folder" else None
         teacher = pipeline.unet if pipeline is not None else open_unet(source, options)
     check_fit(recipe, teacher, model)
@@ -99,6 +104,33 @@ def run_apply(
         (aside / "recipe.yaml").write_text(dump_recipe(kept), encoding="utf-8")
     slots = len({unit for unit, _ in spec.slot_map.values()})
     return ApplyResult(len(spec.weight_map), len(removed_tensors(teacher, spec)), slots, spec.is_stock)
+
+
+def _stream(
+    recipe: Recipe, source: Source, out: Path, options: LoadOptions, progress: Progress, overwrite: bool
+) -> ApplyResult:
+    """Write a student whose every tensor is one of the teacher's, one at a time."""
+    if source.family is not None:
+        raise AsdmError(f"{source.name} has random weights: there is nothing to apply a recipe to")
+    with lazy_unet(source, options) as lazy:
+        teacher = lazy.unet
+        check_fit(recipe, teacher, source.name)
+        spec = specify(teacher, Plan(recipe.as_edits()))
+        student = build(spec.config, spec.edits)
+        entries = []
+        for key, tensor in student.state_dict().items():
+            source_key = spec.weight_map[key]
+            dtype = options.dtype or lazy.dtype(source_key)
+            entries.append(Entry(key, tuple(tensor.shape), dtype, partial(lazy.get, source_key)))
+        with progress.stage("Writing"), output_folder(out, overwrite) as aside:
+            is_pipeline = source.kind == "pipeline folder"
+            save_unet(student, entries, aside / "unet" if is_pipeline else aside)
+            if is_pipeline:
+                assert source.path is not None
+                copy_rest(source.path, aside, student, options.dtype)
+            kept = recipe.model_copy(update={"evidence": None})
+            (aside / "recipe.yaml").write_text(dump_recipe(kept), encoding="utf-8")
+        return ApplyResult(len(spec.weight_map), len(removed_tensors(teacher, spec)), 0, spec.is_stock)
 
 
 def _fit(

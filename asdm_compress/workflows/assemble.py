@@ -131,6 +131,7 @@ def _evidence(profile: Profile, verified: Verified, held_out_damage: float) -> E
         measured_latency_ratio=round(verified.latency_ratio, 4),
         solved_for=[str(limit) for limit in verified.solved_for],
         predicted_damage=verified.predicted_damage,
+        summed_damage=verified.solution.damage,
         measured_damage=verified.measured_damage,
         held_out_damage=held_out_damage,
         damage_bound=verified.solution.bound,

@@ -68,7 +68,7 @@ def describe(path: Path) -> Description:
     """One recipe. Raises AsdmError for one that does not fit its own architecture."""
     recipe = load_recipe(path)
     plan = Plan(recipe.as_edits())
-    teacher = _blank(recipe, path)
+    teacher = blank_teacher(recipe, path)
     size = _latent_size(recipe)
     spec = specify(teacher, plan)
     student = build(spec.config, spec.edits)
@@ -109,7 +109,7 @@ def compare(first: Path, second: Path) -> list[Difference]:
     return rows
 
 
-def _blank(recipe: Recipe, path: Path) -> UNet2DConditionModel:
+def blank_teacher(recipe: Recipe, path: Path) -> UNet2DConditionModel:
     """A UNet without weights of the recipe's architecture."""
     facts = {"in_channels": DEFAULT_CHANNELS, **recipe.base.architecture}
     try:

@@ -1,0 +1,99 @@
+"""A LoRA trained on the teacher, renamed for a student: what is kept moves along, what is gone is named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from asdm_compress.assembly.surgery import StudentSpec
+from asdm_compress.core.errors import AsdmError
+from asdm_compress.models.ldm import UNET_PREFIX, unet_to_ldm
+
+KOHYA: Final = "lora_unet_"
+PEFT: Final = "unet."
+# Where the name of the module ends: kohya's, peft's, and two older ones of diffusers.
+_END: Final = re.compile(
+    r"\.(lora_down|lora_up|lora_mid|alpha|dora_scale|hada_\w+|lokr_\w+|diff|diff_b|lora_A|lora_B|lora_magnitude_vector"
+    r"|lora\.down|lora\.up|lora_linear_layer\.down|lora_linear_layer\.up)(\.|$)"
+)
+
+_PROCESSOR: Final = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.")
+
+
+@dataclass(frozen=True, slots=True)
+class RemappedLora:
+    """The renamed tensors, and the names in the LoRA of the modules whose tensors are left out, with why."""
+
+    tensors: Mapping[str, Tensor]
+    left_out: Mapping[str, str]
+
+
+def remap_lora(tensors: Mapping[str, Tensor], teacher: UNet2DConditionModel, spec: StudentSpec) -> RemappedLora:
+    """Rename a LoRA's tensors from the teacher's modules to the student's.
+
+    Knows kohya's names, in diffusers' and in the original numbering, and peft's. Tensors of text encoders stay as they
+    are. Those of modules that the student does not have, or has in another shape, are left out and named. Raises
+    AsdmError for a file that is no LoRA of this teacher's UNet.
+    """
+    modules = _modules(teacher)
+    moved = _moved(spec)
+    found: dict[str, Tensor] = {}
+    left_out: dict[str, str] = {}
+    known = 0
+    for name, tensor in tensors.items():
+        head, module, rest = _split(name)
+        if not head:  # a text encoder's
+            found[name] = tensor
+            continue
+        teacher_module = modules.get((head, module))
+        if teacher_module is None:
+            left_out[module] = "the teacher has no such module"
+            continue
+        known += 1
+        student_module = moved.get(teacher_module)
+        if student_module is None:
+            left_out[module] = "the student does not have this module, or has it narrowed"
+            continue
+        found[f"{head}{_as_written(student_module, head)}{rest}"] = tensor
+    if not known:
+        raise AsdmError("this file is no LoRA of this model's UNet", "Is it a LoRA of another family, or a checkpoint?")
+    return RemappedLora(found, left_out)
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """The prefix, the module as the LoRA writes it, and the rest; no prefix for what is not the UNet's."""
+    head = next((h for h in (KOHYA, PEFT) if name.startswith(h)), "")
+    if not head:
+        return "", name, ""
+    if head == PEFT:  # attention processors of older diffusers
+        name = _PROCESSOR.sub(lambda m: f".{m[1]}{'.0' if m[1] == 'to_out' else ''}.lora.", name)
+    end = _END.search(name)
+    return (head, name[len(head) : end.start()], name[end.start() :]) if end else (head, name[len(head) :], "")
+
+
+def _as_written(module: str, head: str) -> str:
+    return module.replace(".", "_") if head == KOHYA else module
+
+
+def _modules(teacher: UNet2DConditionModel) -> dict[tuple[str, str], str]:
+    """Every way in which LoRAs write a module of the teacher, to its path."""
+    keys = list(teacher.state_dict())
+    found: dict[tuple[str, str], str] = {}
+    for ours, theirs in zip(keys, unet_to_ldm(teacher), strict=True):
+        path, old = (name.rpartition(".")[0] for name in (ours, theirs.removeprefix(UNET_PREFIX)))
+        found[KOHYA, old.replace(".", "_")] = path
+        found[KOHYA, path.replace(".", "_")] = path
+        found[PEFT, path] = path
+    return found
+
+
+def _moved(spec: StudentSpec) -> dict[str, str]:
+    """The teacher's modules that the student has as they were, to their paths there."""
+    own = {key.rpartition(".")[0] for key in spec.slot_map}
+    paths = {key.rpartition(".")[0]: source.rpartition(".")[0] for key, source in spec.weight_map.items()}
+    return {source: path for path, source in paths.items() if path not in own}

@@ -1,0 +1,42 @@
+"""What a file of weights is, by the names in it, where it is no Stable Diffusion 1.x or 2.x UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Final
+
+from torch import Tensor
+
+from asdm_compress.core.errors import AsdmError
+
+# Parts of names that tell a kind of file; the first kind of which a name has one is the answer.
+_KINDS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
+    ("a LoRA, which changes a checkpoint and is none itself", (".lora_down.", ".lora_A.", ".lora.down.", ".hada_w1_a")),
+    ("a Flux model, another architecture", ("double_blocks.", "single_transformer_blocks.")),
+    ("a Stable Diffusion 3 model, another architecture", ("joint_blocks.", "context_embedder.")),
+    ("a Stable Diffusion XL model, another architecture", ("conditioner.embedders.", "label_emb.", "add_embedding.")),
+    ("a ControlNet", ("control_model.", "controlnet_down_blocks.", "controlnet_cond_embedding.")),
+    ("a textual-inversion embedding", ("emb_params", "string_to_param")),
+    ("a VAE", ("first_stage_model.", "post_quant_conv.", "decoder.conv_in.")),
+    ("a text encoder", ("cond_stage_model.", "text_model.", "token_embedding.")),
+)
+SHOWN: Final = 3
+
+
+def what_is(names: Collection[str]) -> str | None:
+    """The kind of file that has tensors of these names, or None where nothing is recognised."""
+    for kind, marks in _KINDS:
+        if any(mark in name for name in names for mark in marks):
+            return kind
+    return None
+
+
+def check_numbers(place: object, weights: Mapping[str, Tensor]) -> None:
+    """Raise AsdmError, naming tensors, where weights are no finite numbers."""
+    bad = [name for name, tensor in weights.items() if not tensor.is_meta and not bool(tensor.isfinite().all())]
+    if bad:
+        more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        raise AsdmError(
+            f"the weights in {place} are not all finite numbers: {', '.join(bad[:SHOWN])}{more}",
+            "The file is damaged, or its training diverged.",
+        )

@@ -1,0 +1,143 @@
+"""Checkpoints written one tensor at a time: the bytes, the shards, and what `apply` makes of whole pipelines."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from asdm_compress.assembly.plan import Plan
+from asdm_compress.assembly.surgery import assemble
+from asdm_compress.core.errors import AsdmError
+from asdm_compress.core.recipe import Base, EditEntry, Recipe, dump_recipe
+from asdm_compress.models.families import architecture
+from asdm_compress.models.loading import LoadOptions, lazy_unet, load_pipeline, resolve
+from asdm_compress.models.names import MINI_SD_FOLDER
+from asdm_compress.models.streaming import Entry, reading, write_safetensors, write_sharded
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+PLAN = {"levels.3": "drop", "up_blocks.2.attentions.1.transformer_blocks.0.attn1": "drop"}
+
+
+def entry(name, tensor):
+    return Entry(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+@settings(deadline=None, max_examples=30)
+@given(shapes=st.lists(st.lists(st.integers(0, 5), max_size=4), max_size=6), seed=st.integers(0, 99), data=st.data())
+def test_what_is_written_is_read_back_by_safetensors(tmp_path_factory, shapes, seed, data):
+    torch.manual_seed(seed)
+    tensors = {}
+    for i, shape in enumerate(shapes):
+        tensors[f"layer.{i}.ε"] = (torch.randn(shape) * 3).to(data.draw(st.sampled_from(DTYPES)))
+    path = tmp_path_factory.mktemp("files") / "file.safetensors"
+    write_safetensors(path, [entry(name, tensor) for name, tensor in tensors.items()])
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+def test_views_and_transposed_tensors_are_written_as_they_look(tmp_path):
+    whole = torch.arange(24.0).reshape(4, 6)
+    write_safetensors(tmp_path / "f.safetensors", [entry("t", whole.T), entry("part", whole[1:3, ::2])])
+    found = load_file(tmp_path / "f.safetensors")
+    assert torch.equal(found["t"], whole.T)
+    assert torch.equal(found["part"], whole[1:3, ::2])
+
+
+def test_shards_open_in_diffusers(unet, tmp_path, inputs):
+    unet.save_config(tmp_path)
+    files = write_sharded(tmp_path, [entry(k, v) for k, v in unet.state_dict().items()], 9 * 2**20)
+    assert len(files) > 3
+    assert max(path.stat().st_size for path in files) < 9.1 * 2**20
+    again = UNet2DConditionModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(*inputs).sample, unet(*inputs).sample)
+    with reading(tmp_path) as reader:
+        assert set(reader.names()) == set(unet.state_dict())
+
+
+@pytest.fixture
+def recipe(unet, tmp_path):
+    entries = [EditEntry(site=site, edit=edit) for site, edit in PLAN.items()]
+    text = dump_recipe(
+        Recipe(asdm_recipe=1, base=Base(model="mini-sd", architecture=architecture(unet)), edits=entries)
+    )
+    (tmp_path / "recipe.yaml").write_text(text)
+    return tmp_path / "recipe.yaml"
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bf16"])
+def test_apply_streams_the_student_that_assemble_builds(cli, recipe, tmp_path, dtype, inputs):
+    result = cli("apply", str(recipe), "mini-sd", "--out", "student", "--dtype", dtype, "--json")
+    assert result.returncode == 0, result.stderr
+    wanted = torch.float16 if dtype == "auto" else torch.bfloat16
+    teacher = load_pipeline("mini-sd", LoadOptions(dtype=wanted))
+    student = assemble(teacher.unet, Plan(PLAN))
+    found = load_file(tmp_path / "student" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert found.keys() == student.state_dict().keys()
+    assert all(torch.equal(value, found[key]) for key, value in student.state_dict().items())
+    assert json.loads(result.stdout)["kept_tensors"] == len(found)
+    stored = load_file(tmp_path / "student" / "text_encoder" / "model.safetensors")
+    assert {v.dtype for v in stored.values() if v.is_floating_point()} == {wanted}
+    again = StableDiffusionPipeline.from_pretrained(tmp_path / "student")
+    assert type(again.unet).__name__ == "AssembledUNet2DConditionModel"
+    with torch.no_grad():
+        assert torch.equal(again.unet(*inputs).sample, student.float()(*inputs).sample)
+
+
+def test_a_folder_with_the_fp16_variant_alone_becomes_one_that_opens_without_a_word(cli, recipe, tmp_path):
+    shutil.copytree(MINI_SD_FOLDER, tmp_path / "model")
+    for path in (tmp_path / "model").rglob("*.safetensors"):
+        path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    result = cli("apply", str(recipe), "model", "--out", "student")
+    assert result.returncode == 0, result.stderr
+    StableDiffusionPipeline.from_pretrained(tmp_path / "student")
+
+
+def test_a_unet_folder_gives_a_unet_folder(cli, recipe, tmp_path, unet):
+    result = cli("apply", str(recipe), str(MINI_SD_FOLDER / "unet"), "--out", "student")
+    assert result.returncode == 0, result.stderr
+    assert {"config.json", "diffusion_pytorch_model.safetensors", "recipe.yaml"} == {
+        path.name for path in (tmp_path / "student").iterdir()
+    }
+
+
+@pytest.mark.parametrize("damage", ["nan", "missing", "cut"])
+def test_damaged_weights_leave_nothing_half_written(cli, recipe, tmp_path, damage):
+    shutil.copytree(MINI_SD_FOLDER, tmp_path / "model")
+    path = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    if damage == "nan":
+        weights["up_blocks.3.resnets.2.conv2.bias"][0] = float("nan")
+    if damage == "missing":
+        del weights["up_blocks.3.resnets.2.conv2.bias"]
+    save_file(weights, path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-1000])
+    result = cli("apply", str(recipe), "model", "--out", "student")
+    assert result.returncode == 2
+    named = {"nan": "not all finite numbers", "missing": "up_blocks.3.resnets.2.conv2.bias", "cut": "truncated"}
+    assert named[damage] in " ".join(result.stderr.split())
+    assert {p.name for p in tmp_path.iterdir()} <= {"model", "recipe.yaml", "cache"}
+
+
+def test_lazy_reading_knows_a_wrong_shape(tmp_path):
+    shutil.copytree(MINI_SD_FOLDER / "unet", tmp_path / "unet")
+    path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["conv_in.weight"] = weights["conv_in.weight"][:, :3].contiguous()
+    save_file(weights, path)
+    options = LoadOptions()
+    with lazy_unet(resolve(str(tmp_path / "unet"), options), options) as lazy:
+        with pytest.raises(AsdmError, match=r"conv_in\.weight .* has the shape \(32, 3, 3, 3\)"):
+            lazy.get("conv_in.weight")
+        assert lazy.get("conv_in.bias").dtype == lazy.dtype("conv_in.bias") == torch.float16

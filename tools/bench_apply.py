@@ -1,0 +1,89 @@
+"""`apply` at full size: peak memory and time beside those of copying the same bytes.
+
+    python tools/bench_apply.py     # a few minutes, 12 GB of disk; writes tools/results/apply.json
+
+Full-size pipelines with random weights are made in a temporary folder. The peak is that of the whole process, and what
+importing torch and diffusers takes by itself is given beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from make_fixtures import make
+
+from asdm_compress.core.provenance import processor_name, versions
+
+RESULTS = Path(__file__).parent / "results" / "apply.json"
+CASES = (("sd15", "bk-sdm-base-v1"), ("sd15", "bk-sdm-tiny-v1"), ("sd21-base", "bk-sdm-base-v2"))
+# Runs the command in a child of a small process, whose peak is then the command's alone.
+MEASURED = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:], stdout=2)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
+
+def main() -> None:
+    """Apply recipes to every family."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        idle = _measured([sys.executable, "-c", "import asdm_compress, diffusers"])[1]
+        for family in dict.fromkeys(family for family, _ in CASES):
+            source = Path(folder) / family
+            make(family, source, torch.float16)
+            for recipe in (recipe for other, recipe in CASES if other == family):
+                out = Path(folder) / "student"
+                command = ["-m", "asdm_compress", "apply", recipe, str(source), "--out", str(out)]
+                seconds, peak = _measured([sys.executable, *command])
+                size = _size(out)
+                began = time.perf_counter()
+                shutil.copytree(out, Path(folder) / "copy")
+                os.sync()
+                copied = time.perf_counter() - began
+                largest = max(path.stat().st_size for path in out.rglob("*") if path.is_file())
+                rows.append(
+                    {
+                        "model": family,
+                        "recipe": recipe,
+                        "student_gb": round(size / 1e9, 3),
+                        "peak_gb": round(peak / 1e9, 3),
+                        "peak_beside_imports_gb": round((peak - idle) / 1e9, 3),
+                        "peak_over_student": round(peak / size, 3),
+                        "largest_file_gb": round(largest / 1e9, 3),
+                        "seconds": round(seconds, 1),
+                        "copy_seconds": round(copied, 1),
+                    }
+                )
+                print(json.dumps(rows[-1]), flush=True)
+                shutil.rmtree(out)
+                shutil.rmtree(Path(folder) / "copy")
+            shutil.rmtree(source)
+    content = {"dtype": "fp16", "imports_gb": round(idle / 1e9, 3), "device": processor_name(), "versions": versions()}
+    RESULTS.write_text(json.dumps({**content, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def _measured(command: list[str]) -> tuple[float, int]:
+    """Seconds and peak resident bytes of a command."""
+    began = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", MEASURED, *command], stdout=subprocess.PIPE, text=True, check=True)
+    os.sync()
+    return time.perf_counter() - began, 1024 * int(result.stdout)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+if __name__ == "__main__":
+    main()
