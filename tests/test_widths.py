@@ -32,7 +32,7 @@ KINDS = (RESNET, f"{BLOCK}.ff", f"{BLOCK}.attn1", f"{BLOCK}.attn2")
 
 @pytest.fixture(scope="module")
 def calibration(pipeline):
-    prompts = [caption.text for caption in sample_captions(6, 77)]
+    prompts = [caption.text for caption in sample_captions(24, 77)]
     return record(pipeline, prompts, SamplingSettings(8, 3.0), bands=4)
 
 

@@ -1,6 +1,6 @@
 """`apply` at full size: peak memory and time beside those of copying the same bytes.
 
-    python tools/bench_apply.py     # a few minutes, 12 GB of disk; writes tools/results/apply.json
+    python tools/bench_apply.py     # writes tools/results/apply.json
 
 Full-size pipelines with random weights are made in a temporary folder. The peak is that of the whole process, and what
 importing torch and diffusers takes by itself is given beside it.

@@ -1,6 +1,6 @@
 """The main job on the bundled model, as a new user runs it: costs, damages and quality, predicted and measured.
 
-    python tools/bench_assemble.py      # about ten minutes on two cores, alone on the machine
+    python tools/bench_assemble.py      # alone on the machine
 
 Writes tools/results/assemble_mini_sd.json, and the recipe and the picture of the 0.7x run that the README shows. Other
 budgets can be asked for; `tools/bench_assembly.py` compares plans at all of them with those of others.

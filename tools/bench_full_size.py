@@ -1,6 +1,6 @@
 """Full-size Stable Diffusion 1.5 on this machine, with random weights in bf16: what plans cost, and what a fit takes.
 
-    python tools/bench_full_size.py     # alone on the machine; about half an hour on two cores
+    python tools/bench_full_size.py     # alone on the machine
 
 Damages of random weights mean nothing, so every edit's damage is taken to be the share of the parameters that it takes
 away; whether the costs come out as predicted does not depend on that. Writes tools/results/full_size.json.

@@ -1,6 +1,6 @@
 """Which structures a narrowed module should keep: by size, by Taylor importance, or by reconstruction of what follows.
 
-    python tools/bench_narrowing.py     # a few minutes on two cores; writes tools/results/narrowing.json
+    python tools/bench_narrowing.py     # writes tools/results/narrowing.json
 
 Every module of `mini-sd` that can be narrowed to half is, alone, with its next projection refitted in all three cases,
 and without any refit as torch-pruning would leave it; damages on prompts that nothing was fitted on.

@@ -1,6 +1,6 @@
 """What slots and kept modules are fitted for: their own part, what the teacher has behind them, or a block's output.
 
-    python tools/bench_targets.py       # about ten minutes on two cores; writes tools/results/targets.json
+    python tools/bench_targets.py       # writes tools/results/targets.json
 
 BK-SDM-base's removals on `mini-sd` with a convolution in every hole. `own part` fits every slot to what the removed
 modules gave out, on the teacher's activations; `in order` fits it to the teacher's hidden state, on the student's

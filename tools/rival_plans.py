@@ -17,24 +17,16 @@ from asdm_compress.assembly.options import Option, teacher_costs
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.search import solve
 from asdm_compress.assembly.surgery import assemble
-from asdm_compress.core.edits import DROP, SUBPIXEL, has_weights
+from asdm_compress.core.edits import SUBPIXEL, has_weights
 from asdm_compress.core.errors import AsdmError
+from asdm_compress.core.recipe import find_recipe, load_recipe
 from asdm_compress.core.units import Limit
 from asdm_compress.profiling.profile import Profile
 
-# BK-SDM's removals (its code, e13670c), at the level of layers.
-BK_BASE = {
-    **{f"down_blocks.{i}.layers.1": DROP for i in range(3)},
-    "down_blocks.3.resnets.1": DROP,
-    "up_blocks.0.resnets.1": DROP,
-    **{f"up_blocks.{i}.layers.1": DROP for i in (1, 2, 3)},
+BK_PATTERNS = {
+    f"bk-sdm-{size}": Plan(load_recipe(find_recipe(f"bk-sdm-{size}-v1")).as_edits())
+    for size in ("base", "small", "tiny")
 }
-BK_SMALL = {**BK_BASE, "mid_block": DROP}
-BK_TINY = {
-    **{site: edit for site, edit in BK_BASE.items() if not site.startswith(("down_blocks.3", "up_blocks.0"))},
-    "levels.3": DROP,
-}
-BK_PATTERNS = {"bk-sdm-base": Plan(BK_BASE), "bk-sdm-small": Plan(BK_SMALL), "bk-sdm-tiny": Plan(BK_TINY)}
 
 PRUNED_SHARES = tuple(i / 16 for i in range(1, 16))
 

@@ -196,7 +196,10 @@ class Refit:
         if not bool(self._channels.isfinite().all()) or float(train[0, 0] + held_out[0, 0]) == 0:
             return {}
         if float(train[0, 0]) > 0 and float(held_out[0, 0]) > 0:
-            better = _channel_error(held_out, *_line(train)) < _channel_error(held_out, 1.0, 0.0)
+            # Either part of the prompts must gain from what was fitted to the other.
+            sides = ((train, held_out), (held_out, train))
+            gains = [_channel_error(b, *_line(a)) < _channel_error(b, 1.0, 0.0) for a, b in sides]
+            better = gains[0] & gains[1]
         else:
             better = torch.ones_like(train[0], dtype=torch.bool)
         factor, shift = _line(train + held_out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -35,9 +36,9 @@ def export(
     output = Output(quiet, as_json)
     with output.stage("Starting torch"):
         load = o.load_options("cpu", "fp32" if dtype == "auto" else dtype, None, allow_pickle)
-        from asdm_compress.workflows.export import run_export, stored_precision
+        from asdm_compress.workflows.export import run_export
 
-    load = stored_precision(load) if dtype == "auto" else load
+    load = replace(load, dtype=None) if dtype == "auto" else load
     result = run_export(model, out, form, load, steps, scheduler, output, overwrite)
     output.show(f"Wrote {result.out}: {result.tensors} tensors, {format_bytes(result.bytes)}.")
     output.result({"out": str(result.out), "format": form, "tensors": result.tensors, "bytes": result.bytes})

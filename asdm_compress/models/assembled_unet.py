@@ -19,7 +19,7 @@ from asdm_compress.core.edits import Edit, conv_spec
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.edits import apply_edits
 from asdm_compress.models.expert_conv import Moment, happening_at
-from asdm_compress.models.residuals import AddedResiduals
+from asdm_compress.models.residuals import NONE_ADDED, AddedResiduals
 from asdm_compress.models.walk import finish, start, steps_of
 
 InitT = TypeVar("InitT", bound=Callable[..., None])
@@ -78,6 +78,12 @@ class AssembledUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
         is made step by step instead.
         """
         checkpointed = torch.is_grad_enabled() and self.is_gradient_checkpointing
+        added = NONE_ADDED
+        if self.is_routed:
+            added = AddedResiduals(
+                down_block_additional_residuals, mid_block_additional_residual, down_intrablock_additional_residuals
+            )
+            added.check_count(sum(step.pushes_skip for step in steps_of(self)))
         if not (self.is_routed and (checkpointed or torch.compiler.is_compiling())):
             moment = Moment.of(timestep, len(sample), sample.device) if self.is_routed else None
             with nullcontext() if moment is None else happening_at(moment):
@@ -96,9 +102,6 @@ class AssembledUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
             "encoder_attention_mask": _as_bias(encoder_attention_mask, sample),
         }
         state = start(self, sample, timestep, text, timestep_cond, attention)
-        added = AddedResiduals(
-            down_block_additional_residuals, mid_block_additional_residual, down_intrablock_additional_residuals
-        )
         prediction = finish(steps_of(self), state, added, _checkpoint if checkpointed else None)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 

@@ -29,6 +29,14 @@ class AddedResiduals:
                 "An adapter's residuals go into `down_intrablock_additional_residuals`.",
             )
 
+    def check_count(self, skips: int) -> None:
+        """Raise AsdmError unless there is one residual for each of so many skip connections, or none at all."""
+        if self.skips is not None and len(self.skips) != skips:
+            raise AsdmError(
+                f"{len(self.skips)} residuals were given for {skips} skip connections",
+                "The ControlNet was made for another UNet; of a student, make it anew.",
+            )
+
     def to_block(self, number: int | None, hidden: Tensor) -> Tensor:
         """`hidden` with an encoder block's own residual, if there is one."""
         if number is None or self.blocks is None or number >= len(self.blocks):
@@ -39,11 +47,7 @@ class AddedResiduals:
         """The skip connections with theirs."""
         if self.skips is None:
             return skips
-        if len(self.skips) != len(skips):
-            raise AsdmError(
-                f"{len(self.skips)} residuals were given for {len(skips)} skip connections",
-                "The ControlNet was made for another UNet; of a student, make it anew.",
-            )
+        self.check_count(len(skips))
         return tuple(skip + residual for skip, residual in zip(skips, self.skips, strict=True))
 
     def to_mid(self, hidden: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from torch import Tensor
 
@@ -24,6 +25,7 @@ _NAMES: Final = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 _DTYPES: Final = {name: dtype for dtype, name in _NAMES.items()}
+PATTERN: Final = "diffusion_pytorch_model{suffix}.safetensors"
 _ALIGNED: Final = 8  # the header's length is a multiple of this
 
 
@@ -128,29 +130,15 @@ def write_safetensors(path: Path, entries: Sequence[Entry]) -> None:
             file.write(raw.numpy().data)
 
 
-def write_sharded(folder: Path, entries: Sequence[Entry], most_bytes: int, variant: str | None = None) -> list[Path]:
+def write_sharded(folder: Path, entries: Sequence[Entry], most_bytes: int) -> list[Path]:
     """Write entries as diffusers does: one file, or several of at most `most_bytes` with an index beside them."""
-    shards: list[list[Entry]] = [[]]
-    held = 0
-    for entry in entries:
-        if shards[-1] and held + entry.bytes > most_bytes:
-            shards.append([])
-            held = 0
-        shards[-1].append(entry)
-        held += entry.bytes
-    marked = f".{variant}" if variant else ""
-    if len(shards) == 1:
-        names = [f"diffusion_pytorch_model{marked}.safetensors"]
-    else:
-        names = [
-            f"diffusion_pytorch_model{marked}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))
-        ]
-    for name, shard in zip(names, shards, strict=True):
-        write_safetensors(folder / name, shard)
-    if len(shards) > 1:
-        places = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
-        total = sum(entry.bytes for entry in entries)
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        place = folder / f"diffusion_pytorch_model.safetensors.index{marked}.json"
+    blank = {entry.name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for entry in entries}
+    split = split_torch_state_dict_into_shards(blank, filename_pattern=PATTERN, max_shard_size=most_bytes)
+    by_name = {entry.name: entry for entry in entries}
+    for file, names in split.filename_to_tensors.items():
+        write_safetensors(folder / file, [by_name[name] for name in names])
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        place = folder / f"{PATTERN.format(suffix='')}.index.json"
         place.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return [folder / name for name in names]
+    return [folder / file for file in split.filename_to_tensors]

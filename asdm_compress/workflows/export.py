@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
@@ -17,12 +17,10 @@ from asdm_compress.models.assembled_unet import AssembledUNet2DConditionModel
 from asdm_compress.models.collapse import collapse_experts
 from asdm_compress.models.ldm import text_encoder_to_ldm, unet_to_ldm, vae_to_ldm
 from asdm_compress.models.loading import LoadOptions, Source, open_pipeline, open_unet, resolve
-from asdm_compress.models.quiet import quiet_libraries
 from asdm_compress.models.saving import save_pipeline
 from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.workflows.progress import Progress
 
-Format = Literal["ldm", "static", "per-step"]
 FORMATS: Final[Mapping[str, str]] = {
     "ldm": "one .safetensors file with the original code's names, as A1111, ComfyUI and stable-diffusion.cpp read it",
     "static": "a diffusers folder whose timestep experts are one kernel each",
@@ -102,12 +100,6 @@ def _write_collapsed(  # noqa: PLR0913, PLR0917 - one step of the command
         student = collapse_experts(unet, sampler.timesteps.tolist(), per_step=form == "per-step")
     with progress.stage("Writing"), output_folder(out, overwrite) as aside:
         pipeline.register_modules(unet=student)
-        with quiet_libraries():
-            save_pipeline(pipeline, aside)
+        save_pipeline(pipeline, aside)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return ExportResult(out, len(student.state_dict()), size)
-
-
-def stored_precision(options: LoadOptions) -> LoadOptions:
-    """The same options with every weight as it is stored."""
-    return replace(options, dtype=None)
