@@ -85,6 +85,31 @@ def test_a_full_refit_is_an_independent_solvers_least_squares(unet, calibration,
     assert min(float((new - c[:-1]).abs().max()) for c in candidates) < 1e-4
 
 
+def test_a_transformers_last_feed_forward_is_solved_through_its_projection(unet, calibration):
+    """Where another pair of the two maps gives what is wanted, a refit finds a pair that does."""
+    torch.manual_seed(0)
+    path, few = "up_blocks.2.attentions.0", calibration.only(torch.arange(len(calibration)) < 16)
+    module, other = unet.get_submodule(path), copy.deepcopy(unet.get_submodule(path))
+    feed_forward = other.transformer_blocks[0].ff.net[2]
+    assert projections_of(module) == ("proj_out", "transformer_blocks.0.ff.net.2")
+    with torch.no_grad():
+        for part in (other.proj_out, feed_forward):
+            part.weight *= 1 + 0.2 * torch.randn_like(part.weight)
+            part.bias += 0.1 * torch.randn_like(part.bias)
+    hidden, text = torch.randn(32, module.in_channels, 8, 8), torch.randn(32, 40, unet.config["cross_attention_dim"])
+    refit = Refit(module, "full")
+    with torch.no_grad():
+        wanted = other(hidden, encoder_hidden_states=text, return_dict=False)[0]
+        with refit.watching() as taken:
+            output = module(hidden, encoder_hidden_states=text, return_dict=False)[0]
+    refit.add(few, 0, taken, output, wanted)
+    fitted = copy.deepcopy(module)
+    fitted.load_state_dict(refit.solve(), strict=False)
+    with torch.no_grad():
+        found = fitted(hidden, encoder_hidden_states=text, return_dict=False)[0]
+    assert (found - wanted).square().mean() < 1e-3 * (output - wanted).square().mean()
+
+
 @settings(deadline=None, max_examples=10)
 @given(factor=st.floats(0.3, 3), shift=st.floats(-2, 2))
 def test_a_scale_and_shift_is_found_again_and_folded(unet, calibration, factor, shift):

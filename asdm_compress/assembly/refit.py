@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -30,21 +31,37 @@ BYTES_PER_BLOCK: Final = 256 * 2**20  # of unfolded activations held at a time
 
 
 def projections_of(module: nn.Module) -> tuple[str, ...]:
-    """The linear maps, by name inside the module, whose sum, with what does not depend on them, is its output."""
+    """The linear maps, by name inside the module, that its output is linear in, with what does not depend on them.
+
+    It is linear in their sum; of a transformer, whose last feed-forward goes through `proj_out`, in their product.
+    """
     names: tuple[str, ...] = ()
     if isinstance(module, ResnetBlock2D):
         names = ("conv2", "conv_shortcut")
     elif isinstance(module, ShortcutResnet):
         names = ("conv_shortcut",)
     elif isinstance(module, Transformer2DModel):
-        names = ("proj_out",)
+        names = ("proj_out", *_last_feed_forward(module))
     elif isinstance(module, (Downsample2D, Upsample2D)):
         names = ("conv",)
     elif type(module) is nn.Conv2d:
         return ("",) if module.bias is not None else ()
-    there = tuple(name for name in names if type(getattr(module, name, None)) in (nn.Conv2d, nn.Linear))
+    inside = dict(module.named_modules())
+    there = tuple(name for name in names if type(inside.get(name)) in (nn.Conv2d, nn.Linear))
     # Without its main map, or with one that is wrapped by something else, a module is left as it is.
     return there if there[:1] == names[:1] and all(module.get_submodule(n).bias is not None for n in there) else ()
+
+
+def _last_feed_forward(module: Transformer2DModel) -> tuple[str, ...]:
+    """The second map of the last block's feed-forward, where only its sum with the tokens lies before `proj_out`."""
+    number = len(module.transformer_blocks) - 1
+    block = module.transformer_blocks[number]
+    if type(block) is not BasicTransformerBlock or block._chunk_size is not None or block.norm_type != "layer_norm":
+        return ()
+    last = getattr(block.ff, "net", [None])[-1]
+    if type(block.ff) is not FeedForward or type(last) is not nn.Linear or last.bias is None:
+        return ()
+    return (f"transformer_blocks.{number}.ff.net.{len(block.ff.net) - 1}",)
 
 
 def last_absorbed(teacher: Sequence[Step], student: Mapping[str, Step], moved: Callable[[str], str], unit: str) -> str:
@@ -77,6 +94,7 @@ class Refit:
         if kind == "full":
             features = 1 + sum(_fan_in(part) for part in parts)
             self._sums = [NormalEquations(features, outputs, device) for _ in range(2)]
+            self._old = self._solution()
         else:
             self._channels = torch.zeros(2, 5, outputs, dtype=torch.float64, device=self.device_of_sums(device))
 
@@ -128,15 +146,54 @@ class Refit:
         triples = max(1, BYTES_PER_BLOCK // per_triple)
         for start in range(0, len(output) // branches, triples):
             rows = slice(start * branches, (start + triples) * branches)
-            features = [_unfolded(x[rows], part) for x, part in zip(taken, parts, strict=True)]
             missing = factor * (wanted[rows].float() - output[rows].float()).flatten(2)
+            inputs = [x[rows] for x in taken]
             if self.kind == "full":
-                now = sum(_flat_weight(part).float() @ x for part, x in zip(parts, features, strict=True))
-                target = missing + now + _biases(parts)[:, None]
-                self._add_full(calibration, first + start, torch.cat(features, 1), target)
+                features = torch.cat(self._features(inputs), 1)
+                old = self._old.to(features)
+                self._add_full(calibration, first + start, features, missing + old[:-1].T @ features + old[-1][:, None])
             else:
-                now = _flat_weight(parts[0]).float() @ features[0]
+                now = _flat_weight(parts[0]).float() @ _unfolded(inputs[0], parts[0])
                 self._add_scale(calibration, first + start, now, missing + now)
+
+    def _features(self, taken: Sequence[Tensor]) -> list[Tensor]:
+        """What the output is linear in, (R, F, L) for every projection, from what each took in."""
+        parts = self._parts()
+        features = [_unfolded(x, part) for x, part in zip(taken, parts, strict=True)]
+        if self._is_through:
+            hidden = features[1]
+            features[0] = features[0] - _flat_weight(parts[1]).float() @ hidden - _bias(parts[1]).float()[:, None]
+        return features
+
+    @property
+    def _is_through(self) -> bool:
+        """Whether the second projection's output goes through the first one."""
+        return isinstance(self.module, Transformer2DModel) and len(self.names) > 1
+
+    def _solution(self) -> Tensor:
+        """The weights (F + 1, T) in fp64 of the linear map that the module holds now, the constant last."""
+        parts = self._parts()
+        device = self.device_of_sums(parts[0].weight.device)
+        weights = [_flat_weight(part).to(device, torch.float64) for part in parts]
+        biases = [_bias(part).to(device, torch.float64) for part in parts]
+        if self._is_through:
+            weights[1], biases[1] = weights[0] @ weights[1], weights[0] @ biases[1]
+        return torch.cat([torch.cat(weights, 1), torch.stack(biases).sum(0)[:, None]], 1).T
+
+    def _tensors(self, solution: Tensor) -> dict[str, Tensor]:
+        """The projections' tensors that hold a solution (F + 1, T)."""
+        parts = self._parts()
+        weights = list(torch.split(solution[:-1].T, [_fan_in(part) for part in parts], dim=1))
+        constant = solution[-1]
+        for part in parts[1:]:
+            inner = _bias(part).to(constant)
+            constant = constant - (weights[0] @ inner if self._is_through else inner)
+        if self._is_through:
+            weights[1] = torch.linalg.solve(weights[0], weights[1])
+        tensors = {_join(self.names[0], "bias"): constant.to(parts[0].bias)}
+        for name, part, weight in zip(self.names, parts, weights, strict=True):
+            tensors[_join(name, "weight")] = weight.reshape(part.weight.shape).to(part.weight)
+        return tensors
 
     def _add_full(self, calibration: Calibration, first: int, features: Tensor, target: Tensor) -> None:
         for held_out, band, x, y in samples_of(calibration, first, features, target):
@@ -159,10 +216,7 @@ class Refit:
 
     def _solve_full(self) -> dict[str, Tensor]:
         check_finite(self._sums)
-        parts = self._parts()
         train, held_out = self._sums
-        old = torch.cat([_flat_weight(part).T for part in parts]).to(train.gram)
-        old = torch.cat([old, _biases(parts)[None].to(old)])
         both = train.plus(held_out)
         if both.samples == 0:
             return {}
@@ -171,24 +225,15 @@ class Refit:
             errors: dict[float, float] = {}
 
             def errors_at(ridge: float) -> list[float]:
-                errors[ridge] = float(held_out.error(train.solve(ridge, old)).sum())
+                errors[ridge] = float(held_out.error(train.solve(ridge, self._old)).sum())
                 return [errors[ridge]]
 
             ridge = RIDGES[best_ridges(errors_at, 1)[0]]
-            if errors[ridge] >= float(held_out.error(old).sum()):
+            if errors[ridge] >= float(held_out.error(self._old).sum()):
                 return {}
         else:
             ridge = RIDGES[-1]
-        solution = both.solve(ridge, old)
-        tensors, at = {}, 0
-        for i, (name, part) in enumerate(zip(self.names, parts, strict=True)):
-            rows = solution[at : at + _fan_in(part)]
-            at += _fan_in(part)
-            tensors[_join(name, "weight")] = rows.T.reshape(part.weight.shape).to(part.weight)
-            if i == 0:
-                shift = solution[-1] - _biases(parts).to(solution)
-                tensors[_join(name, "bias")] = (part.bias.to(shift) + shift).to(part.bias)
-        return tensors
+        return self._tensors(both.solve(ridge, self._old))
 
     def _solve_scale(self) -> dict[str, Tensor]:
         part, name = self._parts()[0], self.names[0]
@@ -234,9 +279,9 @@ def _flat_weight(part: Any) -> Tensor:
     return weight
 
 
-def _biases(parts: Sequence[Any]) -> Tensor:
-    """The sum of the biases, (T,), in fp32."""
-    return torch.stack([part.bias.detach().float() for part in parts]).sum(0)
+def _bias(part: Any) -> Tensor:
+    bias: Tensor = part.bias.detach()
+    return bias
 
 
 def _unfolded(inputs: Tensor, part: Any) -> Tensor:
