@@ -14,6 +14,8 @@ from torch import Tensor
 RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 CONSTANT_RIDGE: Final = 1e-8  # share of the number of samples; keeps a constant without samples solvable
 BYTES_PER_BLOCK: Final = 256 * 2**20  # of unfolded patches held at a time
+# Places of an image that are taken as samples: neighbours tell nearly the same, other prompts tell more.
+PLACES: Final = 64
 
 
 def memory_for_sums(device: torch.device) -> int:
@@ -38,14 +40,22 @@ class NormalEquations:
         self.energy = torch.zeros(targets, dtype=torch.float64, device=self.device)
 
     def add(self, inputs: Tensor, targets: Tensor, kernel: int, weight: float = 1.0) -> None:
-        """Take in `inputs` (N, C, H, W), zero-padded, and `targets` (N, T, H, W), each sample `weight` times."""
+        """Take in `inputs` (N, C, H, W), zero-padded, and `targets` (N, T, H, W), each sample `weight` times.
+
+        Of more than `PLACES` places as many are taken, drawn anew for every call.
+        """
+        every = inputs.shape[2] * inputs.shape[3]
+        generator = torch.Generator().manual_seed(round(self.samples * 1e6) % 2**31)
+        places = torch.randperm(every, generator=generator)[:PLACES].to(inputs.device) if every > PLACES else None
         patch_bytes = 8 * kernel**2 * inputs[0].numel()
         rows = max(1, BYTES_PER_BLOCK // patch_bytes)
         for start in range(0, len(inputs), rows):
             x, y = inputs[start : start + rows].float(), targets[start : start + rows].float()
-            patches = F.unfold(x, kernel, padding=kernel // 2).to(self.gram).transpose(0, 1).flatten(1)
+            patches, wanted = F.unfold(x, kernel, padding=kernel // 2), y.flatten(2)
+            if places is not None:
+                patches, wanted = patches[..., places], wanted[..., places]
+            patches, wanted = (part.to(self.gram).transpose(0, 1).flatten(1) for part in (patches, wanted))
             patches = torch.cat([patches, patches.new_ones(1, patches.shape[1])])
-            wanted = y.flatten(2).to(self.gram).transpose(0, 1).flatten(1)
             self.gram.addmm_(patches, patches.T, alpha=weight)
             self.cross.addmm_(patches, wanted.T, alpha=weight)
             self.energy += weight * wanted.square().sum(1)
