@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 
 from asdm_compress.assembly.store import weights_hash
 from asdm_compress.models.families import FAMILIES
-from asdm_compress.models.loading import LoadOptions, load_pipeline
+from asdm_compress.models.loading import load_pipeline
 from asdm_compress.models.saving import save_pipeline
+from asdm_compress.models.source import LoadOptions
 from asdm_compress.profiling.profile import Profile, ProfileSettings, profile
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]

@@ -10,7 +10,10 @@ import pytest
 
 from asdm_compress.profiling.profile import load_profile
 
-COMMANDS = ("profile", "assemble", "apply", "generate", "export", "lora", "recipes", "doctor")
+COMMANDS = (
+    *("profile", "assemble", "apply", "distill", "calibrate", "generate"),
+    *("switch", "optimize", "evaluate", "frontier", "report", "export", "lora", "recipes", "doctor"),
+)
 
 
 def test_help_is_complete_and_imports_no_torch():
@@ -54,6 +57,8 @@ def test_version_and_missing_command(cli):
         (["assemble", "--budget", "macs=0.7x", "--steps", "4"], 2, "cannot be split into 8"),
         (["assemble", "--budget", "macs=0.7x", "--out", "typo.yaml/x"], 2, "no folder that can be written"),
         (["assemble", "there", "--budget", "macs=0.7x"], 2, "neither model_index.json nor"),
+        (["calibrate"], 2, "calibrate takes one goal"),
+        (["calibrate", "--budget", "latency=0.5x", "--steps", "0"], 2, "Invalid value for '--steps'"),
         (["profile", "--dtype", "int3"], 2, "unknown dtype"),
         (["apply", "none.yaml"], 2, "there is no recipe"),
         (["apply", "typo.yaml"], 2, "typo.yaml:3: bugdet: unknown key"),

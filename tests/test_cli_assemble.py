@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from asdm_compress.assembly.frontier import load_frontier
+from asdm_compress.assembly.record import load_assembly
+from asdm_compress.core.distillation import load_preset, rate_for
 from asdm_compress.core.edits import has_weights
 from asdm_compress.core.recipe import load_recipe
+from asdm_compress.inheritance.schedule_file import load_schedule
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +32,18 @@ def assembled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("assembled")
     environment = {**os.environ, "ASDM_COMPRESS_CACHE": str(folder / "cache"), "NO_COLOR": "1"}
     arguments = ["assemble", "mini-sd", "--out", "out", "--json"]
-    small = ["--calibration-prompts", "3", "--held-out-prompts", "2", "--repeats", "3", "--steps", "8", "--slot", "1x1"]
+    shared = ["--calibration-prompts", "3", "--repeats", "3", "--steps", "8"]
+    small = [*shared, "--held-out-prompts", "2", "--slot", "1x1", "--neighbours", "6"]
 
-    def run(budget: str, *more: str) -> subprocess.CompletedProcess[str]:
+    def run(budget: str | None, *more: str, command=None) -> subprocess.CompletedProcess[str]:
+        options = small if command is None else shared
+        asked = [] if budget is None else ["--budget", budget]
         return subprocess.run(
-            [sys.executable, "-m", "asdm_compress", *arguments, *small, "--budget", budget, *more],
+            [sys.executable, "-m", "asdm_compress", *(command or arguments), *options, *asked, *more],
             cwd=folder, env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
 
-    result = run("macs=0.7x,params=0.75x")
+    result = run("macs=0.7x,params=0.75x", "--inherit", "latency=0.7x")
     assert result.returncode == 0, result.stderr
     return folder, json.loads(result.stdout), run
 
@@ -53,20 +64,99 @@ def test_assemble_leaves_a_student_that_meets_its_budget(assembled):
     assert (evidence.measured.macs, evidence.measured.params) == (evidence.predicted.macs, evidence.predicted.params)
     assert 0 < evidence.measured_damage < 1
     assert 0 <= evidence.damage_bound <= evidence.summed_damage * (1 + 1e-6)
+    training = recipe.distillation
+    assert training is not None
+    assert (training.preset, training.data.source) == ("mini-sd", "scenes")
+    highest = load_preset("mini-sd").optimiser.learning_rate
+    assert training.optimiser.learning_rate == rate_for(highest, evidence.held_out_damage) < highest
+    assert {pair.teacher for pair in training.pairs or ()} > {"up_blocks.3.resnets.2"}
+    assert training.expected is not None
+    assert training.expected.trained_parameters == evidence.measured.params
+    # The evidence counts one image with guidance, which is a batch of two; a backward pass counts as two.
+    passes = training.steps * training.batch * (3 * evidence.measured.macs + evidence.teacher.macs) / 2
+    assert training.expected.macs == pytest.approx(passes, rel=1e-3)
     if evidence.proven_optimal:
         assert evidence.damage_bound == pytest.approx(evidence.summed_damage, rel=1e-3)
 
 
+def test_a_student_carries_a_calibrated_schedule_that_generate_takes(assembled, cli):
+    folder, printed, _ = assembled
+    out = folder / "out"
+    entry = load_recipe(out / "recipe.yaml").inheritance
+    assert entry is not None
+    assert (entry.budget, entry.schedule) == ("latency=0.7x", "inheritance.yaml")
+    schedule = load_schedule(out / entry.schedule)
+    assert len(schedule.actions) == 8
+    assert {"calibration.json", "steps.svg", "time_psnr.svg", "inheritance.png"} <= {p.name for p in out.iterdir()}
+    assert printed["recipe"]["inheritance"]["psnr"] == entry.psnr
+    result = cli("generate", str(out), "a cross", "--steps", "8", "--inherit", "calibrated", "--json")
+    assert result.returncode == 0, result.stderr
+    assert any("inheriting calibrated" in name for name in json.loads(result.stdout)["seconds_per_image"])
+
+
 def test_the_report_is_one_file_that_needs_no_network(assembled):
     folder, _, _ = assembled
-    text = (folder / "out" / "report.html").read_text()
-    assert "data:image/png;base64," in text
-    assert text.count("<svg") == 2
+    out = folder / "out"
+    text = (out / "report.html").read_text()
+    assert text.count("data:image/png;base64,") >= 2 * 2
     for link in ('src="http', 'href="http', "url(http", "@import"):
         assert link not in text
-    with Image.open(folder / "out" / "grid.png") as grid:
+    sections = json.loads((out / "report.json").read_text())["sections"]
+    assert {"costs", "plan", "time", "predictions", "damage", "frontier", "provenance"} <= set(sections)
+    assert "### Predicted against measured" in (out / "README.md").read_text()  # the card
+    with Image.open(out / "grid.png") as grid:
         assert grid.width > 2 * 128
         assert grid.height > 2 * 128
+
+
+def test_what_the_assembly_measured_lies_beside_the_student(assembled):
+    folder, _, _ = assembled
+    recipe, found = load_recipe(folder / "out" / "recipe.yaml"), load_assembly(folder / "out" / "assembly.json")
+    evidence = recipe.evidence
+    assert evidence is not None
+    # The parts of the student add up to the whole, under the teacher's names.
+    blocks = [site for site in found.student_sites if re.fullmatch(r"[a-z_]+|(down|up)_blocks\.\d", site.path)]
+    assert sum(site.parameters for site in blocks) == evidence.measured.params
+    assert sum(site.macs for site in blocks) == evidence.measured.macs
+    assert sum(band.weight * band.held_out_damage for band in found.bands) == pytest.approx(evidence.held_out_damage)
+    assert [found.bands[0].first, found.bands[-1].last] == [1000, 0]
+    chosen = [found.option(entry.site, entry.edit) for entry in recipe.edits]
+    assert all(option is not None and option.damage > 0 for option in chosen)
+    # The terms of pairs that the search minimised are those in the file.
+    between, names = found.interaction(), [option.name for option in found.options]
+    stored = np.frombuffer(base64.b64decode(found.pair_terms), "<f4")
+    assert [between(a, b) for a, b in combinations(names, 2)] == stored.tolist()
+    for pair in found.pairs:
+        with Image.open(folder / "out" / pair.student) as image:
+            assert image.size == (128, 128)
+
+
+def test_every_plan_of_the_frontier_keeps_its_budget(assembled):
+    folder, _, _ = assembled
+    found = load_frontier(folder / "out" / "frontier.json")
+    assert (found.resource, found.also) == ("macs", ["params=0.75x"])
+    for point in found.points:
+        share = float(point.budget.removeprefix("macs=").removesuffix("x"))
+        assert found.share(point) <= share * (1 + 1e-9)
+        assert point.costs.params <= 0.75 * found.teacher.params
+        assert point.bound <= point.summed_damage * (1 + 1e-6)
+    damages = [point.summed_damage for point in found.points if point.proven]
+    assert damages == sorted(damages)
+
+
+def test_a_frontier_with_images_builds_and_measures_its_plans(assembled):
+    folder, _, run = assembled
+    small = ["--slot", "none", "--narrow", "none", "--finest", "unit", "--profile", "out/profile.json"]
+    arguments = ["--resource", "macs", "--budgets", "0.9x", "--images", "1", "--out", "front", *small]
+    result = run(None, *arguments, command=("frontier", "mini-sd", "--json"))
+    assert result.returncode == 0, result.stderr
+    (point,) = json.loads(result.stdout)["points"]
+    assert 0 < point["measured_damage"] < 1
+    assert point["measured_latency"] > 0
+    found = load_frontier(folder / "front" / "frontier.json")
+    with Image.open(folder / "front" / found.points[0].images[0].student) as image:
+        assert image.size == (128, 128)
+    shutil.rmtree(folder / "front")
 
 
 def test_a_second_budget_reuses_what_was_measured(assembled):
@@ -144,14 +234,20 @@ def test_generate_compares_student_and_teacher(assembled, cli, tmp_path):
         assert image.size == (128, 128)
 
 
-def test_the_readmes_python_runs(assembled, tmp_path):
+def test_the_python_of_readme_and_guides_runs(assembled, tmp_path):
     folder, _, _ = assembled
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    top = Path(__file__).parents[1]
+    texts = [path.read_text(encoding="utf-8") for path in (top / "README.md", *(top / "tools/guides").glob("*.md"))]
+    first, *others = [block for text in texts for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)]
+    assert others
     (tmp_path / "mini-light").symlink_to(folder / "out")
-    result = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert float(result.stdout) > 0
+    for block in (first, *others):
+        result = subprocess.run(
+            [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        if block is first:
+            assert float(result.stdout) > 0  # the latency that it prints
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals differ")

@@ -72,6 +72,13 @@ def test_reused_activations_give_the_damage_of_whole_passes(unet, calibration, f
         assert whole.total > 0
 
 
+def test_reuse_changes_no_bit(unet, calibration, few_options):
+    reused, whole = (measure_damages(unet, few_options, calibration, reuse=reuse) for reuse in (True, False))
+    assert reused == whole
+    for name, damage in whole.items():
+        assert np.array_equal(reused[name].sketch, damage.sketch)
+
+
 def test_no_edit_does_no_damage_and_a_student_does_its_plans(unet, calibration):
     assert measure_plan(unet, Plan(), calibration).total == 0
     plan = Plan({"mid_block": "drop", "up_blocks.2.layers.1": "drop"})
@@ -107,6 +114,25 @@ def test_a_kill_half_way_loses_only_the_chunk_in_work(unet, calibration, few_opt
     # Two chunks were taken from the store: only one was measured, after a word on what was known of it.
     assert len(calls) == 2 + 1 + len(few_options)
     assert measure_damages(unet, few_options, calibration, store) == expected
+
+
+def test_a_kill_within_a_chunk_that_takes_long_loses_little(unet, calibration, few_options, tmp_path, monkeypatch):
+    store = tmp_path / "damages.jsonl"
+    monkeypatch.setattr("asdm_compress.assembly.damage.KEPT_EVERY", 0.0)
+
+    class KilledError(Exception):
+        pass
+
+    def killed(done, total):
+        if done == 3:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        measure_damages(unet, few_options, calibration, store, killed)
+    calls: list[int] = []
+    again = measure_damages(unet, few_options, calibration, store, lambda done, total: calls.append(done))
+    assert calls[0] == 3
+    assert again == measure_damages(unet, few_options, calibration)
 
 
 def test_a_store_without_an_option_is_measured_again(unet, calibration, few_options, tmp_path):

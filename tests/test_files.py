@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from asdm_compress.core.errors import AsdmError, ExitCode
-from asdm_compress.core.files import check_output, output_file, output_folder
+from asdm_compress.core.files import check_output, check_space, output_file, output_folder
 
 
 def test_a_folder_appears_only_when_it_is_whole(tmp_path):
@@ -52,6 +52,12 @@ def test_places_that_cannot_be_written_are_refused_before_any_work(tmp_path, mon
         check_output(tmp_path / "model", overwrite=True, source=tmp_path / "model")
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="only Linux has it")
+def test_a_place_that_knows_no_new_folders_is_named():
+    with pytest.raises(AsdmError, match="/proc/student cannot be written"), output_folder(Path("/proc/student")):
+        pass
+
+
 def test_an_existing_folder_is_refused_or_replaced(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -63,6 +69,15 @@ def test_an_existing_folder_is_refused_or_replaced(tmp_path):
     assert [p.name for p in out.iterdir()] == ["new.txt"]
 
 
+def test_too_little_space_is_seen_before_any_work(tmp_path):
+    out = tmp_path / "deep" / "out"
+    free = shutil.disk_usage(tmp_path).free
+    check_space(out, free // 2)
+    with pytest.raises(AsdmError, match=r"not enough disk: .*out takes at least .* are free") as caught:
+        check_space(out, 4 * free)
+    assert caught.value.exit_code == ExitCode.USER
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only some systems have a device that is always full")
 def test_a_full_disk_is_one_message(tmp_path):
     with (
@@ -71,7 +86,7 @@ def test_a_full_disk_is_one_message(tmp_path):
         Path("/dev/full").open("w") as file,
     ):
         file.write("x" * 100_000)
-    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+    assert caught.value.exit_code == ExitCode.USER
     assert list(tmp_path.iterdir()) == []
 
 

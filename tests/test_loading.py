@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.models.families import FAMILIES, check_supported, random_unet
-from asdm_compress.models.loading import LoadOptions, load_pipeline, load_unet, resolve
+from asdm_compress.models.loading import load_pipeline, load_unet
 from asdm_compress.models.names import MINI_SD_FOLDER
+from asdm_compress.models.resolve import resolve, wanted_files
+from asdm_compress.models.source import LoadOptions
 
 OPTIONS = LoadOptions()
 
@@ -73,6 +75,61 @@ def test_a_named_model_is_taken_from_the_local_hub_cache(monkeypatch, tmp_path):
     (snapshot.parents[1] / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     assert resolve("sd15", OPTIONS).path == snapshot
+
+
+def in_hub_cache(cache: Path, repository: str) -> Path:
+    """The folder of a repository's only snapshot in a hub cache, and the reference to it."""
+    home = cache / f"models--{repository.replace('/', '--')}"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("abc")
+    return home / "snapshots" / "abc"
+
+
+def test_a_hub_id_is_taken_from_the_local_hub_cache(monkeypatch, tmp_path, unet):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    shutil.copytree(MINI_SD_FOLDER, in_hub_cache(tmp_path, "someone/small"))
+    found = load_pipeline("someone/small", OPTIONS)
+    assert all(torch.equal(a, b) for a, b in zip(found.unet.parameters(), unet.parameters(), strict=True))
+    # A UNet's own repository, of which another program has fetched the half-precision files alone.
+    folder = in_hub_cache(tmp_path, "someone/unet")
+    shutil.copytree(MINI_SD_FOLDER / "unet", folder)
+    path = folder / "diffusion_pytorch_model.safetensors"
+    path.rename(path.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    source = resolve("someone/unet", OPTIONS)
+    assert (source.kind, source.path) == ("unet folder", folder)
+    found = load_unet("someone/unet", OPTIONS)
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), unet.parameters(), strict=True))
+    with pytest.raises(AsdmError, match="neither a folder here nor a model that the hub gave") as caught:
+        resolve("someone/else", OPTIONS)
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+
+
+def test_of_a_repository_only_one_set_of_weights_is_fetched():
+    weights = ("diffusion_pytorch_model", "safetensors", "bin")
+    everything = [
+        f"{part}/{stem}{variant}.{suffix}"
+        for part, stem in (("unet", weights[0]), ("vae", weights[0]), ("text_encoder", "model"))
+        for variant in ("", ".fp16", ".non_ema")
+        for suffix in weights[1:]
+    ]
+    configs = ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/merges.txt", "tokenizer/vocab.json",
+               "unet/config.json"]  # fmt: skip
+    others = ["README.md", "v1-5-pruned.safetensors", "v1-5-pruned.ckpt", "v1-inference.yaml", "old/unet/config.json",
+              "old/unet/diffusion_pytorch_model.safetensors", "text_encoder/flax_model.msgpack"]  # fmt: skip
+    chosen = [f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")]
+    assert wanted_files([*everything, *configs, *others]) == sorted(
+        [*configs, *chosen, "text_encoder/model.safetensors"]
+    )
+    # Half precision where there is no other, pickles where there is nothing else, shards all of them.
+    assert wanted_files(["unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin"]) == [
+        "unet/diffusion_pytorch_model.fp16.safetensors"
+    ]
+    assert wanted_files(["vae/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"]) == [
+        "text_encoder/pytorch_model.bin", "vae/diffusion_pytorch_model.bin"
+    ]  # fmt: skip
+    shards = [f"unet/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = "unet/diffusion_pytorch_model.safetensors.index.json"
+    assert wanted_files([*shards, index, "unet/diffusion_pytorch_model.bin"]) == [*shards, index]
 
 
 @pytest.mark.parametrize("reference", ["./nothing", "/no/such/folder", "model.safetensors", "a/b/c"])
@@ -237,9 +294,24 @@ def test_a_truncated_pickle_is_named(tmp_path):
 
 def test_a_checkpoint_without_a_unet_is_named(tmp_path):
     path = tmp_path / "lora.safetensors"
-    save_file({"lora_unet_down.weight": torch.zeros(4, 4)}, path)
+    save_file({"something.weight": torch.zeros(4, 4)}, path)
     with pytest.raises(AsdmError, match="no checkpoint of Stable Diffusion"):
         load_unet(str(path), OPTIONS)
+
+
+def test_a_prediction_type_that_is_asked_for_is_held_against_the_folders_own(copy):
+    """It is for single files; a folder says itself what its UNet predicts."""
+    v, epsilon = (LoadOptions(prediction_type=kind) for kind in ("v_prediction", "epsilon"))
+    assert load_pipeline(str(copy), epsilon).scheduler.config["prediction_type"] == "epsilon"
+    with pytest.raises(AsdmError, match="the prediction type epsilon, not v_prediction"):
+        resolve(str(copy), v)
+    path = copy / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace('"epsilon"', '"v_prediction"'))
+    assert resolve(str(copy), v).kind == "pipeline folder"
+    with pytest.raises(AsdmError, match="the prediction type v_prediction, not epsilon"):
+        resolve(str(copy), epsilon)
+    with pytest.raises(AsdmError, match="a UNet alone, whose prediction type changes nothing"):
+        resolve(str(copy / "unet"), epsilon)
 
 
 def test_a_unet_alone_is_no_pipeline(copy):
@@ -312,6 +384,11 @@ def test_model_index_of_the_bundled_model_is_a_whole_stable_diffusion_pipeline()
     ("key", "words"),
     [
         ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "is a LoRA"),
+        ("lora_unet_down_blocks_0_attentions_0_proj_in.lokr_w1", "is a LoRA"),
+        ("oft_unet_down_blocks_0_attentions_0_proj_in.oft_blocks", "is a LoRA"),
+        ("ip_adapter.1.to_k_ip.weight", "is an IP-Adapter"),
+        ("adapter.body.0.resnets.0.block1.weight", "is a T2I-Adapter"),
+        ("down_blocks.0.motion_modules.0.temporal_transformer.norm.weight", "is a motion module"),
         ("unet.down_blocks.0.attentions.0.to_k.lora_A.weight", "is a LoRA"),
         ("decoder.conv_in.weight", "is a VAE"),
         ("model.diffusion_model.double_blocks.0.img_mod.lin.weight", "is a Flux model"),

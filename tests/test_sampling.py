@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from asdm_compress.core.errors import AsdmError
+from asdm_compress.evaluation.distances import frechet_distance
 from asdm_compress.evaluation.fidelity import compare
 from asdm_compress.evaluation.prompts import choose_prompts, read_prompts, understands_scenes
-from asdm_compress.evaluation.quality import frechet_distance
 from asdm_compress.reporting.grid import labelled_grid
 from asdm_compress.sampling.images import sample
 from asdm_compress.sampling.schedulers import SCHEDULERS, make_scheduler

@@ -1,21 +1,25 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, product
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from asdm_compress.assembly.calibration import Calibration
 from asdm_compress.assembly.damage import Damage
 from asdm_compress.assembly.options import Option, find_options
 from asdm_compress.assembly.polish import Problem, polish
 from asdm_compress.assembly.search import solve
-from asdm_compress.assembly.verify import Search
+from asdm_compress.assembly.verify import Attempt, Search, search_verified
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.units import Limit
 from asdm_compress.profiling.profile import ProfileSettings
+from asdm_compress.sampling.run import GuidedInputs
 
 TEACHER = {"latency": 1.0, "macs": 10_000.0, "params": 1_000.0}
 
@@ -214,7 +218,21 @@ def test_pairs_of_edits_that_a_search_may_not_use_do_not_matter(unet, mini_profi
     limits = [Limit("latency", 0.9, True)]
     search = Search(unet, mini_profile, [*options, slot], damages, limits, ProfileSettings(), None)
     pairs = {frozenset({slot.name, options[0].name}): 0.5}
-    left = search.only_taking_out()
+    left = search.suited_to(Attempt(1.0, with_weights=False))
+    assert left is not None
     assert slot not in left.options
     assert mid in left.options
     assert left.solve(left.limits, pairs, 0.0).damage < 1
+
+
+def test_a_budget_that_only_the_table_of_costs_meets_names_what_was_measured(unet, mini_profile):
+    first = find_options(unet, mini_profile, {}, {})[0]
+    far_too_good = replace(first, savings={**first.savings, "latency": mini_profile.latency})
+    inputs = GuidedInputs(torch.zeros(4, 4, 16, 16), torch.arange(4.0), torch.zeros(4, 2, 16, 64), 3.0)
+    calibration = Calibration(inputs, torch.arange(4), torch.arange(4), (0.25,) * 4, (3, 2, 1, 0))
+    damages = {far_too_good.name: Damage((0.01,), 0.01)}
+    limits = [Limit("latency", 0.001, True)]
+    search = Search(unet, mini_profile, [far_too_good], damages, limits, ProfileSettings(repeats=1), calibration)
+    with pytest.raises(AsdmError, match=r"smallest in 4 rounds of search is latency=[01]\.\d{4}x") as refused:
+        search_verified(search)
+    assert refused.value.exit_code == ExitCode.INFEASIBLE

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -17,9 +18,13 @@ from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.recipe import Base, EditEntry, Recipe, dump_recipe
 from asdm_compress.models.families import architecture
-from asdm_compress.models.loading import LoadOptions, lazy_unet, load_pipeline, resolve
+from asdm_compress.models.lazy import lazy_unet
+from asdm_compress.models.loading import load_pipeline
 from asdm_compress.models.names import MINI_SD_FOLDER
+from asdm_compress.models.resolve import resolve
+from asdm_compress.models.source import LoadOptions
 from asdm_compress.models.streaming import Entry, reading, write_safetensors, write_sharded
+from asdm_compress.workflows.publish import contents
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 PLAN = {"levels.3": "drop", "up_blocks.2.attentions.1.transformer_blocks.0.attn1": "drop"}
@@ -94,6 +99,76 @@ def test_apply_streams_the_student_that_assemble_builds(cli, recipe, tmp_path, d
         assert torch.equal(again.unet(*inputs).sample, student.float()(*inputs).sample)
 
 
+def test_a_variant_in_shards_opens_in_diffusers(cli, recipe, tmp_path, inputs):
+    arguments = ["--variant", "fp16", "--max-shard-size", "3MB"]
+    result = cli("apply", str(recipe), "mini-sd", "--out", "student", *arguments)
+    assert result.returncode == 0, result.stderr
+    files = list((tmp_path / "student").rglob("*.safetensors"))
+    assert len([path for path in files if path.parent.name == "unet"]) > 2
+    assert all(".fp16" in path.name for path in files)
+    assert {v.dtype for path in files for v in load_file(path).values() if v.is_floating_point()} == {torch.float16}
+    found = StableDiffusionPipeline.from_pretrained(tmp_path / "student", variant="fp16")
+    student = assemble(load_pipeline("mini-sd", LoadOptions()).unet, Plan(PLAN))
+    with torch.no_grad():
+        assert torch.equal(found.unet(*inputs).sample, student(*inputs).sample)
+    assert torch.equal(
+        load_pipeline(str(tmp_path / "student"), LoadOptions()).unet.conv_in.weight, student.conv_in.weight
+    )
+
+
+def test_the_card_tells_what_was_made_of_what(cli, recipe, tmp_path, unet):
+    result = cli("apply", str(recipe), "mini-sd", "--out", "student")
+    assert result.returncode == 0, result.stderr
+    card = ModelCard.load(tmp_path / "student" / "README.md")
+    facts = card.data.to_dict()
+    assert (facts["library_name"], facts["pipeline_tag"]) == ("diffusers", "text-to-image")
+    assert facts.get("base_model") is None  # the bundled model is not on the hub
+    student = assemble(unet, Plan(PLAN))
+    share = sum(p.numel() for p in student.parameters()) / sum(p.numel() for p in unet.parameters())
+    assert f"| {share:.3f}x |" in card.text
+    for words in ("# student", "mini-sd with a lighter UNet: 2 edits", "| `levels.3` | `drop` |", "No latency was"):
+        assert words in card.text
+    assert f"asdm-compress apply {recipe} mini-sd --out student" in card.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "code", "words"),
+    [
+        (["--push-to-hub", "me/student"], {"HF_HUB_OFFLINE": "1"}, 4, "HF_HUB_OFFLINE"),
+        (["--push-to-hub", "me/student"], {"HF_HUB_OFFLINE": "0"}, 4, "hf auth login"),
+        (["--push-to-hub", "me/student"], {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x"}, 4, "did not take me/student"),
+        (["--push-to-hub", "only-a-name"], {}, 2, "no name of a repository"),
+        (["--variant", "non_ema"], {}, 2, "unknown variant"),
+        (["--variant", "fp16", "--dtype", "fp32"], {}, 2, "cannot hold weights in fp32"),
+        (["--max-shard-size", "much"], {}, 2, "does not parse"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_it_is(
+    cli, recipe, tmp_path, monkeypatch, arguments, environment, code, words
+):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))  # no one is logged in there
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    result = cli("apply", str(recipe), "mini-sd", "--out", "student", *arguments)
+    assert (result.returncode, "Traceback" in result.stderr) == (code, False)
+    assert words in " ".join(result.stderr.split())
+    assert not (tmp_path / "student").exists()
+
+
+def test_what_goes_to_the_hub_opens_from_there(cli, recipe, tmp_path):
+    """Of a repository, diffusers takes only classes that are in the component's folder."""
+    assert cli("apply", str(recipe), "mini-sd", "--out", "student").returncode == 0
+    sent = {operation.path_in_repo: operation for operation in contents(tmp_path / "student")}
+    files = {p.relative_to(tmp_path / "student").as_posix() for p in (tmp_path / "student").rglob("*") if p.is_file()}
+    assert sent.keys() == files
+    with sent["model_index.json"].as_file() as file:
+        library, name = json.load(file)["unet"]
+    assert f"unet/{library}.py" in sent
+    assert name == "AssembledUNet2DConditionModel"
+
+
 def test_a_folder_with_the_fp16_variant_alone_becomes_one_that_opens_without_a_word(cli, recipe, tmp_path):
     shutil.copytree(MINI_SD_FOLDER, tmp_path / "model")
     for path in (tmp_path / "model").rglob("*.safetensors"):
@@ -106,9 +181,11 @@ def test_a_folder_with_the_fp16_variant_alone_becomes_one_that_opens_without_a_w
 def test_a_unet_folder_gives_a_unet_folder(cli, recipe, tmp_path, unet):
     result = cli("apply", str(recipe), str(MINI_SD_FOLDER / "unet"), "--out", "student")
     assert result.returncode == 0, result.stderr
-    assert {"config.json", "diffusion_pytorch_model.safetensors", "recipe.yaml"} == {
-        path.name for path in (tmp_path / "student").iterdir()
-    }
+    names = {"config.json", "diffusion_pytorch_model.safetensors", "asdm_unet.py", "recipe.yaml", "README.md"}
+    assert names == {path.name for path in (tmp_path / "student").iterdir()}
+    card = ModelCard.load(tmp_path / "student" / "README.md")
+    assert card.data.to_dict().keys() == {"library_name", "tags"}
+    assert 'AutoModel.from_pretrained("student", trust_remote_code=True)' in card.text
 
 
 @pytest.mark.parametrize("damage", ["nan", "missing", "cut"])

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asdm_compress.assembly.plan import Plan, edited, place
+from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.edits import apply_edits, edited_copy, legal_edits, removable_levels
 from asdm_compress.models.sites import find_sites
 from asdm_compress.models.tree import meta_copy, sharing_copy
-from asdm_compress.models.walk import finish, shared_prefix, start, steps_of
+from asdm_compress.models.walk import finish, shared_prefix, start, steps_of, take
 
 
 @torch.no_grad()
@@ -127,3 +128,30 @@ def test_removing_a_level_or_the_mid_block_runs(unet, inputs):
         twin = edited(unet, Plan({site: "drop"}))
         assert predict(twin, inputs).shape == inputs[0].shape
         assert not torch.equal(predict(twin, inputs), predict(unet, inputs))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plan", [{}, {"mid_block": "drop"}, {"down_blocks.3.resnets.1": "drop"}], ids=str)
+def test_freeu_is_the_same_step_by_step_and_leaves_a_kept_state_alone(unet, inputs, plan):
+    """diffusers scales the hidden state in place, which may be a skip connection at once."""
+    student = assemble(unet, Plan(plan))
+    plain = student(*inputs, return_dict=False)[0]
+    student.enable_freeu(s1=0.6, s2=0.4, b1=1.1, b2=1.2)
+    expected = student(*inputs, return_dict=False)[0]
+    steps = steps_of(student)
+    middle = next(i for i, step in enumerate(steps) if step.path.startswith("up_blocks"))
+    state = start(student, *inputs)
+    for step in steps[:middle]:
+        state = take(step, state)
+    assert torch.equal(finish(steps[middle:], state), expected)
+    assert torch.equal(finish(steps[middle:], state), expected), "the kept state has changed"
+    assert not torch.allclose(plain, expected, atol=1e-3)
+
+
+def test_a_hook_on_an_edited_copy_is_none_of_the_originals(unet):
+    before = (len(unet._forward_hooks), len(unet._forward_pre_hooks))
+    twin = edited_copy(unet, {"mid_block.attentions.0": "drop"})
+    twin.register_forward_hook(lambda *_: None, always_call=True)
+    twin.register_forward_pre_hook(lambda *_: None, with_kwargs=True)
+    assert (len(unet._forward_hooks), len(unet._forward_pre_hooks)) == before
+    assert len(twin._forward_hooks) == before[0] + 1

@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from measuring import check_alone
+
 from asdm_compress.core.provenance import processor_name, versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="a folder for measurements that stays; otherwise none is kept")
     parser.add_argument("--budgets", type=float, nargs="+", default=[SHOWN])
     arguments = parser.parse_args()
+    check_alone()
     rows: list[dict[str, Any]] = []
     RESULTS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -22,6 +22,7 @@ import matplotlib
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from measuring import check_alone
 from rival_plans import (
     BK_PATTERNS,
     greedy,
@@ -35,17 +36,20 @@ from rival_plans import (
 
 from asdm_compress.assembly.calibration import Calibration, record
 from asdm_compress.assembly.damage import compare_predictions, measure_damages, measure_plan
+from asdm_compress.assembly.in_time import measured_ratio
 from asdm_compress.assembly.options import Option
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.plan_fit import fit_plan
 from asdm_compress.assembly.surgery import assemble
-from asdm_compress.assembly.verify import Search, Verified, measured_ratio, search_verified
+from asdm_compress.assembly.verify import Search, Verified, search_verified
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.core.units import Limit
+from asdm_compress.evaluation.distances import frechet_distance
 from asdm_compress.evaluation.fidelity import to_tensor
-from asdm_compress.evaluation.quality import assess, frechet_distance, scene_features
-from asdm_compress.models.loading import LoadOptions, load_pipeline
+from asdm_compress.evaluation.quality import assess, scene_features
+from asdm_compress.models.loading import load_pipeline
+from asdm_compress.models.source import LoadOptions
 from asdm_compress.profiling.profile import ProfileSettings
 from asdm_compress.sampling.images import Samples, sample
 from asdm_compress.sampling.settings import SamplingSettings
@@ -122,7 +126,14 @@ class Bench:
         try:
             ours = search_verified(
                 Search(
-                    self.teacher, found.profile, options, found.damages, limits, self.shape, found.calibration, "full"
+                    self.teacher,
+                    found.profile,
+                    options,
+                    found.damages,
+                    limits,
+                    self.shape,
+                    found.calibration,
+                    self.refit,
                 )
             )
         except AsdmError as error:
@@ -182,6 +193,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=SamplingSettings().guidance)
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     arguments = parser.parse_args()
+    check_alone()
     first = arguments.budgets[0]
     bench = Bench(arguments.prompts, arguments.guidance, first)
     bench.keep(1.0, "teacher", Plan({}), bench.teacher, ratio=1.0)
@@ -192,10 +204,10 @@ def main() -> None:
             bench.keep_ours(budget, "ours", bench.found.verified)
         else:
             bench.search(budget, "ours", bench.found.options)
-        if budget == SHOWN:
-            bench.search(budget, "ours, only taking out", without_weights(bench.found.options))
         bench.rivals(budget)
         _write(bench)
+    if SHOWN in arguments.budgets:
+        bench.search(SHOWN, "ours, only taking out", without_weights(bench.found.options))
     _fitted_patterns(bench)
     _write(bench)
 

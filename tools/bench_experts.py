@@ -9,20 +9,15 @@ not timed, as the rest of a UNet does between two calls of one of its layers.
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
+from measuring import Bench, Turns, measured
 from torch import Tensor
 
 from asdm_compress.core.edits import ConvSpec
-from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.models.expert_conv import Moment, MultiExpertConv2d
 
-RESULTS = Path(__file__).parent / "results" / "experts.json"
 EXPERTS, STEPS, RUNS = 8, 25, 9
 # Channels and latent size of SD 1.5's levels; a batch of 2 is one image with guidance.
 SHAPES = ((320, 64), (640, 32), (1280, 16), (1280, 8))
@@ -33,34 +28,29 @@ ROUTINGS = ("timestep", "feature", "both")
 @torch.no_grad()
 def main() -> None:
     """Time every shape with every routing."""
-    rows: list[dict[str, Any]] = []
-    for channels, size in SHAPES:
-        for kernel in (1, 3):
-            images = torch.randn(2, channels, size, size)
-            layers = {"none": _layer(channels, ConvSpec(kernel))}
-            layers |= {r: _layer(channels, ConvSpec(kernel, experts=EXPERTS, routing=r)) for r in ROUTINGS}  # type: ignore[arg-type]
-            _run(_layer(channels, ConvSpec(kernel)), images)  # what the first use of a shape costs belongs to no layer
-            first = {name: _run(layer, images) for name, layer in layers.items()}
-            times: dict[str, list[float]] = {name: [] for name in layers}
-            for _ in range(RUNS):
-                for name, layer in layers.items():
-                    times[name].append(_run(layer, images))
-            row = {
-                "channels": channels,
-                "size": size,
-                "kernel": kernel,
-                "plain_ms": 1e3 * median(times["none"]) / STEPS,
-            }
-            for name in ROUTINGS:
-                ratios = [a / b for a, b in zip(times[name], times["none"], strict=True)]
-                row |= {
-                    f"{name}_ratio": round(median(ratios), 4),
-                    f"{name}_first_ratio": round(first[name] / first["none"], 4),
-                }
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    content = {"experts": EXPERTS, "steps": STEPS, "device": processor_name(), "versions": versions(), "rows": rows}
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with measured("experts", __doc__) as bench:
+        for channels, size in SHAPES:
+            for kernel in (1, 3):
+                _case(bench, channels, size, kernel)
+
+
+def _case(bench: Bench, channels: int, size: int, kernel: int) -> None:
+    images = torch.randn(2, channels, size, size)
+    layers = {"none": _layer(channels, ConvSpec(kernel))}
+    layers |= {r: _layer(channels, ConvSpec(kernel, experts=EXPERTS, routing=r)) for r in ROUTINGS}  # type: ignore[arg-type]
+    _run(_layer(channels, ConvSpec(kernel)), images)  # what the first use of a shape costs belongs to no layer
+    first = {name: _run(layer, images) for name, layer in layers.items()}
+    times: dict[str, list[float]] = {name: [] for name in layers}
+    for _ in range(RUNS):
+        for name, layer in layers.items():
+            times[name].append(_run(layer, images))
+    turns = Turns(times)
+    row: dict[str, object] = {"channels": channels, "size": size, "kernel": kernel, "experts": EXPERTS, "steps": STEPS}
+    row["plain_ms"] = 1e3 * turns.median("none").value / STEPS
+    for name in ROUTINGS:
+        row[f"{name}_ratio"] = turns.ratio(name, "none")
+        row[f"{name}_first_ratio"] = first[name] / first["none"]
+    bench.add(row)
 
 
 def _layer(channels: int, spec: ConvSpec) -> MultiExpertConv2d:

@@ -17,19 +17,21 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from measuring import check_alone
 
 from asdm_compress.assembly.calibration import Calibration
+from asdm_compress.assembly.in_time import measured_ratio
 from asdm_compress.assembly.option_fit import fitting_places
 from asdm_compress.assembly.options import Option, find_options, slot_specs, teacher_costs, useful_options
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.plan_fit import fit_plan
 from asdm_compress.assembly.search import solve
 from asdm_compress.assembly.surgery import assemble
-from asdm_compress.assembly.verify import measured_ratio
 from asdm_compress.core.defaults import NARROW_SHARES
 from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.core.units import Limit
-from asdm_compress.models.loading import LoadOptions, load_unet
+from asdm_compress.models.loading import load_unet
+from asdm_compress.models.source import LoadOptions
 from asdm_compress.profiling.profile import ProfileSettings, profile
 from asdm_compress.profiling.slot_costs import places_of, slot_costs
 from asdm_compress.sampling.run import GuidedInputs
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--triples", type=int, default=16, help="calibration triples of the single fits")
     arguments = parser.parse_args()
+    check_alone()
     settings = ProfileSettings(text_tokens=TOKENS, repeats=arguments.repeats, channels_last=True)
     result: dict[str, Any] = {"model": MODEL, "dtype": "bf16", "device": processor_name(), "versions": versions()}
     teacher = load_unet(MODEL, LoadOptions(dtype=torch.bfloat16, random_weights=True))
@@ -89,7 +92,7 @@ def _planned(
     predicted = solution.costs["latency"] / costs.latency
     return {
         "budget": share,
-        "edits": len(solution.plan.edits),
+        "edits": dict(solution.plan.edits),
         "predicted_latency_ratio": round(predicted, 4),
         "measured_latency_ratio": round(ratio, 4),
         "off": round(ratio / predicted - 1, 4),

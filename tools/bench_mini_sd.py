@@ -17,9 +17,11 @@ import torch
 from mini_sd.reader import degrade
 
 from asdm_compress.core.provenance import processor_name, versions
+from asdm_compress.evaluation.distances import frechet_distance
 from asdm_compress.evaluation.fidelity import to_tensor
-from asdm_compress.evaluation.quality import accuracy_by_count, frechet_distance, scene_features
-from asdm_compress.models.loading import LoadOptions, load_pipeline
+from asdm_compress.evaluation.quality import accuracy_by_count, scene_features
+from asdm_compress.models.loading import load_pipeline
+from asdm_compress.models.source import LoadOptions
 from asdm_compress.sampling.images import sample
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.scenes.captions import Caption, caption_of

@@ -21,7 +21,8 @@ from asdm_compress.assembly.damage import chunks_of, measure_plan
 from asdm_compress.assembly.narrowing import InnerSums, collecting, narrowed_state, taylor_importance
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.core.provenance import processor_name, versions
-from asdm_compress.models.loading import LoadOptions, load_pipeline
+from asdm_compress.models.loading import load_pipeline
+from asdm_compress.models.source import LoadOptions
 from asdm_compress.models.walk import finish, start, steps_of
 from asdm_compress.models.widths import Inner, inner_widths
 from asdm_compress.sampling.settings import SamplingSettings

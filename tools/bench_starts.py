@@ -24,7 +24,8 @@ from asdm_compress.core.defaults import CALIBRATION_PROMPTS
 from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.evaluation.quality import assess
 from asdm_compress.models.edits import SlotWeights
-from asdm_compress.models.loading import LoadOptions, load_pipeline
+from asdm_compress.models.loading import load_pipeline
+from asdm_compress.models.source import LoadOptions
 from asdm_compress.sampling.images import sample
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.scenes.captions import sample_captions

@@ -36,7 +36,8 @@ from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.evaluation.quality import assess
 from asdm_compress.models.edits import SlotWeights
 from asdm_compress.models.expert_conv import Moment
-from asdm_compress.models.loading import LoadOptions, load_pipeline
+from asdm_compress.models.loading import load_pipeline
+from asdm_compress.models.source import LoadOptions
 from asdm_compress.models.walk import State, Step, start, steps_of, take
 from asdm_compress.sampling.images import sample
 from asdm_compress.sampling.settings import SamplingSettings
@@ -156,6 +157,7 @@ def _descend(
     kept = [p.detach().clone() for p in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
+        parameter.data = parameter.data.contiguous()  # L-BFGS flattens gradients, which lie as the weights do
     optimizer = torch.optim.LBFGS(parameters, lr=1.0, max_iter=4, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> float:

@@ -1,23 +1,28 @@
-"""Write the recipes of published students into recipes/: which modules BK-SDM, Segmind and depth patterns take out.
+"""Write recipes/: the plans of published students, depth patterns, and ours for latency budgets of SD 1.x and 2.x.
 
     python tools/make_recipes.py
 
-They are plans alone, without any search of ours; `tests/test_recipes.py` replays every one of them.
+All are plans alone, without any search; `tests/test_recipes.py` replays every one of them. Ours are rungs of
+`ladder.py`: those that `bench_recipes.py` has found to keep a budget, and none where it has not measured yet.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from diffusers import UNet2DConditionModel
+from ladder import RUNGS, plan_of
 
 from asdm_compress.core.edits import DROP
 from asdm_compress.models.families import FAMILIES, architecture
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+MEASURED = Path(__file__).parent / "results" / "recipes.json"
 BASE = {
     **{f"down_blocks.{i}.layers.1": DROP for i in range(3)},
     "down_blocks.3.resnets.1": DROP,
@@ -29,9 +34,20 @@ TINY = {
     **{site: edit for site, edit in BASE.items() if not site.startswith(("down_blocks.3", "up_blocks.0"))},
     "levels.3": DROP,
 }
-BK_SOURCE = "BK-SDM (Kim et al., 2305.15798), the removals of its public code (Nota-NetsPresso/BK-SDM e13670c)"
-SEGMIND_SOURCE = "Segmind distill-sd, whose {} has the architecture of BK-SDM-{}"
-SHALLOW_SOURCE = "A depth pattern: layers per level, shallow levels first, where few weights take much of the compute"
+BK_SOURCE = "BK-SDM (Kim et al., 2305.15798), the removals of its public code (Nota-NetsPresso/BK-SDM e13670c)."
+SEGMIND_SOURCE = "Segmind distill-sd, whose {} has the architecture of BK-SDM-{}."
+SHALLOW_SOURCE = "A depth pattern: layers per level, shallow levels first, where few weights take much of the compute."
+LADDER_SOURCE = """\
+The first {rungs} of the {all} rungs of tools/ladder.py, which says where their order comes from: what BK-SDM
+(2305.15798) takes out of every level, shallow levels first; self-attention at the highest resolution (2504.21292 on how
+local it is); the middle and the deepest level, as BK-SDM-Small and -Tiny; the transformers of the highest resolution,
+where SDXL (2307.01952) has none.
+Latency: {ratio:.3f} of the teacher's {clock}, on {device} (CPU threads: {threads}), bf16, batch {batch}, 512 px, random
+weights (tools/bench_recipes.py, tools/results/recipes.json). On another machine it is another: time it there.
+DAMAGE: NOT MEASURED, on no pre-trained weights: none were at hand. Compare pictures before using a student, and expect
+to distil one of a small budget. For a plan by what edits do to your own checkpoint, on your own machine:
+asdm-compress assemble YOUR-MODEL --budget latency={budget}x"""
+FAMILY_NAMES = {"sd15": "sd15", "sd21-base": "sd21"}
 GENERATIONS = {"v1": "sd15", "v2": "sd21-base"}
 
 
@@ -57,9 +73,27 @@ def main() -> None:
     for depths in ((1, 2, 2, 2), (1, 1, 2, 2), (1, 1, 1, 2)):
         for version, family in GENERATIONS.items():
             _write(f"shallow-{'-'.join(map(str, depths))}-{version}", family, shallow(depths), SHALLOW_SOURCE)
+    if MEASURED.exists():
+        write_measured(json.loads(MEASURED.read_text(encoding="utf-8")), RECIPES)
 
 
-def _write(name: str, family: str, edits: dict[str, str], source: str) -> None:
+def write_measured(measured: Mapping[str, Any], folder: Path) -> None:
+    """Our recipe for every budget that a rung was measured to keep."""
+    for family, budgets in measured["budgets"].items():
+        for budget, rungs in budgets.items():
+            edits = plan_of(rungs)
+            row = next(r for r in measured["rows"] if (r["model"], r["edits"]) == (family, edits))
+            source = LADDER_SOURCE.format(
+                rungs=rungs, all=len(RUNGS), ratio=row["latency_ratio"], device=measured["device"],
+                threads=measured["threads"], clock=measured["clock"], batch=measured["batch"], budget=budget,
+            )  # fmt: skip
+            name = f"{FAMILY_NAMES[family]}-latency-{budget}x"
+            _write(name, family, edits, source, [f"latency={budget}x"], folder)
+
+
+def _write(
+    name: str, family: str, edits: dict[str, str], source: str, budget: list[str] | None = None, folder: Path = RECIPES
+) -> None:
     with torch.device("meta"):
         facts: dict[str, Any] = architecture(UNet2DConditionModel(**FAMILIES[family].unet_config))
     # Inpainting, depth and instruction checkpoints differ in their first convolution alone.
@@ -69,9 +103,12 @@ def _write(name: str, family: str, edits: dict[str, str], source: str) -> None:
         "base": {"model": family, "architecture": facts},
         "edits": [{"site": site, "edit": edit} for site, edit in edits.items()],
     }
-    comments = f"# {source}.\n# For every checkpoint of this architecture, inpainting and depth variants among them.\n"
+    if budget:
+        content["budget"] = budget
+    said = f"{source}\nFor every checkpoint of this architecture, inpainting and depth variants among them."
+    comments = "".join(f"# {line}\n" for line in said.splitlines())
     text = yaml.safe_dump(content, sort_keys=False, width=120, allow_unicode=True)
-    (RECIPES / f"{name}.yaml").write_text(comments + text, encoding="utf-8")
+    (folder / f"{name}.yaml").write_text(comments + text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,17 +11,31 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from asdm_compress.core.defaults import BANDS, MOMENTS, PROBES
 from asdm_compress.core.errors import AsdmError
+from asdm_compress.core.processes import ALONE, Processes
 from asdm_compress.sampling.run import GuidedInputs, SamplingRun
 from asdm_compress.sampling.settings import SamplingSettings, check_text_to_image, encode
 
-DEFAULT_BANDS: Final = 8
+DEFAULT_BANDS: Final = BANDS
 PERTURBATION: Final = 0.05  # of the noise prediction's norm, when the sampler's response is measured
-PROBES: Final = 8  # runs whose response is measured
-MOMENTS: Final = 384  # about as many are kept: at least one per prompt, at most one per prompt and band
 TOGETHER: Final = 16  # prompts that are sampled at once: bounds the memory
 
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much is recorded: about so many `moments`, at least one per prompt, at most one per prompt and band.
+
+    `probes` are the runs whose response to an error says how much each band matters.
+    """
+
+    moments: int = MOMENTS
+    probes: int = PROBES
+
+
+THOROUGH: Final = Effort()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +114,13 @@ def record(
     bands: int = DEFAULT_BANDS,
     progress: Progress | None = None,
     band_weights: tuple[float, ...] | None = None,
+    effort: Effort = THOROUGH,
+    processes: Processes = ALONE,
 ) -> Calibration:
-    """Run the sampler on the prompts and keep about `MOMENTS` moments, at most one per prompt and band.
+    """Run the sampler on the prompts and keep moments, at most one per prompt and band.
 
-    The bands' weights are measured (see `measure_band_weights`) unless they are known and given. Raises AsdmError
+    The bands' weights are measured (see `measure_band_weights`) unless they are known and given. Several processes
+    share the prompts, `TOGETHER` at a time, and each has the whole result, that of one. Raises AsdmError
     without prompts, with fewer steps than bands, and for a scheduler that calls the UNet more than once per step.
     """
     if not prompts:
@@ -111,14 +128,13 @@ def record(
     check_bands(settings.steps, bands)
     check_text_to_image(pipeline)
     report = progress or (lambda done, total: None)
-    probe_steps = (
-        0 if band_weights else settings.steps + sum(settings.steps - s for s in _middles(settings.steps, bands))
-    )
-    starts = range(0, len(prompts), TOGETHER)
+    probed = processes.share(_middles(settings.steps, bands))
+    probe_steps = 0 if band_weights else settings.steps + sum(settings.steps - step for step in probed)
+    starts = processes.share(range(0, len(prompts), TOGETHER))
     total = len(starts) * settings.steps + probe_steps
     texts = encode(pipeline, prompts, settings.guidance)
-    picks = _pick_steps(len(prompts), settings, bands)
-    kept: list[tuple[Tensor, ...]] = []
+    picks = _pick_steps(len(prompts), settings, bands, effort.moments)
+    kept: dict[int, list[tuple[Tensor, ...]]] = {}
     for number, start in enumerate(starts):
         here = slice(start, start + TOGETHER)
         run = SamplingRun(pipeline, texts[here], replace(settings, seed=settings.seed + start))
@@ -127,9 +143,12 @@ def record(
             rows = (picks[:, here] == step).any(dim=0).nonzero()[:, 0]
             when = run.timesteps[step].expand(len(rows))
             at = torch.full((len(rows),), step)
-            kept.append((model_input[rows].clone(), when, texts[here][rows], at, start + rows))
+            moments = (model_input[rows].clone(), when, texts[here][rows], at, start + rows)
+            kept.setdefault(start, []).append(moments if processes.count == 1 else tuple(x.cpu() for x in moments))
             report(number * settings.steps + step + 1, total)
-    samples, timesteps, kept_texts, steps, kept_prompts = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    everything = {start: parts for share in processes.gather(kept) for start, parts in share.items()}
+    in_order = [part for start in sorted(everything) for part in everything[start]]
+    samples, timesteps, kept_texts, steps, kept_prompts = (torch.cat(parts) for parts in zip(*in_order, strict=True))
     # Moments of one time lie side by side, for convolutions that are routed by it.
     order = torch.argsort(steps, stable=True)
     samples, timesteps, kept_texts, kept_prompts = (
@@ -142,9 +161,11 @@ def record(
         def probing(taken: int, _: int) -> None:
             report(done + taken, total)
 
-        band_weights = measure_band_weights(pipeline, texts[:PROBES], settings, bands, probing)
+        band_weights = measure_band_weights(pipeline, texts[: effort.probes], settings, bands, probing, processes)
     inputs = GuidedInputs(samples, timesteps, kept_texts, settings.guidance)
-    return Calibration(inputs, kept_bands, kept_prompts, band_weights, _boundaries(run.timesteps, bands))
+    schedule = SamplingRun(pipeline, texts[:1], settings).timesteps
+    found = Calibration(inputs, kept_bands, kept_prompts, band_weights, _boundaries(schedule, bands))
+    return found.to(pipeline.device)
 
 
 @torch.no_grad()
@@ -154,17 +175,19 @@ def measure_band_weights(
     settings: SamplingSettings,
     bands: int,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[float, ...]:
     """How much an equal relative error of the prediction in each band moves the final latent; sums to 1.
 
     In the middle of every band a small random error is put into one step of a fork of the run, and both are run to the
     end: ‖Δx_0‖² per ‖Δε‖², the median over the runs (single runs can jump to another picture), times the prediction's
     energy and the band's number of steps. Always in fp32: in half precision, rounding alone moves the end as far.
+    Several processes share the forks.
     """
     exact = pipeline.unet if pipeline.unet.dtype == torch.float32 else copy.deepcopy(pipeline.unet).float()
     report = progress or (lambda done, total: None)
     run = SamplingRun(pipeline, texts, settings, exact)
-    middles = _middles(settings.steps, bands)
+    middles = processes.share(_middles(settings.steps, bands))
     total = settings.steps + sum(settings.steps - step for step in middles)
     forks: list[tuple[SamplingRun, Tensor]] = []
     energy: list[float] = []
@@ -177,17 +200,20 @@ def measure_band_weights(
             noise = torch.randn(prediction.shape, generator=torch.Generator().manual_seed(step)).to(prediction)
             forks.append((fork, noise * PERTURBATION * energy[-1] ** 0.5))
         report(done := done + 1, total)
-    weights = []
-    for band, (fork, error) in enumerate(forks):
+    gains: dict[int, float] = {}
+    for fork, error in forks:
         step = fork.step
+        band = step * bands // settings.steps
         fork.advance(error.add)
         while not fork.finished:
             fork.advance()
         moved = (fork.latents - run.latents).double().square().mean(dim=(1, 2, 3))
         gain = float((moved / error.double().square().mean(dim=(1, 2, 3))).median())
         steps_in_band = sum(i * bands // settings.steps == band for i in range(settings.steps))
-        weights.append(gain * energy[step] * steps_in_band)
+        gains[band] = gain * energy[step] * steps_in_band
         report(done := done + settings.steps - step, total)
+    together = {band: gain for share in processes.gather(gains) for band, gain in share.items()}
+    weights = [together[band] for band in range(bands)]
     return tuple(weight / sum(weights) for weight in weights)
 
 
@@ -203,7 +229,7 @@ def _middles(steps: int, bands: int) -> list[int]:
     return [members[len(members) // 2] for members in in_band]
 
 
-def _pick_steps(count: int, settings: SamplingSettings, bands: int) -> Tensor:
+def _pick_steps(count: int, settings: SamplingSettings, bands: int, moments: int) -> Tensor:
     """For every band and prompt a random step of the band, or -1 where the prompt has no moment in it, (bands, count).
 
     Few moments of many prompts tell more than many moments of few: those of one run look alike.
@@ -214,7 +240,7 @@ def _pick_steps(count: int, settings: SamplingSettings, bands: int) -> Tensor:
         members = torch.tensor([i for i in range(settings.steps) if i * bands // settings.steps == band])
         picks.append(members[torch.randint(len(members), (count,), generator=generator)])
     steps = torch.stack(picks)
-    each = min(bands, -(-MOMENTS // count))
+    each = min(bands, -(-moments // count))
     taken = torch.zeros(bands)
     for prompt in range(count):
         order = (taken + torch.rand(bands, generator=generator) / 2).argsort()  # the least taken first

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from asdm_compress.assembly.calibration import Calibration
 from asdm_compress.assembly.options import Option
 from asdm_compress.assembly.plan import Plan, edited
 from asdm_compress.core.files import CACHE_HINT, disk_errors
+from asdm_compress.core.processes import ALONE, Processes, files_of_all
 from asdm_compress.models.edits import SlotWeights
 from asdm_compress.models.walk import State, Step, finish, shared_prefix, start, steps_of, take
 from asdm_compress.sampling.run import GuidedInputs
@@ -26,6 +29,7 @@ from asdm_compress.sampling.run import GuidedInputs
 Progress = Callable[[int, int], None]
 CHUNK = 16  # triples at a time: bounds the memory of the kept activations
 SKETCH = 64  # numbers that stand for one triple's error
+KEPT_EVERY = 30.0  # seconds: a kill loses no more of a chunk that takes long
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +63,15 @@ def measure_damages(
     store: Path | None = None,
     progress: Progress | None = None,
     slot_weights: Mapping[str, SlotWeights] | None = None,
+    processes: Processes = ALONE,
+    reuse: bool = True,
 ) -> dict[str, Damage]:
     """The one-shot damage of every option by name.
 
     The teacher's activations are kept before every unit, and each edited pass starts at the edit, so that an edit costs
-    about half a forward pass. With a `store`, finished chunks of triples are kept there and not measured again, also
-    after a kill. `slot_weights` are what the options bring along, by option.
+    about half a forward pass; without `reuse` every pass starts at the input, with the same result. With a `store`,
+    what is measured is kept there and not measured again, also after a kill. `slot_weights` are what the
+    options bring along, by option. Of several processes each measures options of its own and keeps a file of its own.
     """
     names, given = [o.name for o in options], slot_weights or {}
     known = _read_store(store)
@@ -74,25 +81,28 @@ def measure_damages(
     teacher_steps = steps_of(unet)
     students = {o.name: steps_of(edited(unet, o.plan, given.get(o.name))) for o in options}
     for number, (first, last) in enumerate(chunks):
-        kept = known.setdefault(number, {"energy": None, "errors": {}, "sketches": {}})
+        kept = known.setdefault(number, _empty_record(None))
         missing = [name for name in names if name not in kept["errors"]]
         report((number + 1) * len(options) - len(missing), total)
         if not missing:
             continue
         part = calibration.part(first, last)
         states, reference = teacher_pass(unet, teacher_steps, part)
-        record: dict[str, Any] = {"energy": _squares(reference), "errors": {}, "sketches": {}}
+        kept["energy"] = _squares(reference)
+        file = None if store is None else processes.file(store)
+        record, since = _empty_record(kept["energy"]), time.monotonic()
         for i, name in enumerate(missing):
             steps = students[name]
-            begin = shared_prefix(teacher_steps, steps)
+            begin = shared_prefix(teacher_steps, steps) if reuse else 0
             prediction = part.guided(finish(steps[begin:], states[begin]))
             record["errors"][name] = _squares(prediction - reference)
             record["sketches"][name] = _as_text(sketch(prediction - reference))
+            if i + 1 == len(missing) or time.monotonic() - since >= KEPT_EVERY:
+                kept["errors"].update(record["errors"])
+                kept["sketches"].update(record["sketches"])
+                _append_to_store(file, number, record)
+                record, since = _empty_record(kept["energy"]), time.monotonic()
             report((number + 1) * len(options) - len(missing) + i + 1, total)
-        kept["energy"] = record["energy"]
-        kept["errors"].update(record["errors"])
-        kept["sketches"].update(record["sketches"])
-        _append_to_store(store, number, record)
     return _damages(names, known, calibration)
 
 
@@ -201,17 +211,20 @@ def _squares(values: torch.Tensor) -> list[float]:
     return result
 
 
+def _empty_record(energy: Sequence[float] | None) -> dict[str, Any]:
+    return {"energy": energy, "errors": {}, "sketches": {}}
+
+
 def _read_store(store: Path | None) -> dict[int, dict[str, Any]]:
-    """What is kept of every chunk; a line that a kill left half-written is measured again."""
+    """What any process has kept of every chunk; a line that a kill left half-written is measured again."""
     known: dict[int, dict[str, Any]] = {}
-    if store is None or not store.exists():
-        return known
-    for line in store.read_text(encoding="utf-8").splitlines():
+    files = [] if store is None else files_of_all(store)
+    for line in chain.from_iterable(file.read_text(encoding="utf-8").splitlines() for file in files):
         try:
             record: Mapping[str, Any] = json.loads(line)
         except json.JSONDecodeError:
             continue
-        kept = known.setdefault(record["chunk"], {"energy": record["energy"], "errors": {}, "sketches": {}})
+        kept = known.setdefault(record["chunk"], _empty_record(record["energy"]))
         kept["errors"].update(record["errors"])
         kept["sketches"].update(record["sketches"])
     return known

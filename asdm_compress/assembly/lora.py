@@ -10,7 +10,9 @@ from typing import Final
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from asdm_compress.assembly.surgery import StudentSpec
+from asdm_compress.assembly.plan import Plan
+from asdm_compress.assembly.surgery import StudentSpec, specify
+from asdm_compress.core.edits import SUBPIXEL
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.ldm import UNET_PREFIX, unet_to_ldm
 
@@ -21,6 +23,10 @@ _END: Final = re.compile(
     r"\.(lora_down|lora_up|lora_mid|alpha|dora_scale|hada_\w+|lokr_\w+|diff|diff_b|lora_A|lora_B|lora_magnitude_vector"
     r"|lora\.down|lora\.up|lora_linear_layer\.down|lora_linear_layer\.up)(\.|$)"
 )
+
+# The two factors of a low-rank product: the first takes what the module takes, the second gives what it gives.
+_DOWN: Final = re.compile(r"\.(lora_down|lora_A|lora\.down|lora_linear_layer\.down)\.")
+_UP: Final = re.compile(r"\.(lora_up|lora_B|lora\.up|lora_linear_layer\.up)\.")
 
 _PROCESSOR: Final = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.")
 
@@ -33,15 +39,16 @@ class RemappedLora:
     left_out: Mapping[str, str]
 
 
-def remap_lora(tensors: Mapping[str, Tensor], teacher: UNet2DConditionModel, spec: StudentSpec) -> RemappedLora:
-    """Rename a LoRA's tensors from the teacher's modules to the student's.
+def remap_lora(tensors: Mapping[str, Tensor], teacher: UNet2DConditionModel, plan: Plan) -> RemappedLora:
+    """Rename a LoRA's tensors from the teacher's modules to those of the student of a plan.
 
     Knows kohya's names, in diffusers' and in the original numbering, and peft's. Tensors of text encoders stay as they
     are. Those of modules that the student does not have, or has in another shape, are left out and named. Raises
-    AsdmError for a file that is no LoRA of this teacher's UNet.
+    AsdmError for a file that is no LoRA of this teacher's UNet, also where only the widths tell: the names are the same
+    in Stable Diffusion 1.x and 2.x.
     """
-    modules = _modules(teacher)
-    moved = _moved(spec)
+    modules, weights = _modules(teacher), teacher.state_dict()
+    moved, recast = _moved(specify(teacher, plan))
     found: dict[str, Tensor] = {}
     left_out: dict[str, str] = {}
     known = 0
@@ -55,14 +62,30 @@ def remap_lora(tensors: Mapping[str, Tensor], teacher: UNet2DConditionModel, spe
             left_out[module] = "the teacher has no such module"
             continue
         known += 1
+        _check_widths(teacher_module, rest, tensor, weights[f"{teacher_module}.weight"])
         student_module = moved.get(teacher_module)
         if student_module is None:
-            left_out[module] = "the student does not have this module, or has it narrowed"
+            form = recast.get(teacher_module)
+            left_out[module] = (
+                f"the student has this module {form}" if form else "the student does not have this module"
+            )
             continue
         found[f"{head}{_as_written(student_module, head)}{rest}"] = tensor
     if not known:
         raise AsdmError("this file is no LoRA of this model's UNet", "Is it a LoRA of another family, or a checkpoint?")
     return RemappedLora(found, left_out)
+
+
+def _check_widths(module: str, rest: str, factor: Tensor, weight: Tensor) -> None:
+    """Raise AsdmError where a factor takes or gives other channels than the teacher's module."""
+    for pattern, axis, does in ((_DOWN, 1, "takes"), (_UP, 0, "gives")):
+        fits = min(factor.ndim, weight.ndim) < 2 or factor.shape[axis] == weight.shape[axis]
+        if pattern.match(rest) and not fits:
+            raise AsdmError(
+                f"this LoRA is of another model: at {module} it {does} {factor.shape[axis]} channels, and the teacher "
+                f"{weight.shape[axis]}",
+                "A LoRA goes with one family only, Stable Diffusion 1.x or 2.x.",
+            )
 
 
 def _split(name: str) -> tuple[str, str, str]:
@@ -92,8 +115,12 @@ def _modules(teacher: UNet2DConditionModel) -> dict[tuple[str, str], str]:
     return found
 
 
-def _moved(spec: StudentSpec) -> dict[str, str]:
-    """The teacher's modules that the student has as they were, to their paths there."""
-    own = {key.rpartition(".")[0] for key in spec.slot_map}
-    paths = {key.rpartition(".")[0]: source.rpartition(".")[0] for key, source in spec.weight_map.items()}
-    return {source: path for path, source in paths.items() if path not in own}
+def _moved(spec: StudentSpec) -> tuple[dict[str, str], dict[str, str]]:
+    """The teacher's modules that the student has as they were, to their paths there; and those that it has in another
+    form, to which."""
+    paths = {source.rpartition(".")[0]: key.rpartition(".")[0] for key, source in spec.weight_map.items()}
+    recast = {f"{unit}.{name.rpartition('.')[0]}": "narrowed" for unit, name in spec.slot_map.values()}
+    # The weights of such an upsampler are the teacher's, but its convolution is no layer that a LoRA can be put on.
+    subpixel = {f"{site}.conv" for site, edit in spec.edits.items() if edit == SUBPIXEL}
+    recast |= {source: "as a sub-pixel convolution" for source, path in paths.items() if path in subpixel}
+    return {source: path for source, path in paths.items() if source not in recast}, recast

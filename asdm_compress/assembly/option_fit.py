@@ -22,6 +22,7 @@ from asdm_compress.assembly.refit import Refit, last_absorbed, projections_of
 from asdm_compress.assembly.regression import memory_for_sums
 from asdm_compress.assembly.slot_fit import BandSums, SlotFits, groups_of, slot_activations
 from asdm_compress.core.edits import ConvSpec, Edit, conv_spec, has_weights, kept_share
+from asdm_compress.core.processes import ALONE, Processes
 from asdm_compress.models.edits import SlotWeights
 from asdm_compress.models.walk import finish, shared_prefix, start, steps_of, take
 from asdm_compress.models.widths import inner_widths
@@ -65,6 +66,7 @@ def measure_options(
     store: Path | None = None,
     progress: Progress | None = None,
     refit: bool = False,
+    processes: Processes = ALONE,
 ) -> dict[str, Damage]:
     """The one-shot damage of every option, with the weights of those that bring some along fitted first.
 
@@ -72,15 +74,16 @@ def measure_options(
 
     They are fitted on one part of the prompts and all damages measured on the other (see `Calibration.parts`),
     so that a fit to its own samples does not count as less damage. What the `store` knows is neither fitted nor
-    measured again.
+    measured again. Several processes share the options, never an option's samples, and each has the whole result: that
+    of one process, to the last bit where their processors are alike.
     """
     report = progress or (lambda done, total: None)
     fitting, measuring_on = calibration.parts()
     fitting = fitting.thinned(OPTION_MOMENTS)
-    damages = known_damages(store, options, measuring_on)
-    done = len(damages)
-    report(done, len(options))
-    unknown = [o for o in options if o.name not in damages]
+    damages = processes.on_main(lambda: known_damages(store, options, measuring_on))
+    unknown = _dealt(unet, [o for o in options if o.name not in damages], processes)
+    done, total = len(damages), len(damages) + len(unknown)
+    report(done, total)
     plain = [o for o in unknown if not has_weights(o.edit)]
     absorbing = [o for o in plain if refit and absorber(unet, o) is not None]
     plain = [o for o in plain if o not in absorbing]
@@ -98,11 +101,32 @@ def measure_options(
     for group, weights in chain.from_iterable(groups):
 
         def measuring(step: int, steps: int, before: int = done, share: int = len(group)) -> None:
-            report(before + step * share // steps, len(options))
+            report(before + step * share // steps, total)
 
-        damages |= measure_damages(unet, group, measuring_on, store, measuring, weights)
+        damages |= measure_damages(unet, group, measuring_on, store, measuring, weights, processes)
         done += len(group)
-    return damages
+    together = {name: damage for share in processes.gather(damages) for name, damage in share.items()}
+    return {o.name: together[o.name] for o in options}
+
+
+def _dealt(unet: UNet2DConditionModel, options: Sequence[Option], processes: Processes) -> list[Option]:
+    """This process's part of the options. What is fitted from the same sums stays together."""
+    if processes.count == 1:
+        return list(options)
+    # Kind by kind, since kinds take different times.
+    taken_out: dict[object, list[Option]] = {}
+    convolutions: dict[object, list[Option]] = {}
+    narrowed: dict[object, list[Option]] = {}
+    for option in options:
+        if conv_spec(option.edit) is not None:
+            unit, span = next(iter(place(unet, option.plan).replaced.items()))
+            convolutions.setdefault((unit, span[0]), []).append(option)
+        elif kept_share(option.edit) is not None:
+            narrowed.setdefault(option.site, []).append(option)
+        else:
+            taken_out.setdefault(option.name, []).append(option)
+    parts = [part for kind in (taken_out, convolutions, narrowed) for part in processes.share(list(kind.values()))]
+    return list(chain.from_iterable(parts))
 
 
 def fit_options(

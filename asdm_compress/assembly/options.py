@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from diffusers import UNet2DConditionModel
 
@@ -18,6 +18,7 @@ from asdm_compress.models.tree import meta_copy
 from asdm_compress.profiling.profile import Profile, SiteProfile
 from asdm_compress.profiling.slot_costs import SlotCosts, as_run
 
+Finest = Literal["sub-unit", "unit"]
 SlotChoice = Literal["auto", "all", "1x1", "3x3", "separable", "none"]
 # Kernel size, and whether it is depthwise-separable. `auto` spares the time that separable ones take to be fitted.
 SLOT_SHAPES: Final[Mapping[str, tuple[tuple[int, bool], ...]]] = {
@@ -113,6 +114,17 @@ def find_options(
         if any(value > 0 for value in savings.values()):
             found.append(Option(path, edit, atoms(unet, path, sites), savings))
     return tuple(found)
+
+
+def check_finest(name: str) -> None:
+    """Raise AsdmError unless `name` is a size of parts."""
+    if name not in get_args(Finest):
+        raise AsdmError(f"unknown size of parts {name!r}", f"Use {', '.join(get_args(Finest))}.")
+
+
+def is_coarse_enough(site: str, finest: Finest) -> bool:
+    """Whether a place is no smaller than the smallest parts that may be edited."""
+    return finest == "sub-unit" or ".transformer_blocks." not in site
 
 
 def useful_options(options: Sequence[Option], limits: Sequence[Limit]) -> tuple[Option, ...]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
 from diffusers import UNet2DConditionModel
 
 from asdm_compress.core.edits import DROP, Edit, conv_spec, kept_share
-from asdm_compress.core.errors import AsdmError
+from asdm_compress.core.errors import AsdmError, SiteError
 from asdm_compress.models.edits import (
     SlotWeights,
     check_edit,
@@ -52,12 +53,14 @@ class PlacedEdits:
         """Where the module at a path of `unet` stands in the edited one: removed levels move the decoder's blocks."""
         if self.keep_levels is None or not path.startswith("up_blocks."):
             return path
-        _, number, rest = path.split(".", 2)
-        return f"up_blocks.{int(number) - (len(unet.up_blocks) - self.keep_levels)}.{rest}"
+        blocks, number, *rest = path.split(".", 2)  # a block's own path has two parts
+        return ".".join([blocks, str(int(number) - (len(unet.up_blocks) - self.keep_levels)), *rest])
 
 
 def check_teacher(unet: UNet2DConditionModel) -> None:
-    """Raise AsdmError for an assembled student, whose slots cannot be cut again."""
+    """Raise AsdmError for an assembled student, whose slots cannot be cut again, and for a switched UNet."""
+    if unet.config.get("members"):
+        raise AsdmError("this UNet is itself switched between members", "Give the teacher among them.")
     if unet.config.get("edits"):
         raise AsdmError("this UNet is itself an assembled student", "Give its teacher, and one plan for both cuts.")
 
@@ -65,7 +68,7 @@ def check_teacher(unet: UNet2DConditionModel) -> None:
 def place(unet: UNet2DConditionModel, plan: Plan) -> PlacedEdits:
     """Resolve a plan against a UNet.
 
-    Raises AsdmError for a site that the UNet does not have, an edit that is not possible there, and edits that overlap.
+    Raises SiteError for a site that the UNet does not have, an edit that is not possible there, and edits that overlap.
     """
     check_teacher(unet)
     sites = {site.path: site for site in find_sites(unet)}
@@ -75,27 +78,37 @@ def place(unet: UNet2DConditionModel, plan: Plan) -> PlacedEdits:
     replaced: dict[str, tuple[str, ...]] = {}
     drop_mid, keep_levels = False, None
     for path, edit in plan.edits.items():
-        is_conv = conv_spec(edit) is not None
-        for atom in atoms(unet, path, sites):
-            if atom in taken:
-                raise AsdmError(f"the edits at {taken[atom]} and {path} overlap at {atom}", "Keep one of them.")
-            taken[atom] = path
-        if path.startswith(LEVELS):
-            keep_levels = _level(unet, path)
-        elif path == "mid_block" and edit == DROP:
-            drop_mid = True
-        if path.startswith(LEVELS) or (path == "mid_block" and not is_conv):
-            if edit != DROP:
-                raise AsdmError(f"the edit {edit!r} is not possible at {path}", "Possible there: drop.")
-            continue
-        chosen = _unit_edits(unet, sites[path], edit, legal)
-        for unit, unit_edit in chosen.items():
-            check_edit(unit, unit_edit, legal.get(unit, ()), kernels.get(unit, ()), inner.get(unit))
-        units |= chosen
-        if is_conv:
-            unit = next(unit for unit, unit_edit in chosen.items() if unit_edit == edit)
-            replaced[unit] = tuple(chosen)
+        with _about(path):
+            is_conv = conv_spec(edit) is not None
+            for atom in atoms(unet, path, sites):
+                if atom in taken:
+                    raise AsdmError(f"the edits at {taken[atom]} and {path} overlap at {atom}", "Keep one of them.")
+                taken[atom] = path
+            if path.startswith(LEVELS):
+                keep_levels = _level(unet, path)
+            elif path == "mid_block" and edit == DROP:
+                drop_mid = True
+            if path.startswith(LEVELS) or (path == "mid_block" and not is_conv):
+                if edit != DROP:
+                    raise AsdmError(f"the edit {edit!r} is not possible at {path}", "Possible there: drop.")
+                continue
+            chosen = _unit_edits(unet, sites[path], edit, legal)
+            for unit, unit_edit in chosen.items():
+                check_edit(unit, unit_edit, legal.get(unit, ()), kernels.get(unit, ()), inner.get(unit))
+            units |= chosen
+            if is_conv:
+                unit = next(unit for unit, unit_edit in chosen.items() if unit_edit == edit)
+                replaced[unit] = tuple(chosen)
     return PlacedEdits(units, replaced, drop_mid or keep_levels is not None, keep_levels)
+
+
+@contextmanager
+def _about(site: str) -> Iterator[None]:
+    """Errors say of which site they are."""
+    try:
+        yield
+    except AsdmError as error:
+        raise SiteError(site, error) from error
 
 
 def edited(unet: UNet2DConditionModel, plan: Plan, slot_weights: SlotWeights | None = None) -> UNet2DConditionModel:

@@ -58,21 +58,23 @@ def solve(
     limits: Sequence[Limit],
     pairs: Pairs | None = None,
     interaction: Interaction | None = None,
+    patience: float = TIME_LIMIT_SECONDS,
 ) -> Solution:
     """The options that do not overlap, meet every limit, and have the least damage: summed, with the terms of pairs.
 
     `damages` maps option names to damages (0 or more); `pairs` two options' names to what their damage together is
     above the sum of their own (or, negative, below). `interaction` says the same of any two options; its terms are
-    taken in for the pairs that a solution has, and the search is made again until they are all in. Raises AsdmError
-    with exit code 3, naming the smallest budget that can be reached, when no choice of options meets the limits.
+    taken in for the pairs that a solution has, and the search is made again until they are all in, or `patience`
+    seconds are over. Raises AsdmError with exit code 3, naming the smallest budget that can be reached, when no choice
+    of options meets the limits.
     """
-    began = time.perf_counter()
     known = dict(pairs or {})
     problem = _problem(options, damages, teacher, limits, known, interaction)
+    began = time.perf_counter()
     at = {o.name: i for i, o in enumerate(options)}
     best: tuple[int, ...] | None = None
     while True:
-        found, bound, proven = _solve_known(options, damages, teacher, limits, known)
+        found, bound, proven = _solve_known(options, damages, teacher, limits, known, patience)
         solved = tuple(at[o.name] for o in found)
         polished = polish(problem, solved) if interaction else solved
         if best is None or problem.damage(polished) < problem.damage(best):
@@ -85,7 +87,7 @@ def solve(
         new = {pair: term for pair, term in new.items() if pair not in known}
         known |= new
         seconds = time.perf_counter() - began
-        if new and seconds < TIME_LIMIT_SECONDS:
+        if new and seconds < patience:
             continue
         picked = tuple(options[i] for i in best)
         damage = _summed_damage(picked, damages, known)
@@ -136,6 +138,7 @@ def _solve_known(
     teacher: Mapping[Resource, float],
     limits: Sequence[Limit],
     known: Pairs,
+    patience: float,
 ) -> tuple[tuple[Option, ...], float, bool]:
     """The best options under these pair terms alone, the bound, and whether it is proven."""
     total = sum(damages[o.name] for o in options) + sum(abs(term) for term in known.values())
@@ -154,12 +157,12 @@ def _solve_known(
         sum(round(damages[o.name] * scale) * chosen[o.name] for o in options)
         + sum(round(known[pair] * scale) * variable for pair, variable in together.items())
     )
-    solver = _solver()
+    solver = _solver(patience)
     status = solver.solve(model)
     if status == cp_model.INFEASIBLE:
         raise _infeasible(options, teacher, limits)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        raise AsdmError(f"no plan was found in {TIME_LIMIT_SECONDS:.0f} s", "Try a larger budget.", ExitCode.INFEASIBLE)
+        raise AsdmError(f"no plan was found in {patience:.0f} s", "Try a larger budget.", ExitCode.INFEASIBLE)
     picked = tuple(o for o in options if solver.boolean_value(chosen[o.name]))
     return picked, solver.best_objective_bound / scale, status == cp_model.OPTIMAL
 
@@ -200,7 +203,9 @@ def smallest_reachable(
     solver = _solver()
     if solver.solve(model) != cp_model.OPTIMAL:
         return None
-    return teacher[resource] - sum(o.savings[resource] for o in options if solver.boolean_value(chosen[o.name]))
+    # As the search counts them, in whole units rounded down: what is named can be reached.
+    saved = sum(_integer(o.savings[resource], resource) for o in options if solver.boolean_value(chosen[o.name]))
+    return teacher[resource] - saved * _COST_UNITS[resource]
 
 
 def _choice_model(options: Sequence[Option]) -> tuple[cp_model.CpModel, dict[str, cp_model.IntVar]]:
@@ -236,9 +241,9 @@ def _integer(saving: float, resource: Resource) -> int:
     return math.floor(saving / _COST_UNITS[resource] + _ROUNDING)
 
 
-def _solver() -> cp_model.CpSolver:
+def _solver(patience: float = TIME_LIMIT_SECONDS) -> cp_model.CpSolver:
     solver = cp_model.CpSolver()
-    solver.parameters.max_time_in_seconds = TIME_LIMIT_SECONDS
+    solver.parameters.max_time_in_seconds = patience
     solver.parameters.random_seed = 0
     solver.parameters.relative_gap_limit = 0.0
     # Ctrl-C ends the program, not only the search, which would go on with an unproven plan.

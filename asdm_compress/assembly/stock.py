@@ -46,16 +46,21 @@ class StockParts:
         return student_key
 
 
-def fold_into_config(unet: UNet2DConditionModel, placed: PlacedEdits) -> StockParts:
+def own_config(unet: UNet2DConditionModel) -> dict[str, Any]:
+    """A UNet's config as the base class takes it."""
+    return {key: value for key, value in unet.config.items() if not key.startswith("_") and key != "edits"}
+
+
+def fold_into_config(unet: UNet2DConditionModel, placed: PlacedEdits, folds_layers: bool = True) -> StockParts:
     """Fold removed levels, the mid block, whole layers and levels without attention into the config.
 
     A layer of the encoder folds with one of the decoder when the skip connections that stay are the ones that a smaller
-    stock UNet would pass.
+    stock UNet would pass. That is a rule; `stock_check` decides.
     """
-    config = {key: value for key, value in unet.config.items() if not key.startswith("_") and key != "edits"}
+    config = own_config(unet)
     levels = len(unet.down_blocks)
     keep = placed.keep_levels or levels
-    _fold_levels(config, levels, keep)
+    keep_levels(config, levels, keep)
     edits = _fold_mid(config, placed)
     renamed: dict[str, str] = {}
     depths = []
@@ -63,7 +68,7 @@ def fold_into_config(unet: UNet2DConditionModel, placed: PlacedEdits) -> StockPa
     for level in range(keep):
         down, up = f"down_blocks.{level}", f"up_blocks.{levels - 1 - level}"
         student_up = keep - 1 - level
-        down_kept, up_kept = _layers_that_stay(unet, placed.units, down, up)
+        down_kept, up_kept = _layers_that_stay(unet, placed.units, down, up, folds_layers)
         depths.append(len(down_kept))
         for path, student_path, kept, types, index in (
             (down, down, down_kept, down_types, level),
@@ -82,13 +87,15 @@ def fold_into_config(unet: UNet2DConditionModel, placed: PlacedEdits) -> StockPa
     return StockParts(config, edits, renamed)
 
 
-def _fold_levels(config: dict[str, Any], levels: int, keep: int) -> None:
+def keep_levels(config: dict[str, Any], levels: int, keep: int) -> None:
+    """Leave the first `keep` of so many levels in the config of a UNet or a ControlNet, which has no decoder."""
     if keep == levels:
         return
     for key in _PER_LEVEL:
         if isinstance(config.get(key), (list, tuple)):
             config[key] = tuple(config[key][:keep])
-    config["up_block_types"] = tuple(config["up_block_types"][levels - keep :])
+    if "up_block_types" in config:
+        config["up_block_types"] = tuple(config["up_block_types"][levels - keep :])
 
 
 def _fold_mid(config: dict[str, Any], placed: PlacedEdits) -> dict[str, Edit]:
@@ -106,12 +113,12 @@ def _fold_mid(config: dict[str, Any], placed: PlacedEdits) -> dict[str, Edit]:
 
 
 def _layers_that_stay(
-    unet: UNet2DConditionModel, edits: Mapping[str, Edit], down: str, up: str
+    unet: UNet2DConditionModel, edits: Mapping[str, Edit], down: str, up: str, folds_layers: bool
 ) -> tuple[list[int], list[int]]:
     """The layers of one level's two blocks after folding; all of them where the level does not fold."""
     down_kept, up_kept = _kept_layers(unet, edits, down), _kept_layers(unet, edits, up)
     down_all = list(range(len(unet.get_submodule(down).resnets)))
-    if _folds(len(down_all), down_kept, up_kept):
+    if folds_layers and _folds(len(down_all), down_kept, up_kept):
         return down_kept, up_kept
     return down_all, list(range(len(unet.get_submodule(up).resnets)))
 

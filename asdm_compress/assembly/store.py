@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from asdm_compress.assembly.calibration import Calibration
+from asdm_compress.assembly.calibration import THOROUGH, Calibration, Effort
 from asdm_compress.assembly.damage import CHUNK
 from asdm_compress.core.files import CACHE_HINT, cache_folder, output_file
+from asdm_compress.core.processes import ALONE, Processes
 from asdm_compress.core.provenance import content_hash, package_version
 from asdm_compress.sampling.run import GuidedInputs
 from asdm_compress.sampling.settings import SamplingSettings
@@ -27,14 +28,20 @@ def weights_hash(unet: UNet2DConditionModel) -> str:
     digest = hashlib.sha256()
     for name, tensor in unet.state_dict().items():
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
 def measurement_folder(
-    pipeline: StableDiffusionPipeline, prompts: Sequence[str], settings: SamplingSettings, bands: int
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    settings: SamplingSettings,
+    bands: int,
+    effort: Effort = THOROUGH,
 ) -> Path:
     """The folder for everything measured with this teacher, these prompts, this sampler, device and precision."""
+    # The usual effort is not named, as it was not before there was another.
+    unusual = {} if effort == THOROUGH else {"effort": asdict(effort)}
     key = content_hash(
         {
             "store": STORE_VERSION,
@@ -47,6 +54,7 @@ def measurement_folder(
             "prompts": list(prompts),
             "settings": asdict(settings),
             "bands": bands,
+            **unusual,
             "device": pipeline.device.type,
             "dtype": str(pipeline.unet.dtype),
             "versions": [package_version(name) for name in ("torch", "diffusers")],
@@ -60,19 +68,31 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def recorded(path: Path, record: Callable[[], Calibration]) -> Calibration:
-    """The calibration kept at `path`, recorded now if it is not there."""
-    if path.exists():
-        kept: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return Calibration(
-            GuidedInputs(**kept["inputs"]),
-            kept["bands"],
-            kept["prompts"],
-            tuple(kept["band_weights"]),
-            tuple(kept["boundaries"]),
-        )
-    found = record()
-    calibration = found.to(torch.device("cpu"))
+def recorded(path: Path, record: Callable[[], Calibration], processes: Processes = ALONE) -> Calibration:
+    """The calibration kept at `path`, recorded now, by all processes, if it is not there."""
+    kept = processes.on_main(lambda: _kept(path))
+    if kept is not None:
+        return kept
+    calibration = record().to(torch.device("cpu"))
+    if processes.is_main:
+        _keep(calibration, path)
+    return calibration
+
+
+def _kept(path: Path) -> Calibration | None:
+    if not path.exists():
+        return None
+    kept: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return Calibration(
+        GuidedInputs(**kept["inputs"]),
+        kept["bands"],
+        kept["prompts"],
+        tuple(kept["band_weights"]),
+        tuple(kept["boundaries"]),
+    )
+
+
+def _keep(calibration: Calibration, path: Path) -> None:
     inputs = calibration.inputs
     with output_file(path, CACHE_HINT) as aside:
         content = {
@@ -83,4 +103,3 @@ def recorded(path: Path, record: Callable[[], Calibration]) -> Calibration:
             "boundaries": calibration.boundaries,
         }
         torch.save(content, aside)
-    return calibration

@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from asdm_compress.assembly.plan import Plan, place
-from asdm_compress.assembly.stock import fold_into_config
+from asdm_compress.assembly.stock_check import stock_parts
 from asdm_compress.core.edits import Edit
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.assembled_unet import AssembledUNet2DConditionModel
@@ -45,7 +45,7 @@ def specify(unet: UNet2DConditionModel, plan: Plan) -> StudentSpec:
     Raises AsdmError for a plan that does not fit the UNet (see `place`).
     """
     placed = place(unet, plan)
-    parts = fold_into_config(unet, placed)
+    parts = stock_parts(unet, placed)
     student = build(parts.config, parts.edits)
     names = {key: parts.teacher_key(key) for key in student.state_dict()}
     bearing = edited_copy(meta_copy(unet), placed.units)

@@ -13,7 +13,8 @@ from asdm_compress.cli.console import Output
 from asdm_compress.core.defaults import CALIBRATION_PROMPTS, GUIDANCE, STEPS
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_output
-from asdm_compress.core.recipe import find_recipe, load_recipe
+from asdm_compress.core.recipe import find_recipe, load_recipe, telling_lines
+from asdm_compress.core.units import parse_bytes
 
 
 def apply(
@@ -21,6 +22,15 @@ def apply(
     model: o.Model = "mini-sd",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the student.")] = Path("out"),
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; auto keeps the checkpoint's own.")] = "auto",
+    variant: Annotated[
+        str | None,
+        typer.Option(help="fp16: name the weight files so, as diffusers' variant=; they are in fp16 then."),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="The most of one weight file, such as 2GB.")] = "10GiB",
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(help="Also send the student to this repository on the hub, user/name; a new one is private."),
+    ] = None,
     slot_start: Annotated[
         str, typer.Option(help="Weights that the recipe brings along: fit to this model, zero, random, or copied.")
     ] = "fit",
@@ -34,22 +44,29 @@ def apply(
     scheduler: o.Scheduler = None,
     device: o.Device = "auto",
     threads: o.Threads = None,
+    prediction_type: o.PredictionType = None,
     allow_pickle: o.AllowPickle = False,
     overwrite: o.Overwrite = False,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
     """Replay a recipe on a checkpoint of the same family, without a search."""
-    content = load_recipe(find_recipe(recipe))
+    path = find_recipe(recipe)
+    content = load_recipe(path)
     check_output(out, overwrite)
+    shard_bytes = parse_bytes(max_shard_size)
+    dtype = _dtype_of(variant, dtype)
     if slot_start not in ("fit", "zero", "random", "copied"):
         raise AsdmError(f"unknown slot start {slot_start!r}", "Use fit, zero, random or copied.")
     output = Output(quiet, as_json)
     with output.stage("Starting torch"):
         fitting = o.load_options(device, "fp32", threads)
-        load = o.load_options("cpu", "fp32" if dtype == "auto" else dtype, None, allow_pickle)
+        load = o.load_options(
+            "cpu", "fp32" if dtype == "auto" else dtype, None, allow_pickle, prediction_type=prediction_type
+        )
         load = replace(load, dtype=None) if dtype == "auto" else load
-        from asdm_compress.workflows.apply import SlotStart, run_apply
+        from asdm_compress.models.saving import FileLayout
+        from asdm_compress.workflows.apply import SlotStart, Writing, run_apply
     from asdm_compress.evaluation.prompts import read_prompts
     from asdm_compress.sampling.settings import SamplingSettings
 
@@ -61,7 +78,9 @@ def apply(
         calibration_prompts,
         device=fitting.device,
     )
-    result = run_apply(content, model, out, load, start, output, overwrite)
+    writing = Writing(out, overwrite, FileLayout(variant, shard_bytes), push_to_hub, o.command_line())
+    with telling_lines(path):
+        result = run_apply(content, model, writing, load, start, output)
     if result.slots:
         how = "fitted to this model" if slot_start == "fit" else f"not fitted ({slot_start}): train before use"
         output.show(f"{result.slots} convolutions and narrowed modules {how}.")
@@ -69,6 +88,8 @@ def apply(
         f"Wrote {out}: {result.kept} tensors inherited, {result.removed} removed; "
         f"{'opens in plain diffusers' if result.is_stock else 'opens after `import asdm_compress`'}."
     )
+    if result.pushed:
+        output.show(f"Sent to {result.pushed}")
     output.result(
         {
             "out": str(out),
@@ -76,5 +97,17 @@ def apply(
             "kept_tensors": result.kept,
             "removed_tensors": result.removed,
             "slots": result.slots,
+            "pushed": result.pushed,
         }
     )
+
+
+def _dtype_of(variant: str | None, dtype: str) -> str:
+    """The precision, which a variant's name says too."""
+    if variant is None:
+        return dtype
+    if variant != "fp16":
+        raise AsdmError(f"unknown variant {variant!r}", "Use fp16, or --dtype without a variant.")
+    if dtype not in ("auto", variant):
+        raise AsdmError(f"the variant {variant} cannot hold weights in {dtype}", "Leave one of the two out.")
+    return variant

@@ -9,9 +9,20 @@ import typer
 
 from asdm_compress.cli import options as o
 from asdm_compress.cli.console import Output
-from asdm_compress.core.defaults import CALIBRATION_PROMPTS, GUIDANCE, HELD_OUT_PROMPTS, NARROW_SHARES, STEPS
+from asdm_compress.core.defaults import (
+    BANDS,
+    CALIBRATION_PROMPTS,
+    GUIDANCE,
+    HELD_OUT_PROMPTS,
+    MOMENTS,
+    NARROW_SHARES,
+    NEIGHBOURS_SECONDS,
+    PROBES,
+    STEPS,
+)
 from asdm_compress.core.edits import parse_shares
 from asdm_compress.core.files import check_output
+from asdm_compress.core.processes import joined
 from asdm_compress.core.units import parse_budget
 
 _SHARES = ",".join(map(str, NARROW_SHARES))
@@ -28,6 +39,10 @@ def assemble(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the student, its recipe and its report.")] = Path(
         "out"
     ),
+    inherit: Annotated[
+        str | None,
+        typer.Option(help="Also calibrate feature inheritance for the student, e.g. latency=0.6x of its own time."),
+    ] = None,
     steps: o.Steps = STEPS,
     guidance: o.Guidance = GUIDANCE,
     seed: o.Seed = 0,
@@ -53,6 +68,19 @@ def assemble(
     held_out_prompts: Annotated[
         int, typer.Option(min=1, help="Other prompts, for the report alone.")
     ] = HELD_OUT_PROMPTS,
+    calibration_triples: Annotated[
+        int, typer.Option(min=1, help="Moments of these runs that are kept, at least one per prompt.")
+    ] = MOMENTS,
+    bands: Annotated[int, typer.Option(min=1, help="Timestep bands that damages are measured in.")] = BANDS,
+    probes: Annotated[
+        int, typer.Option(min=1, help="Runs that say how much each timestep band matters; in fp32.")
+    ] = PROBES,
+    finest: Annotated[
+        str, typer.Option(help="The smallest parts that are edited: sub-unit (attentions, feed-forwards), or unit.")
+    ] = "sub-unit",
+    neighbours: Annotated[
+        float, typer.Option(min=0, help="Seconds in which plans like the best one are tried; 0 for none.")
+    ] = NEIGHBOURS_SECONDS,
     profile: Annotated[Path | None, typer.Option(help="A profile.json made here before, instead of a new one.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch of the timed pass; 2 is one image with guidance.")] = 2,
     image_size: o.ImageSize = None,
@@ -61,41 +89,59 @@ def assemble(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     threads: o.Threads = None,
+    prediction_type: o.PredictionType = None,
     allow_pickle: o.AllowPickle = False,
     overwrite: o.Overwrite = False,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
-    """Cut a model to a budget with the least damage, provably, and write the student with its evidence."""
+    """Cut a model to a budget with the least damage, provably, and write the student with its evidence.
+
+    Under `accelerate launch` several processes share the measurements of damages.
+    """
     limits = parse_budget(budget or [])
+    schedule = parse_budget([inherit]) if inherit else ()
     shares = parse_shares(narrow)
-    check_output(out, overwrite)
-    output = Output(quiet, as_json)
-    with output.stage("Starting torch"):
-        load = o.load_options(device, dtype, threads, allow_pickle)
-        from asdm_compress.workflows.assemble import run_assemble
+    with joined() as processes:
+        check_output(out, overwrite)
+        output = Output(quiet or not processes.is_main, as_json and processes.is_main)
+        with output.stage("Starting torch"):
+            place = processes.device(device)
+            load = o.load_options(place, dtype, threads, allow_pickle, prediction_type=prediction_type)
+            from asdm_compress.workflows.assemble import Target, run_assemble
 
-    from asdm_compress.evaluation.prompts import read_prompts
-    from asdm_compress.profiling.profile import ProfileSettings
-    from asdm_compress.reporting.tables import evidence_table, plan_tree
-    from asdm_compress.sampling.settings import SamplingSettings
-    from asdm_compress.workflows.plan import PlanSettings
+        from asdm_compress.assembly.calibration import Effort
+        from asdm_compress.evaluation.prompts import read_prompts
+        from asdm_compress.profiling.profile import ProfileSettings
+        from asdm_compress.reporting.calibration import contestants_table
+        from asdm_compress.reporting.tables import evidence_table, plan_tree
+        from asdm_compress.sampling.settings import SamplingSettings
+        from asdm_compress.workflows.calibrate import goal_of
+        from asdm_compress.workflows.plan import PlanSettings
 
-    settings = PlanSettings(
-        ProfileSettings(image_size, batch, None, channels_last, repeats),
-        SamplingSettings(steps, guidance, seed, image_size),
-        scheduler=scheduler,
-        prompts=None if prompts is None else tuple(read_prompts(prompts)),
-        calibration_prompts=calibration_prompts,
-        held_out_prompts=held_out_prompts,
-        known_profile=profile,
-        slot=slot,  # type: ignore[arg-type]
-        experts=experts,
-        routing=routing,  # type: ignore[arg-type]
-        narrow=shares,
-        refit=refit,  # type: ignore[arg-type]
-    )
-    result = run_assemble(model, limits, out, load, settings, output, overwrite)
+        settings = PlanSettings(
+            ProfileSettings(image_size, batch, None, channels_last, repeats),
+            SamplingSettings(steps, guidance, seed, image_size),
+            scheduler=scheduler,
+            prompts=None if prompts is None else tuple(read_prompts(prompts)),
+            calibration_prompts=calibration_prompts,
+            held_out_prompts=held_out_prompts,
+            bands=bands,
+            effort=Effort(calibration_triples, probes),
+            known_profile=profile,
+            slot=slot,  # type: ignore[arg-type]
+            experts=experts,
+            routing=routing,  # type: ignore[arg-type]
+            narrow=shares,
+            finest=finest,  # type: ignore[arg-type]
+            refit=refit,  # type: ignore[arg-type]
+            neighbours_seconds=neighbours,
+        )
+        target = Target(out, overwrite, o.command_line())
+        goal = goal_of(schedule, None, None).limit if schedule else None
+        result = run_assemble(model, limits, target, load, settings, output, processes, goal)
+    if result is None:
+        return
     evidence = result.recipe.evidence
     assert evidence is not None
     output.show(plan_tree(result.plan))
@@ -103,12 +149,20 @@ def assemble(
     for name, value, meaning in result.quality.rows():
         output.show(f"{name}: {value} ({meaning})")
     output.show(result.proof)
-    output.show(f"Wrote {out}: the student, recipe.yaml, profile.json, grid.png, and report.html to open in a browser.")
+    if result.inheritance is not None:
+        output.show(contestants_table(result.inheritance.rows()))
+        output.show(result.inheritance.verdict)
+    output.show(f"Wrote {out}: the student, its recipe.yaml and measurements, and report.html to open in a browser.")
     output.result(
         {
             "out": str(out),
             "stock": result.is_stock,
             "quality": result.quality.as_json(),
             "recipe": result.recipe.model_dump(mode="json"),
+            "schedule_refused": None if result.refused is None else str(result.refused),
         }
     )
+    if result.refused is not None:
+        if as_json:
+            raise typer.Exit(int(result.refused.exit_code))
+        raise result.refused

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from asdm_compress.core.errors import AsdmError
+from asdm_compress.core.processes import is_main_process
 
 
 class Output:
@@ -34,6 +44,10 @@ class Output:
         if self.as_json:
             print(json.dumps(value, indent=1))
 
+    def note(self, text: str) -> None:
+        """Print what a user should know beside the result, unless quiet or JSON is asked for."""
+        self._err.print(f"Note: {text}.", markup=False, highlight=False, soft_wrap=True)
+
     @contextmanager
     def stage(self, title: str) -> Iterator[None]:
         """A spinner with the elapsed time."""
@@ -54,19 +68,36 @@ class Output:
             yield update
             progress.update(task, total=1, completed=1)
 
-    def _progress(self) -> Progress:
+    @contextmanager
+    def meter(self, title: str) -> Iterator[Callable[[int, int, str], None]]:
+        """A progress bar with figures beside it, to be called with (done, total, figures)."""
+        with self._progress(TextColumn("{task.fields[figures]}")) as progress:
+            task = progress.add_task(title, total=None, figures="")
+
+            def update(done: int, total: int, figures: str) -> None:
+                progress.update(task, total=total, completed=done, figures=figures)
+
+            yield update
+
+    def _progress(self, *more: ProgressColumn) -> Progress:
         return Progress(
             SpinnerColumn(finished_text="✓"),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            *more,
             console=self._err,
         )
 
 
 def fail(error: AsdmError, as_json: bool, code: int | None = None) -> NoReturn:
-    """Print what went wrong and how to go on, and leave with the exit code."""
+    """Print what went wrong and how to go on, and leave with the exit code.
+
+    Of several processes only the main one does. The others leave quietly, so that their launcher lets it.
+    """
+    if not is_main_process():
+        raise SystemExit(0)
     exit_code = int(error.exit_code) if code is None else code
     if as_json:
         print(json.dumps({"error": {"message": error.message, "hint": error.hint, "exit_code": exit_code}}))
@@ -76,6 +107,17 @@ def fail(error: AsdmError, as_json: bool, code: int | None = None) -> NoReturn:
         if error.hint:
             console.print(f"[bold]Hint:[/] {_plain(error.hint)}", highlight=False)
     raise SystemExit(exit_code)
+
+
+def end_with(error: AsdmError) -> None:
+    """Leave at once, from any thread, as `fail` would; for a process that another's error ends."""
+    try:
+        fail(error, as_json="--json" in sys.argv)
+    except SystemExit as leaving:
+        Console(stderr=True).show_cursor()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(leaving.code or 0))
 
 
 def _plain(text: str) -> str:

@@ -18,6 +18,13 @@ def generate(
     prompt: Annotated[list[str], typer.Argument(help="One or more prompts; each makes its images.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files and the grid.")] = Path("images"),
     compare: Annotated[str | None, typer.Option(help="A teacher to sample beside it, at the same seeds.")] = None,
+    inherit: Annotated[
+        str | None,
+        typer.Option(
+            help="Inherit features: an inheritance.yaml, a mode such as uniform:3, or `calibrated` for the schedule in "
+            "the model's folder."
+        ),
+    ] = None,
     images: Annotated[int, typer.Option("--images", "-n", min=1, help="Images per prompt, with successive seeds.")] = 1,
     seed: o.Seed = 0,
     steps: o.Steps = STEPS,
@@ -27,6 +34,7 @@ def generate(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     threads: o.Threads = None,
+    prediction_type: o.PredictionType = None,
     allow_pickle: o.AllowPickle = False,
     overwrite: o.Overwrite = False,
     quiet: o.Quiet = False,
@@ -36,13 +44,13 @@ def generate(
     check_output(out, overwrite)
     output = Output(quiet, as_json)
     with output.stage("Starting torch"):
-        load = o.load_options(device, dtype, threads, allow_pickle)
+        load = o.load_options(device, dtype, threads, allow_pickle, prediction_type=prediction_type)
         from asdm_compress.workflows.generate import GenerateSettings, run_generate
 
     from asdm_compress.sampling.settings import SamplingSettings
 
     sampling = SamplingSettings(steps, guidance, seed, image_size)
-    settings = GenerateSettings(sampling, tuple(prompt), images, scheduler, compare)
+    settings = GenerateSettings(sampling, tuple(prompt), images, scheduler, compare, inherit)
     result = run_generate(model, out, load, settings, output, overwrite)
     for line in result.lines():
         output.show(line)

@@ -11,14 +11,22 @@ import typer
 
 from asdm_compress.cli.apply import apply
 from asdm_compress.cli.assemble import assemble
+from asdm_compress.cli.calibrate import calibrate
 from asdm_compress.cli.console import fail
+from asdm_compress.cli.distill import distill
 from asdm_compress.cli.doctor import doctor
+from asdm_compress.cli.evaluate import evaluate
 from asdm_compress.cli.export import export
+from asdm_compress.cli.frontier import frontier
 from asdm_compress.cli.generate import generate
 from asdm_compress.cli.lora import lora
+from asdm_compress.cli.optimize import optimize
 from asdm_compress.cli.profile import profile
 from asdm_compress.cli.recipes import recipes
-from asdm_compress.core.errors import AsdmError, ExitCode
+from asdm_compress.cli.report import report
+from asdm_compress.cli.switch import switch
+from asdm_compress.core.errors import AsdmError, ExitCode, is_out_of_memory
+from asdm_compress.core.processes import started_processes
 
 app = typer.Typer(
     name="asdm-compress",
@@ -28,14 +36,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (profile, assemble, apply, generate, export, lora, doctor):
+for command in (
+    *(profile, frontier, assemble, apply, distill, calibrate, switch, optimize),
+    *(generate, evaluate, report, export, lora, doctor),
+):
     app.command()(command)
 app.add_typer(recipes)
+
+SHARED = ("assemble", "distill", "evaluate")  # the commands that a launcher may start in several processes
 
 
 @app.callback(invoke_without_command=True)
 def root(
-    context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version and leave.")
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print the version and leave."),
 ) -> None:
     """Make a Stable Diffusion UNet fit a budget: faster and smaller with the least loss, proven by measurement."""
     if version:
@@ -43,6 +57,11 @@ def root(
 
         typer.echo(f"asdm-compress {package_version('asdm-compress')}")
         raise typer.Exit
+    if started_processes() > 1 and context.invoked_subcommand not in SHARED:
+        raise AsdmError(
+            f"only {', '.join(SHARED[:-1])} and {SHARED[-1]} can be shared by several processes",
+            "Run this command without a launcher.",
+        )
 
 
 class _InterruptedError(BaseException):
@@ -71,9 +90,7 @@ def main() -> None:
         code = 128 + int(str(interruption))
         fail(AsdmError("interrupted; no half-written output is left"), as_json="--json" in sys.argv, code=code)
     except (MemoryError, RuntimeError) as error:
-        # torch reports both kinds of memory that run out as RuntimeErrors of several types.
-        text = str(error)
-        if not isinstance(error, MemoryError) and "out of memory" not in text and "can't allocate memory" not in text:
+        if not is_out_of_memory(error):
             raise
         hint = "Use --dtype bf16, a smaller --image-size or a smaller --batch."
         fail(AsdmError("memory ran out", hint, ExitCode.ENVIRONMENT), as_json="--json" in sys.argv)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +12,7 @@ import typer
 from asdm_compress.core.errors import AsdmError, ExitCode
 
 if TYPE_CHECKING:
-    from asdm_compress.models.loading import LoadOptions
+    from asdm_compress.models.source import LoadOptions
 
 Model = Annotated[
     str,
@@ -22,30 +24,45 @@ Model = Annotated[
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU where there is one.")]
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16; auto is fp32 on a CPU and fp16 on a GPU.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default as many as torch takes.")]
+PredictionType = Annotated[
+    str | None,
+    typer.Option(help="epsilon or v_prediction: what the UNet of a single file predicts, where the file does not say."),
+]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read pickle files that can run code. Only for files you trust.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
+Steps = Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 switches guidance off.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first image.")]
 Scheduler = Annotated[
     str | None,
     typer.Option(help="ddim, dpm++, dpm++-karras, euler, euler-a, lms, unipc, …; by default the model's own."),
 ]
-ImageSize = Annotated[int | None, typer.Option(min=8, help="Pixels per side, by default the model's own.")]
+ImageSize = Annotated[int | None, typer.Option(min=8, max=16_384, help="Pixels per side, by default the model's own.")]
 Prompts = Annotated[Path | None, typer.Option(help="UTF-8 file with one prompt per line.")]
 
 
+def command_line() -> str:
+    """The command under way, as it can be typed again."""
+    return shlex.join(["asdm-compress", *sys.argv[1:]])
+
+
 def load_options(
-    device: str, dtype: str, threads: int | None, allow_pickle: bool = False, random_weights: bool = False
+    device: str,
+    dtype: str,
+    threads: int | None,
+    allow_pickle: bool = False,
+    random_weights: bool = False,
+    prediction_type: str | None = None,
 ) -> LoadOptions:
     """Check the machine's part of the options; raises AsdmError for a device or dtype that is not there."""
     import torch
 
-    from asdm_compress.models.loading import LoadOptions
+    from asdm_compress.models.prediction import parse_prediction_type
+    from asdm_compress.models.source import LoadOptions
 
     if threads:
         torch.set_num_threads(threads)
@@ -67,4 +84,4 @@ def load_options(
         dtype = "fp32" if place.type == "cpu" else "fp16"
     if dtype not in types:
         raise AsdmError(f"unknown dtype {dtype!r}", f"Use auto, {', '.join(types)}.")
-    return LoadOptions(types[dtype], place, random_weights, allow_pickle)
+    return LoadOptions(types[dtype], place, random_weights, allow_pickle, parse_prediction_type(prediction_type))

@@ -34,6 +34,7 @@ def profile(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     threads: o.Threads = None,
+    prediction_type: o.PredictionType = None,
     allow_pickle: o.AllowPickle = False,
     overwrite: o.Overwrite = False,
     quiet: o.Quiet = False,
@@ -48,7 +49,7 @@ def profile(
     if out is not None:
         check_output(out, overwrite)
     with output.stage("Starting torch"):
-        load = o.load_options(device, dtype, threads, allow_pickle, random_weights)
+        load = o.load_options(device, dtype, threads, allow_pickle, random_weights, prediction_type)
         from asdm_compress.workflows.profile import run_profile
 
     from asdm_compress.profiling.profile import ProfileSettings

@@ -24,15 +24,15 @@ Name = Annotated[str, typer.Argument(help="A recipe.yaml, or the name of a bundl
 def list_recipes(quiet: o.Quiet = False, as_json: o.Json = False) -> None:
     """The bundled recipes: what each is for, and what it leaves."""
     output = Output(quiet, as_json)
-    with output.stage("Reading"):
+    with output.bar("Building every student without weights") as bar:
         from asdm_compress.workflows.recipes import describe_all
 
-        found = describe_all()
+        found = describe_all(bar)
     table = Table()
     for title in ("recipe", "for", "edits", "parameters", "MACs"):
         table.add_column(title, justify="left" if title in ("recipe", "for") else "right")
     for one in found:
-        table.add_row(one.name, one.recipe.base.model, str(len(one.recipe.edits)), *_left(one))
+        table.add_row(one.name, _meant_for(one), str(len(one.recipe.edits)), *_left(one))
     output.show(table)
     output.result({"recipes": [one.as_json() for one in found]})
 
@@ -41,13 +41,17 @@ def list_recipes(quiet: o.Quiet = False, as_json: o.Json = False) -> None:
 def show(recipe: Name, quiet: o.Quiet = False, as_json: o.Json = False) -> None:
     """Which parts a recipe takes out, with a drawing of the UNet; no checkpoint is needed."""
     output, one = _described(recipe, quiet, as_json)
-    table = Table(title=f"{one.name}, for {one.recipe.base.model}", title_justify="left")
-    for title in ("site", "edit", "parameters removed"):
+    table = Table(title=f"{one.name}, for {_meant_for(one)}", title_justify="left")
+    for title in ("site", "where", "edit", "parameters removed", "MACs removed"):
         table.add_column(title, justify="right" if title.endswith("removed") else "left")
     for entry in one.recipe.edits:
-        table.add_row(entry.site, entry.edit, f"{one.removed[entry.site]:,}")
+        site = entry.site
+        saved = f"{one.removed_macs[site] / one.teacher_macs:.1%}"
+        table.add_row(site, one.where[site], entry.edit, f"{one.removed[site]:,}", saved)
+    if one.sources:
+        output.show(one.sources + "\n")
     output.show(table)
-    output.show(one.drawing)
+    output.show(one.drawing + "\n")
     parameters, macs = _left(one)
     opens = "opens in plain diffusers" if one.is_stock else "opens after `import asdm_compress`"
     output.show(f"{parameters} parameters and {macs} MACs at {one.image_size} px are left; the student {opens}.")
@@ -87,6 +91,12 @@ def _described(recipe: str, quiet: bool, as_json: bool) -> tuple[Output, Descrip
         from asdm_compress.workflows.recipes import describe
 
         return output, describe(path)
+
+
+def _meant_for(one: Description) -> str:
+    # The published variants differ in the channels that the first convolution takes.
+    is_open = "in_channels" not in one.recipe.base.architecture
+    return f"{one.recipe.base.model}{', inpainting, depth' if is_open else ''}"
 
 
 def _left(one: Description) -> tuple[str, str]:

@@ -6,6 +6,10 @@ from typing import Final
 
 STEPS: Final = 25
 GUIDANCE: Final = 5.0
-CALIBRATION_PROMPTS: Final = 128
+CALIBRATION_PROMPTS: Final = 256
+MOMENTS: Final = 512  # of their runs, that are kept
+BANDS: Final = 8  # of timesteps
+PROBES: Final = 8  # runs whose response is measured
 HELD_OUT_PROMPTS: Final = 16
+NEIGHBOURS_SECONDS: Final = 240.0  # in which the best plan's neighbours are tried
 NARROW_SHARES: Final = (0.75, 0.5, 0.25)  # of the inner width, that a search may narrow modules to

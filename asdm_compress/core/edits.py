@@ -18,6 +18,8 @@ SUBPIXEL: Final[Edit] = (
 Routing = Literal["none", "timestep", "feature", "both"]
 Mixing = Literal["softmax", "sigmoid"]
 
+MOST_EXPERTS: Final = 1000  # one per timestep of training
+
 _CONV_NAME: Final = re.compile(
     r"(?P<shape>conv|separable)(?P<kernel>1x1|3x3)(-rank(?P<rank>\d+))?"
     r"(\*(?P<experts>\d+)@(?P<routing>timestep|feature|both)(-(?P<mixing>sigmoid))?(-t(?P<temperature>\d+(\.\d+)?))?)?"
@@ -56,6 +58,8 @@ class ConvSpec:
             raise AsdmError("a separable slot has a 3 x 3 kernel and no rank")
         if self.experts < 1 or (self.rank is not None and self.rank < 1) or not self.temperature > 0:
             raise AsdmError("experts and rank are at least 1, and the temperature is above 0")
+        if self.experts > MOST_EXPERTS:
+            raise AsdmError(f"{self.experts} experts are more than there are timesteps, {MOST_EXPERTS}")
         if (self.experts == 1) != (self.routing == "none"):
             raise AsdmError(f"{self.experts} experts and routing {self.routing!r} do not fit together")
 

@@ -22,3 +22,17 @@ class AsdmError(Exception):
         self.message = message
         self.hint = hint
         self.exit_code = exit_code
+
+
+class SiteError(AsdmError):
+    """What is wrong with the edit at one site of a plan; whoever knows the plan's file can say on which line."""
+
+    def __init__(self, site: str, error: AsdmError) -> None:
+        super().__init__(error.message, error.hint, error.exit_code)
+        self.site = site
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; torch says so in RuntimeErrors of several types, of which only the words tell."""
+    words = ("out of memory", "can't allocate memory", "Cannot allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -14,10 +14,12 @@ from typing import Final
 import platformdirs
 
 from asdm_compress.core.errors import AsdmError, ExitCode
+from asdm_compress.core.units import format_bytes
 
 OUT_HINT: Final = "Choose another --out, or free some space."
 CACHE_HINT: Final = "Set ASDM_COMPRESS_CACHE to a folder that can be written and has space."
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_TEXTS: Final = tuple(os.strerror(code) for code in _FULL)
 _FORBIDDEN: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
@@ -44,6 +46,15 @@ def check_output(out: Path, overwrite: bool, source: Path | None = None) -> None
         raise AsdmError(f"{out} cannot be written: {parent} is no folder that can be written", OUT_HINT)
 
 
+def check_space(out: Path, needed: int) -> None:
+    """Refuse a place whose disk has fewer than `needed` bytes free, before any time is spent."""
+    free = shutil.disk_usage(next(p for p in out.resolve().parents if p.exists())).free
+    if needed > free:
+        raise AsdmError(
+            f"not enough disk: {out} takes at least {format_bytes(needed)}, and {format_bytes(free)} are free", OUT_HINT
+        )
+
+
 @contextmanager
 def output_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write into that becomes `out` only when everything is written.
@@ -53,7 +64,7 @@ def output_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     parent cannot be written, and when the disk is full.
     """
     check_output(out, overwrite)
-    with disk_errors(out, OUT_HINT):
+    with disk_errors(out, OUT_HINT, (errno.ENOENT,)):  # some places, as /proc, know no new folders
         out.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         aside.chmod(0o755)
@@ -68,7 +79,7 @@ def output_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 @contextmanager
 def output_file(path: Path, hint: str = OUT_HINT) -> Iterator[Path]:
     """A file path to write to that becomes `path` only when writing ended well."""
-    with disk_errors(path, hint):
+    with disk_errors(path, hint, (errno.ENOENT,)):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
@@ -102,8 +113,8 @@ def _replace(aside: Path, out: Path) -> None:
 
 
 @contextmanager
-def disk_errors(place: Path, hint: str) -> Iterator[None]:
-    """Turn a full disk and a place that cannot be written into one message."""
+def disk_errors(place: Path, hint: str, also: Collection[int] = ()) -> Iterator[None]:
+    """Turn a full disk and a place that cannot be written, which errors numbered `also` are too, into one message."""
     try:
         yield
     except AsdmError:
@@ -111,10 +122,9 @@ def disk_errors(place: Path, hint: str) -> Iterator[None]:
     except Exception as error:
         code = error.errno if isinstance(error, OSError) else None
         # safetensors and torch report a full disk as error types of their own, with the system's text.
-        if code in _FULL or "No space left on device" in str(error):
-            message = f"the disk is full: {place} was not written"
-        elif code in _FORBIDDEN:
+        if code in _FULL or any(text in str(error) for text in _FULL_TEXTS):
+            raise AsdmError(f"the disk is full: {place} was not written", hint) from error
+        if code in (*_FORBIDDEN, *also):
             message = f"{place} cannot be written: {os.strerror(code or 0)}"
-        else:
-            raise
-        raise AsdmError(message, hint, ExitCode.ENVIRONMENT) from error
+            raise AsdmError(message, hint, ExitCode.ENVIRONMENT) from error
+        raise

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
+from asdm_compress.core.checked_yaml import Strict, as_yaml, read_checked
+from asdm_compress.core.distillation import Distillation
 from asdm_compress.core.edits import EDIT_GRAMMAR, Edit, conv_spec
-from asdm_compress.core.errors import AsdmError
+from asdm_compress.core.errors import AsdmError, SiteError
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Base(_Strict):
+class Base(Strict):
     """What the recipe was made for. A checkpoint with another architecture is refused."""
 
     model: str
     architecture: dict[str, Any]
 
 
-class EditEntry(_Strict):
+class EditEntry(Strict):
     """One edit: a site's path, and the edit's name, such as `drop`, `narrow0.5` or `conv3x3*8@timestep`."""
 
     site: str = Field(min_length=1)
@@ -41,7 +39,7 @@ class EditEntry(_Strict):
         return value
 
 
-class Costs(_Strict):
+class Costs(Strict):
     """Costs of one UNet; seconds hold for the machine and settings in `profile.json` only."""
 
     latency: float = Field(gt=0)
@@ -49,7 +47,7 @@ class Costs(_Strict):
     params: int = Field(gt=0)
 
 
-class Evidence(_Strict):
+class Evidence(Strict):
     """What the search predicted and what was then measured, beside the teacher's own costs.
 
     Damages are weighted relative squared errors of the noise prediction; `held_out` ones are from prompts and seeds
@@ -71,19 +69,35 @@ class Evidence(_Strict):
     proven_optimal: bool
 
 
-class Recipe(_Strict):
+class CalibratedInheritance(Strict):
+    """The schedule of feature inheritance in the student's folder, and what it does on prompts that chose nothing.
+
+    `measured_share` is its time over that of the student's full run, `psnr` in dB against the student's own images.
+    """
+
+    schedule: str
+    budget: str
+    sampler: str
+    measured_share: float
+    psnr: float
+
+
+class Recipe(Strict):
     """A whole `recipe.yaml`. Only `asdm_recipe`, `base` and `edits` are needed to replay it.
 
-    `refit` says how much of what stays is solved anew after the cut.
+    `refit` says how much of what stays is solved anew after the cut, `distillation` how the student is to be trained,
+    or was, `inheritance` which calibrated schedule lies beside the recipe.
     """
 
     asdm_recipe: Literal[1]
     base: Base
     edits: list[EditEntry]
     refit: Literal["full", "scale", "none"] = "none"
-    budget: list[str] = []
+    budget: list[str] = Field(default_factory=list)
     evidence: Evidence | None = None
-    provenance: dict[str, Any] = {}
+    distillation: Distillation | None = None
+    inheritance: CalibratedInheritance | None = None
+    provenance: dict[str, Any] = Field(default_factory=dict)
 
     def as_edits(self) -> dict[str, Edit]:
         """Site path to edit."""
@@ -119,84 +133,29 @@ def load_recipe(path: Path) -> Recipe:
     Raises AsdmError with the file and the line for anything that is not right: bad YAML, unknown keys, wrong values, a
     site named twice.
     """
-    if not path.is_file():
-        raise AsdmError(f"there is no recipe {path}", "Give the recipe.yaml that `asdm-compress assemble` wrote.")
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
-    except UnicodeDecodeError as error:
-        raise AsdmError(f"{path} is not UTF-8 text", "A recipe is a YAML file.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise AsdmError(f"{line}: no valid YAML: {getattr(error, 'problem', error)}") from error
-    _refuse_duplicates(node, path)
-    if not isinstance(content, Mapping):
-        raise AsdmError(f"{path}:1: a recipe is a mapping with the keys asdm_recipe, base and edits")
-    try:
-        recipe = Recipe.model_validate(content)
-    except ValidationError as error:
-        # A misspelt key is both unknown and missing; the first says more.
-        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        line_number = _line_of(node, first["loc"])
-        where = ".".join(str(part) for part in first["loc"])
-        raise AsdmError(f"{path}:{line_number}: {where}: {_explain(first)}", _hint(first)) from error
+    read = read_checked(path, Recipe, "recipe", "Give the recipe.yaml that `asdm-compress assemble` wrote.")
+    recipe = read.content
     seen: dict[str, int] = {}
     for i, entry in enumerate(recipe.edits):
         if entry.site in seen:
-            raise AsdmError(f"{path}:{_line_of(node, ('edits', i))}: the site {entry.site} is named twice")
+            raise AsdmError(f"{read.line('edits', i)}: the site {entry.site} is named twice")
         seen[entry.site] = i
     return recipe
+
+
+@contextmanager
+def telling_lines(path: Path) -> Iterator[None]:
+    """What turns out to be wrong with an edit of a recipe is said with the file and the edit's line."""
+    try:
+        yield
+    except SiteError as error:
+        read = read_checked(path, Recipe, "recipe", "")
+        sites = [entry.site for entry in read.content.edits]
+        where = read.line("edits", sites.index(error.site)) if error.site in sites else str(path)
+        raise AsdmError(f"{where}: {error.message}", error.hint, error.exit_code) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML text."""
     content = recipe.model_dump(mode="json", exclude_none=True)
-    return yaml.safe_dump(content, sort_keys=False, width=120, allow_unicode=True)
-
-
-def _refuse_duplicates(node: yaml.Node | None, path: Path) -> None:
-    """YAML readers let a second key win silently."""
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if key.value in seen:
-                raise AsdmError(f"{path}:{key.start_mark.line + 1}: the key {key.value} is there twice")
-            seen.add(key.value)
-            _refuse_duplicates(value, path)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _refuse_duplicates(value, path)
-
-
-def _explain(error: Any) -> str:
-    if error["type"] == "extra_forbidden":
-        return "unknown key"
-    return str(error["msg"]).removeprefix("Input should be ").replace("Field required", "this key is missing")
-
-
-def _hint(error: Any) -> str | None:
-    if error["type"] == "extra_forbidden":
-        return "Check the spelling; unknown keys are refused, so that none is silently ignored."
-    return None
-
-
-def _line_of(node: yaml.Node | None, location: Sequence[int | str]) -> int:
-    """The line (from 1) of the deepest part of `location` that the file has."""
-    line = 1
-    for part in location:
-        if node is None:
-            return line
-        line = node.start_mark.line + 1
-        if isinstance(node, yaml.MappingNode):
-            pair = next(((k, v) for k, v in node.value if k.value == part), None)
-            if pair is None:
-                return line
-            line, node = pair[0].start_mark.line + 1, pair[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-        else:
-            return line
-    return line
+    return as_yaml(content)

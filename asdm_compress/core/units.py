@@ -15,6 +15,8 @@ RESOURCES: Final[tuple[Resource, ...]] = ("latency", "macs", "params")
 _COUNT_SUFFIXES: Final = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 _TIME_SUFFIXES: Final = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
 _NUMBER: Final = re.compile(r"^(\d+(?:\.\d*)?|\.\d+)\s*([a-zµ%]*)$", re.IGNORECASE)
+_BYTE_SUFFIXES: Final = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_BYTES: Final = re.compile(r"^(\d+(?:\.\d*)?|\.\d+)\s*([kmg]i?b)$", re.IGNORECASE)
 _EXAMPLES: Final = (
     "for example latency=0.7x, latency=180ms, macs=280G, params=450M, or several: latency=0.7x,params=0.6x"
 )
@@ -84,6 +86,14 @@ def _parse_limit(item: str) -> Limit:
             f"Use a positive number with x or one of: {allowed}; {_EXAMPLES}.",
         )
     return Limit(resource, number * suffixes[suffix], relative=False)
+
+
+def parse_bytes(text: str) -> int:
+    """'2GB' as 2·10⁹ and '2GiB' as 2·2³⁰; raises AsdmError for anything else."""
+    match = _BYTES.match(text.strip())
+    if match is None or float(match[1]) <= 0:
+        raise AsdmError(f"the size {text!r} does not parse", "Write a number and a unit, such as 2GB or 500MiB.")
+    return int(float(match[1]) * _BYTE_SUFFIXES[match[2].lower()])
 
 
 def format_count(value: float) -> str:

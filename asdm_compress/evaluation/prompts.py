@@ -18,6 +18,7 @@ from asdm_compress.scenes.captions import Caption, sample_captions
 
 CALIBRATION_SEED: Final = 1
 HELD_OUT_SEED: Final = 2
+EVALUATION_SEED: Final = 3
 
 _SUBJECTS: Final = (
     "an old fisherman", "a red bicycle", "a bowl of ripe apricots", "two dogs", "a wooden chair", "a steam locomotive",
@@ -65,6 +66,18 @@ def choose_prompts(
         _general_prompts(_SUBJECTS, calibration, CALIBRATION_SEED),
         _general_prompts(_HELD_OUT_SUBJECTS, held_out, HELD_OUT_SEED),
     )
+
+
+def evaluation_prompts(pipeline: StableDiffusionPipeline, count: int) -> tuple[tuple[str, ...], tuple[Caption, ...]]:
+    """Prompts that no search has seen, and their claims where they are of the bundled model's world.
+
+    Those name one, two and three objects in turn, and all have a combination never seen in training.
+    """
+    if not understands_scenes(pipeline):
+        return _general_prompts(_HELD_OUT_SUBJECTS, count, EVALUATION_SEED), ()
+    sets = [sample_captions(-(-count // 3), EVALUATION_SEED + n, n, held_out=True) for n in (1, 2, 3)]
+    captions = tuple(sets[i % 3][i // 3] for i in range(count))
+    return tuple(caption.text for caption in captions), captions
 
 
 def _general_prompts(subjects: Sequence[str], count: int, seed: int) -> tuple[str, ...]:

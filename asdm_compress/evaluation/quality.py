@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from scipy.linalg import sqrtm
 from torch import Tensor
 
 from asdm_compress.evaluation.fidelity import Fidelity, compare, to_tensor
@@ -64,14 +63,6 @@ def scene_features(images: Tensor) -> np.ndarray:
     """The scene reader's pooled features (N, 128) of images (N, 3, 128, 128) in [0, 1]."""
     reader = load_reader()
     return torch.cat([reader.features(part)[1] for part in torch.split(images, 64)]).double().numpy()
-
-
-def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½) of two feature sets (N, D) (Heusel et al., 1706.08500, eq. 6)."""
-    root = np.real(sqrtm(np.cov(first, rowvar=False) @ np.cov(second, rowvar=False)))
-    mean = first.mean(axis=0) - second.mean(axis=0)
-    spread = np.cov(first, rowvar=False) + np.cov(second, rowvar=False) - 2 * root
-    return float(mean @ mean + np.trace(spread))
 
 
 def accuracy_by_count(flags: Sequence[bool], object_counts: Sequence[int]) -> dict[int, float]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -17,20 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 from asdm_compress.core.edits import Edit, conv_spec
 from asdm_compress.core.errors import AsdmError
+from asdm_compress.models.call import UNetCall
 from asdm_compress.models.edits import apply_edits
 from asdm_compress.models.expert_conv import Moment, happening_at
+from asdm_compress.models.loader import write_loader
 from asdm_compress.models.residuals import NONE_ADDED, AddedResiduals
-from asdm_compress.models.walk import finish, start, steps_of
-
-InitT = TypeVar("InitT", bound=Callable[..., None])
-
-
-def _with_base_parameters(init: InitT) -> InitT:
-    """Expose the base class's parameters, from whose names diffusers decides which keys of a config it passes on."""
-    base = inspect.signature(UNet2DConditionModel.__init__)
-    edits = inspect.Parameter("edits", inspect.Parameter.KEYWORD_ONLY, default=None)
-    init.__signature__ = base.replace(parameters=[*base.parameters.values(), edits])  # type: ignore[attr-defined]
-    return init
+from asdm_compress.models.signatures import with_parameters_of
+from asdm_compress.models.walk import finish, steps_of
 
 
 class AssembledUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
@@ -47,7 +40,7 @@ class AssembledUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
     __module__ = "asdm_compress"
 
     @register_to_config  # type: ignore[untyped-decorator]
-    @_with_base_parameters
+    @with_parameters_of(UNet2DConditionModel, "edits")
     def __init__(self, *args: Any, edits: Mapping[str, Edit] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         apply_edits(self, edits or {})
@@ -85,7 +78,7 @@ class AssembledUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
             )
             added.check_count(sum(step.pushes_skip for step in steps_of(self)))
         if not (self.is_routed and (checkpointed or torch.compiler.is_compiling())):
-            moment = Moment.of(timestep, len(sample), sample.device) if self.is_routed else None
+            moment = Moment.of(timestep, sample.shape[0], sample.device) if self.is_routed else None
             with nullcontext() if moment is None else happening_at(moment):
                 return super().forward(
                     sample, timestep, encoder_hidden_states, class_labels, timestep_cond, attention_mask,
@@ -93,17 +86,22 @@ class AssembledUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
                     mid_block_additional_residual, down_intrablock_additional_residuals, encoder_attention_mask,
                     return_dict,
                 )  # fmt: skip
-        text = self.process_encoder_hidden_states(
-            encoder_hidden_states=encoder_hidden_states, added_cond_kwargs=added_cond_kwargs
-        )
-        attention = {
-            "cross_attention_kwargs": cross_attention_kwargs,
-            "attention_mask": _as_bias(attention_mask, sample),
-            "encoder_attention_mask": _as_bias(encoder_attention_mask, sample),
-        }
-        state = start(self, sample, timestep, text, timestep_cond, attention)
-        prediction = finish(steps_of(self), state, added, _checkpoint if checkpointed else None)
+        call = UNetCall(
+            sample, timestep, encoder_hidden_states, timestep_cond, attention_mask, cross_attention_kwargs,
+            added_cond_kwargs, encoder_attention_mask=encoder_attention_mask,
+        )  # fmt: skip
+        prediction = finish(steps_of(self), call.begin(self), added, _checkpoint if checkpointed else None)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As the base class, with a loader for places where this package is not installed (see `models.loader`)."""
+        super().save_config(save_directory, push_to_hub, **kwargs)
+        write_loader(Path(save_directory), type(self).__name__)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        """As the base class, which would remark on the loader's entry in the config."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -123,11 +121,6 @@ class AssembledUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
                 "The folder is damaged or was edited by hand; make it again with `asdm-compress apply`.",
             )
         return (model, info) if wants_info else model
-
-
-def _as_bias(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """A mask (B, tokens), 1 to keep and 0 to discard, as what is added to the attention scores, (B, 1, tokens)."""
-    return None if mask is None else ((1 - mask.to(like.dtype)) * -10000.0).unsqueeze(1)
 
 
 def _checkpoint(function: Callable[..., Tensor], *args: Any) -> Tensor:

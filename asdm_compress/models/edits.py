@@ -77,7 +77,8 @@ def _units(unet: UNet2DConditionModel) -> Iterator[tuple[str, nn.Module]]:
     blocks = [(f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks)]
     if unet.mid_block is not None:
         blocks.append(("mid_block", unet.mid_block))
-    blocks += [(f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks)]
+    # A ControlNet has no decoder.
+    blocks += [(f"up_blocks.{i}", block) for i, block in enumerate(modules_of(unet, "up_blocks"))]
     for path, block in blocks:
         for name in ("resnets", "attentions", "downsamplers", "upsamplers"):
             for j, module in enumerate(modules_of(block, name)):
@@ -91,8 +92,8 @@ def _resnets_whose_skip_can_go(unet: UNet2DConditionModel) -> Iterator[str]:
     for block in unet.down_blocks:
         skips += [resnet.out_channels for resnet in block.resnets]
         skips += [sampler.out_channels for sampler in modules_of(block, "downsamplers")]
-    for i, block in enumerate(unet.up_blocks):
-        for j, resnet in enumerate(block.resnets):
+    for i, block in enumerate(modules_of(unet, "up_blocks")):
+        for j, resnet in enumerate(modules_of(block, "resnets")):
             if resnet.in_channels - skips.pop() == resnet.out_channels:
                 yield f"up_blocks.{i}.resnets.{j}"
 

@@ -9,7 +9,7 @@ layer costs one plain convolution.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -82,6 +82,42 @@ class TimestepRouter(nn.Module):
         return F.pad(steps.cumsum(1), (1, 0))
 
 
+class ExpertKernels(nn.Module):
+    """The kernels of all experts, one parameter per factor, named by their numbers.
+
+    A `ParameterList` cannot be called, and so not be told by hooks that keep weights elsewhere until a module runs
+    (accelerate's offloading) to bring its own.
+    """
+
+    def __init__(self, kernels: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        for number, kernel in enumerate(kernels):
+            self.register_parameter(str(number), kernel)
+
+    def forward(self) -> list[Tensor]:
+        """The parameters."""
+        return [kernel for kernel in self._parameters.values() if kernel is not None]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.forward())
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self.forward()[number]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertKernels:
+        """As any module, but `fn` sees the experts' kernels in one row, four-dimensional as a convolution's: only so
+        can they be brought into channels-last format."""
+
+        def in_one_row(kernel: Tensor) -> Tensor:
+            changed = fn(kernel.flatten(0, 1))
+            return changed.reshape(*kernel.shape[:2], *changed.shape[1:])
+
+        return super()._apply(in_one_row, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+
 class MultiExpertConv2d(nn.Module):
     """The ME-CondConv layer, (B, C_in, H, W) to (B, C_out, H, W); see the module's own words for its formula.
 
@@ -94,7 +130,7 @@ class MultiExpertConv2d(nn.Module):
         self.in_channels, self.out_channels, self.spec = in_channels, out_channels, spec
         self.groups: tuple[int, ...]
         shapes, self.groups = _factors(in_channels, out_channels, spec)
-        self.weights = nn.ParameterList([nn.Parameter(torch.zeros(spec.experts, *shape)) for shape in shapes])
+        self.weights = ExpertKernels([nn.Parameter(torch.zeros(spec.experts, *shape)) for shape in shapes])
         self.bias = nn.Parameter(torch.zeros(spec.experts, out_channels))
         self.time_router = TimestepRouter(spec.experts) if spec.routing in ("timestep", "both") else None
         self.feature_router = nn.Linear(in_channels, spec.experts) if spec.routing in ("feature", "both") else None
@@ -106,7 +142,7 @@ class MultiExpertConv2d(nn.Module):
         It may also be given by `happening_at`.
         """
         if self.spec.experts == 1:
-            return self._convolve(hidden_states, [weight[0] for weight in self.weights], self.bias[0])
+            return self._convolve(hidden_states, [weight[0] for weight in self.weights()], self.bias[0])
         if self.time_router is not None and moment is None and not torch.compiler.is_compiling():
             moment = _moment_now.get()
         if self.time_router is not None and moment is None:
@@ -137,7 +173,7 @@ class MultiExpertConv2d(nn.Module):
     def kernels_for(self, share: Tensor) -> tuple[list[Tensor], Tensor]:
         """The kernels and the bias of one mixture; `share` is (E,)."""
         share = share.to(self.bias.dtype)
-        mixed = [torch.tensordot(share, weight, dims=1) for weight in self.weights]
+        mixed = [_lying_as(weight[0], torch.tensordot(share, weight, dims=1)) for weight in self.weights()]
         return mixed, torch.mv(self.bias.T, share)
 
     def train(self, mode: bool = True) -> MultiExpertConv2d:
@@ -152,7 +188,7 @@ class MultiExpertConv2d(nn.Module):
     def _kernels_at(self, moment: Moment) -> tuple[list[Tensor], Tensor]:
         """The kernels of one moment; kept between calls where nothing can have changed and no gradient is wanted."""
         if self.bias.is_meta:  # only shapes are asked for: those of a moment whose kernels are known
-            return [weight[0] for weight in self.weights], self.bias[0]
+            return [weight[0] for weight in self.weights()], self.bias[0]
         first = Moment(moment.timesteps[:1])
         device = self.bias.device.type
         if moment.value is None or torch.is_autocast_enabled(device) or self.bias.is_inference():
@@ -165,7 +201,7 @@ class MultiExpertConv2d(nn.Module):
             kept = best if is_one else self.kernels_for(share)
             self._mixed.put(moment.value, kept)
         if isinstance(kept, int):
-            return [weight[kept] for weight in self.weights], self.bias[kept]
+            return [weight[kept] for weight in self.weights()], self.bias[kept]
         return kept
 
     def _convolve(self, hidden: Tensor, kernels: Sequence[Tensor], bias: Tensor) -> Tensor:
@@ -185,15 +221,34 @@ class MultiExpertConv2d(nn.Module):
 
     def _convolve_each(self, hidden: Tensor, shares: Tensor) -> Tensor:
         """Every image with its own kernel: one grouped convolution for the batch."""
-        batch = len(hidden)
+        batch = hidden.shape[0]
         shares = shares.to(self.bias.dtype)
-        for i, (weight, groups) in enumerate(zip(self.weights, self.groups, strict=True)):
+        if isinstance(batch, torch.SymInt):  # exported for any batch, which no number of groups can be
+            return self._convolve_taps(hidden, shares)
+        for i, (weight, groups) in enumerate(zip(self.weights(), self.groups, strict=True)):
             mixed = torch.tensordot(shares, weight, dims=1)  # (B, C_out, C_in / groups, k, k)
             bias = (shares @ self.bias).flatten() if i == len(self.groups) - 1 else None
             stacked = hidden.reshape(1, -1, *hidden.shape[2:])
             out = F.conv2d(stacked, mixed.flatten(0, 1), bias, padding=mixed.shape[-1] // 2, groups=batch * groups)
             hidden = out.reshape(batch, -1, *out.shape[2:])
         return hidden
+
+    def _convolve_taps(self, hidden: Tensor, shares: Tensor) -> Tensor:
+        """Every image with its own kernel, as one product per tap of the kernel."""
+        height, width = hidden.shape[2:]
+        for weight, groups in zip(self.weights(), self.groups, strict=True):
+            mixed = torch.tensordot(shares, weight, dims=1)  # (B, C_out, C_in / groups, k, k)
+            k = mixed.shape[-1]
+            padded = F.pad(hidden, (k // 2,) * 4)
+            taps = []
+            for a in range(k):
+                for b in range(k):
+                    here = padded[:, :, a : a + height, b : b + width]
+                    tap = mixed[..., a, b]
+                    # Groups are one, or as many as channels.
+                    taps.append(torch.einsum("boi,bihw->bohw", tap, here) if groups == 1 else tap[..., None] * here)
+            hidden = torch.stack(taps).sum(0)
+        return hidden + (shares @ self.bias)[:, :, None, None]
 
     def extra_repr(self) -> str:
         """Shown by `print`."""
@@ -230,6 +285,13 @@ class _MomentCache:
 
     def __reduce__(self) -> Any:
         return _MomentCache, ()
+
+
+def _lying_as(example: Tensor, kernel: Tensor) -> Tensor:
+    """A mixed kernel in the memory format of one expert's: in another, every convolution with it would bring it along
+    into its own."""
+    lies = torch.channels_last if example.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    return kernel.contiguous(memory_format=lies)
 
 
 def _factors(inputs: int, outputs: int, spec: ConvSpec) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pickle
 import pickletools
+import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,8 +16,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from asdm_compress.core.errors import AsdmError
+from asdm_compress.models.recognise import ONLY, what_is
 
 AGAIN: Final = "Fetch or copy the file again."
+# As diffusers and transformers name them, with a variant, and with a shard's number.
+_WEIGHTS: Final = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.(?P<suffix>safetensors|bin)$"
+)
+# The original checkpoints name a class of their training program, as a key beside the weights. In its place stands one
+# of that name that does nothing.
+_INERT: Final[list[Any]] = [type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})]
 _DTYPES: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -47,19 +56,44 @@ def check_folder(folder: Path, allow_pickle: bool) -> None:
             read_pickle(path, allow_pickle)
 
 
+def choose_weights(names: Iterable[str]) -> tuple[list[str], str | None]:
+    """Of the files of one folder, the weights that are read, all of one variant, and that variant's name.
+
+    Safetensors go before pickles, and weights without a variant (fp16, non_ema) before those with one.
+    """
+    found: dict[tuple[bool, bool, bool, str], list[str]] = {}
+    for name in sorted(names):
+        match = _WEIGHTS.match(name)
+        if match:
+            variant = match["variant"]
+            rank = (match["suffix"] != "safetensors", variant is not None, variant != "fp16", variant or "")
+            found.setdefault(rank, []).append(name)
+    if not found:
+        return [], None
+    best = min(found)
+    return found[best], best[-1] or None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weights of a diffusers folder, all of one variant; raises AsdmError where there are none."""
+    names, _ = choose_weights(path.name for path in folder.iterdir())
+    if not names:
+        raise AsdmError(f"{folder} holds no weights", AGAIN)
+    return [folder / name for name in names]
+
+
 def variant_of(folder: Path) -> str | None:
-    """`fp16` where a diffusers folder has its weights only in files of that variant."""
-    names = [path.name for path in folder.glob("*.safetensors")]
-    return "fp16" if names and all(".fp16" in name for name in names) else None
+    """`fp16`, or another variant, where a diffusers folder has its weights only in files of that variant."""
+    return choose_weights(path.name for path in folder.iterdir())[1] if folder.is_dir() else None
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The precision of the weights in a folder's safetensors files; fp32 where there are none."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - an open file is no mapping
-                return _DTYPES.get(file.get_slice(key).get_dtype(), torch.float32)
-    return torch.float32
+    """The precision of a folder's weights; raises AsdmError where there are none."""
+    path = weight_files(folder)[0]
+    if path.suffix == ".bin":
+        return next(iter(read_pickle(path, allow_pickle=False).values())).dtype
+    with safe_open(path, framework="pt") as file:
+        return _DTYPES.get(file.get_slice(next(iter(file.keys()))).get_dtype(), torch.float32)
 
 
 def read_pickle(path: Path, allow_pickle: bool) -> Mapping[str, Tensor]:
@@ -71,10 +105,12 @@ def read_pickle(path: Path, allow_pickle: bool) -> Mapping[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on pickle protocols
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped: tensors that nobody asks for, such as a second set of averaged weights, take no memory.
+            with torch.serialization.safe_globals(_INERT):
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if not _is_pickle(path):
-            raise AsdmError(f"{path} is truncated or no checkpoint: {first_line(error)}", AGAIN) from error
+            raise AsdmError(f"{path} is truncated or no checkpoint", AGAIN) from error
         if not allow_pickle:
             raise AsdmError(
                 f"{path} is a pickle that would run code while it is read, and is refused",
@@ -82,11 +118,13 @@ def read_pickle(path: Path, allow_pickle: bool) -> Mapping[str, Tensor]:
             ) from error
         loaded = _read_trusted(path)
     except (EOFError, RuntimeError, ValueError, KeyError, IndexError) as error:
-        raise AsdmError(f"{path} is truncated or no checkpoint: {first_line(error)}", AGAIN) from error
+        said = first_line(error).partition(". ")[0]
+        raise AsdmError(f"{path} is truncated or no checkpoint: {said}", AGAIN) from error
     inner = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else {}
     weights = {key: value for key, value in inner.items() if isinstance(value, Tensor)}
     if not weights:
-        raise AsdmError(f"{path} holds no weights")
+        kind = what_is([key for key in inner if isinstance(key, str)])
+        raise AsdmError(f"{path} is {kind}" if kind else f"{path} holds no weights", ONLY)
     return weights
 
 

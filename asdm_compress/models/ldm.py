@@ -1,7 +1,9 @@
 """The names that the original Stable Diffusion code gives to tensors (the LDM layout of single-file checkpoints).
 
-Programs such as A1111, ComfyUI and stable-diffusion.cpp read it. diffusers only converts from it; here is the other
-direction, worked out from the modules that a UNet really has, so that lighter ones get their blocks renumbered.
+Programs such as A1111, ComfyUI and stable-diffusion.cpp read full UNets in it, ComfyUI also cut ones (see `programs`).
+diffusers only converts from it; here is the other direction, worked out from the modules that a UNet really has, so
+that lighter ones get their blocks renumbered. stable-diffusion.cpp reads BK-SDM-Tiny's UNet under names with gaps
+instead, where every level begins at the number that it has in the full UNet.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.assembled_unet import AssembledUNet2DConditionModel
 from asdm_compress.models.sites import modules_of
+
+_FULL_LEVEL: Final = 3  # the numbers that a level of the full UNet takes, on either side
 
 UNET_PREFIX: Final = "model.diffusion_model."
 VAE_PREFIX: Final = "first_stage_model."
@@ -48,8 +52,8 @@ _OPEN_CLIP_LAYER: Final = {
 }
 
 
-def unet_to_ldm(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """All tensors of a UNet under the names of the LDM layout, contiguous.
+def unet_to_ldm(unet: UNet2DConditionModel, with_gaps: bool = False) -> dict[str, Tensor]:
+    """All tensors of a UNet under the names of the LDM layout, contiguous; `with_gaps` numbers as the full UNet does.
 
     Raises AsdmError for a UNet that this layout has no names for: one with slots.
     """
@@ -60,7 +64,7 @@ def unet_to_ldm(unet: UNet2DConditionModel) -> dict[str, Tensor]:
             f"{next(iter(edits))}",
             "It can hold students that plain diffusers opens: whole layers, levels and mid blocks taken out.",
         )
-    moved = {**_UNET_ENDS, **dict(_unet_modules(unet))}
+    moved = {**_UNET_ENDS, **dict(_unet_modules(unet, with_gaps))}
     found = {}
     for key, tensor in unet.state_dict().items():
         parts = key.split(".")
@@ -75,10 +79,11 @@ def unet_to_ldm(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     return found
 
 
-def _unet_modules(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
+def _unet_modules(unet: UNet2DConditionModel, with_gaps: bool) -> Iterator[tuple[str, str]]:
     """Module paths of the blocks, and their names in the LDM layout."""
     number = 1
     for i, block in enumerate(unet.down_blocks):
+        number = _FULL_LEVEL * i + 1 if with_gaps else number
         attentions = modules_of(block, "attentions")
         for j in range(len(modules_of(block, "resnets"))):
             yield from _resnet(f"down_blocks.{i}.resnets.{j}", f"input_blocks.{number}.0")
@@ -86,29 +91,36 @@ def _unet_modules(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
                 yield f"down_blocks.{i}.attentions.{j}", f"input_blocks.{number}.1"
             number += 1
         if modules_of(block, "downsamplers"):
+            number = _FULL_LEVEL * (i + 1) if with_gaps else number
             yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{number}.0.op"
             number += 1
     if unet.mid_block is not None:
-        place = 0
-        attentions = modules_of(unet.mid_block, "attentions")
-        for j in range(len(modules_of(unet.mid_block, "resnets"))):
-            if j and j <= len(attentions) and attentions[j - 1] is not None:
-                yield f"mid_block.attentions.{j - 1}", f"middle_block.{place}"
-                place += 1
-            yield from _resnet(f"mid_block.resnets.{j}", f"middle_block.{place}")
-            place += 1
+        yield from _mid_modules(unet.mid_block)
     number = 0
     for i, block in enumerate(unet.up_blocks):
+        number = _FULL_LEVEL * i if with_gaps else number
         attentions, resnets = modules_of(block, "attentions"), modules_of(block, "resnets")
         for j in range(len(resnets)):
             yield from _resnet(f"up_blocks.{i}.resnets.{j}", f"output_blocks.{number}.0")
-            place = 1
             if j < len(attentions):
                 yield f"up_blocks.{i}.attentions.{j}", f"output_blocks.{number}.1"
-                place = 2
-            if j == len(resnets) - 1 and modules_of(block, "upsamplers"):
-                yield f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{number}.{place}.conv"
             number += 1
+        if modules_of(block, "upsamplers"):
+            last, place = number - 1, 2 if attentions else 1
+            if with_gaps:  # where the full UNet has it, whose deepest level has no transformers
+                last, place = _FULL_LEVEL * (i + 1) - 1, 2 if i else 1
+            yield f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{last}.{place}.conv"
+
+
+def _mid_modules(mid: nn.Module) -> Iterator[tuple[str, str]]:
+    place = 0
+    attentions = modules_of(mid, "attentions")
+    for j in range(len(modules_of(mid, "resnets"))):
+        if j and j <= len(attentions) and attentions[j - 1] is not None:
+            yield f"mid_block.attentions.{j - 1}", f"middle_block.{place}"
+            place += 1
+        yield from _resnet(f"mid_block.resnets.{j}", f"middle_block.{place}")
+        place += 1
 
 
 def _resnet(path: str, name: str) -> Iterator[tuple[str, str]]:

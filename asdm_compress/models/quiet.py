@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,3 +26,17 @@ def quiet_libraries() -> Iterator[None]:
             library.set_verbosity(level)
             if had_bar:
                 library.enable_progress_bar()
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Silence the remarks of torch's ONNX exporter on what it does without, and on torch's own old calls."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -11,16 +11,34 @@ from asdm_compress.core.errors import AsdmError
 
 # Parts of names that tell a kind of file; the first kind of which a name has one is the answer.
 _KINDS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
-    ("a LoRA, which changes a checkpoint and is none itself", (".lora_down.", ".lora_A.", ".lora.down.", ".hada_w1_a")),
+    (
+        "a LoRA, which changes a checkpoint and is none itself",
+        (".lora_down.", ".lora_A.", ".lora.down.", ".hada_w1_a", ".lokr_w1", ".oft_", "lora_unet_", "lora_te_"),
+    ),
     ("a Flux model, another architecture", ("double_blocks.", "single_transformer_blocks.")),
     ("a Stable Diffusion 3 model, another architecture", ("joint_blocks.", "context_embedder.")),
+    ("a Stable Diffusion unCLIP model, another architecture", ("noise_augmentor.", "embedder.model.visual.")),
     ("a Stable Diffusion XL model, another architecture", ("conditioner.embedders.", "label_emb.", "add_embedding.")),
     ("a ControlNet", ("control_model.", "controlnet_down_blocks.", "controlnet_cond_embedding.")),
-    ("a textual-inversion embedding", ("emb_params", "string_to_param")),
+    ("a T2I-Adapter", ("adapter.body.", "adapter.conv_in.")),
+    ("an IP-Adapter", ("ip_adapter.", "image_proj.")),
+    ("a motion module", ("motion_modules.",)),
+    ("a textual-inversion embedding", ("emb_params", "string_to_param", "clip_g")),
     ("a VAE", ("first_stage_model.", "post_quant_conv.", "decoder.conv_in.")),
     ("a text encoder", ("cond_stage_model.", "text_model.", "token_embedding.")),
 )
 SHOWN: Final = 3
+ONLY: Final = "Give a UNet or a whole checkpoint of Stable Diffusion 1.x or 2.x."
+
+
+# Kinds that a file is of whatever else is in it.
+_FOREIGN: Final = ("a LoRA", "a Flux", "a Stable Diffusion ", "a ControlNet")
+
+
+def foreign_kind(names: Collection[str]) -> str | None:
+    """The kind of file that has tensors of these names, where it is one that no UNet of 1.x or 2.x is found in."""
+    kind = what_is(names)
+    return kind if kind is not None and kind.startswith(_FOREIGN) else None
 
 
 def what_is(names: Collection[str]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -16,12 +17,26 @@ from asdm_compress.models.files import variant_of
 from asdm_compress.models.quiet import quiet_libraries
 from asdm_compress.models.streaming import Entry, TensorReader, reading, write_safetensors, write_sharded
 
-SHARD_BYTES: Final = 10 * 2**30  # diffusers' own size
 _WEIGHTS: Final = (".safetensors", ".bin")
 _KEPT: Final = (".json", ".txt", ".model")  # configs, vocabularies and merges
+_MEASURED: Final = ("assembly.json", "frontier.json", "eval.json", "report.json")
 
 
-def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """How weight files are named and cut: the `variant` in their names, and the most bytes of one.
+
+    A folder of a variant opens only where that is asked for. The default size is diffusers' own.
+    """
+
+    variant: str | None = None
+    shard_bytes: int = 10 * 2**30
+
+
+PLAIN: Final = FileLayout()
+
+
+def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path, layout: FileLayout = PLAIN) -> None:
     """Write a diffusers folder, every part in the precision that it has.
 
     Without a dtype, diffusers opens every part in fp32, but transformers takes what the text encoder's config says: of
@@ -29,40 +44,44 @@ def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     for when the folder is opened goes before it.
     """
     with quiet_libraries():
-        pipeline.save_pretrained(folder)
+        pipeline.save_pretrained(folder, variant=layout.variant, max_shard_size=layout.shard_bytes)
     _open_in_fp32(folder)
 
 
-def save_unet(
-    unet: UNet2DConditionModel, entries: Sequence[Entry], folder: Path, shard_bytes: int = SHARD_BYTES
-) -> None:
+def save_unet(unet: UNet2DConditionModel, entries: Sequence[Entry], folder: Path, layout: FileLayout = PLAIN) -> None:
     """Write a UNet folder from a UNet on the meta device and the tensors that it is to have, one at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     with quiet_libraries():
         unet.save_config(folder)
-    write_sharded(folder, entries, shard_bytes)
+    write_sharded(folder, entries, layout.shard_bytes, layout.variant)
 
 
-def copy_rest(source: Path, folder: Path, unet: UNet2DConditionModel, dtype: torch.dtype | None) -> None:
+def copy_rest(
+    source: Path,
+    folder: Path,
+    unet: UNet2DConditionModel,
+    dtype: torch.dtype | None,
+    layout: FileLayout = PLAIN,
+) -> None:
     """Copy everything of a pipeline folder but its UNet, with `unet`'s class named in the index.
 
-    Of weights that are there twice, only those are copied that would be read; with a `dtype` they are converted, one at
-    a time.
+    What was measured of the model in the folder does not hold for the new one, and is left behind. Of weights that are
+    there twice, only those are copied that would be read; with a `dtype` they are converted, one at a time.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for part in sorted(source.iterdir()):
-        if part.is_dir() and part.name != "unet":
-            _copy_part(part, folder / part.name, dtype)
-        elif part.is_file() and part.suffix in _KEPT:
-            shutil.copyfile(part, folder / part.name)
     index: dict[str, Any] = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+    for part in sorted(source.iterdir()):
+        if part.is_dir() and part.name != "unet" and isinstance(index.get(part.name), list):
+            _copy_part(part, folder / part.name, dtype, layout.variant)
+        elif part.is_file() and part.suffix in _KEPT and part.name not in _MEASURED:
+            shutil.copyfile(part, folder / part.name)
     library = "diffusers" if type(unet) is UNet2DConditionModel else type(unet).__module__
     index["unet"] = [library, type(unet).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _open_in_fp32(folder)
 
 
-def _copy_part(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
+def _copy_part(source: Path, folder: Path, dtype: torch.dtype | None, named: str | None) -> None:
     folder.mkdir()
     variant = variant_of(source)
     safe = any(path.suffix == ".safetensors" for path in source.iterdir())
@@ -74,12 +93,21 @@ def _copy_part(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
             continue
         if ".fp16" in path.name and variant is None:
             continue
-        name = path.name.replace(".fp16", "")
-        if is_weights and dtype is not None:
-            with reading(path) as reader:
-                write_safetensors((folder / name).with_suffix(".safetensors"), _converted(reader, dtype))
+        if not is_weights:
+            shutil.copyfile(path, folder / path.name.replace(".fp16", ""))
+        elif dtype is None:
+            shutil.copyfile(path, folder / _named(path, named, path.suffix))
         else:
-            shutil.copyfile(path, folder / name)
+            with reading(path) as reader:
+                write_safetensors(folder / _named(path, named, ".safetensors"), _converted(reader, dtype))
+
+
+def _named(path: Path, variant: str | None, suffix: str) -> str:
+    """The name that diffusers or transformers look for, of a weight file of a variant, as pickle or safetensors."""
+    stem = path.name.replace(".fp16", "").removesuffix(path.suffix)
+    if suffix == ".safetensors" and stem.startswith("pytorch_model"):
+        stem = stem.removeprefix("pytorch_")  # transformers' own name of a pickle
+    return f"{stem}.{variant}{suffix}" if variant else f"{stem}{suffix}"
 
 
 def _converted(reader: TensorReader, dtype: torch.dtype) -> list[Entry]:

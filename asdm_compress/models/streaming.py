@@ -17,15 +17,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from asdm_compress.core.errors import AsdmError
-from asdm_compress.models.files import check_safetensors, read_pickle, variant_of
+from asdm_compress.models.files import check_safetensors, read_pickle, weight_files
 from asdm_compress.models.recognise import check_numbers
 
 _NAMES: Final = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 _DTYPES: Final = {name: dtype for dtype, name in _NAMES.items()}
-PATTERN: Final = "diffusion_pytorch_model{suffix}.safetensors"
+_SMALL_FLOATS: Final = (torch.float8_e4m3fn, torch.float8_e5m2)
+_WEIGHTS: Final = "diffusion_pytorch_model"
 _ALIGNED: Final = 8  # the header's length is a multiple of this
 
 
@@ -33,34 +35,40 @@ _ALIGNED: Final = 8  # the header's length is a multiple of this
 def reading(place: Path, allow_pickle: bool = False) -> Iterator[TensorReader]:
     """The tensors of a file, or of a diffusers folder's weights, each read when it is asked for.
 
+    Floats of 8 bits, which torch stores and does not compute with, are read as fp16, which has all their values.
     Pickles are read whole. Raises AsdmError for files that are damaged, and for a folder without weights.
     """
-    files = [place] if place.is_file() else _files_of(place)
+    files = [place] if place.is_file() else weight_files(place)
     with ExitStack() as stack:
         found: dict[str, Callable[[], Tensor]] = {}
         dtypes: dict[str, torch.dtype] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for path in files:
             if path.suffix == ".safetensors":
                 check_safetensors(path)
                 file = stack.enter_context(safe_open(path, framework="pt"))
                 for key in file.keys():  # noqa: SIM118 - an open file is no mapping
-                    found[key] = partial(file.get_tensor, key)
-                    dtypes[key] = _DTYPES[file.get_slice(key).get_dtype()]
+                    part = file.get_slice(key)
+                    stored, shapes[key] = _dtype_of(path, part.get_dtype()), tuple(part.get_shape())
+                    found[key], dtypes[key] = partial(file.get_tensor, key), stored
+                    if stored in _SMALL_FLOATS:
+                        found[key], dtypes[key] = partial(_widened, found[key]), torch.float16
             else:
                 weights = read_pickle(path, allow_pickle)
                 for key, value in weights.items():
-                    found[key], dtypes[key] = partial(weights.__getitem__, key), value.dtype
-        yield TensorReader(place, found, dtypes)
+                    found[key] = partial(weights.__getitem__, key)
+                    dtypes[key], shapes[key] = value.dtype, tuple(value.shape)
+        yield TensorReader(place, found, dtypes, shapes)
 
 
-def _files_of(folder: Path) -> list[Path]:
-    """A folder's weight files: of one variant, and safetensors where there are any."""
-    variant = variant_of(folder)
-    safe = sorted(p for p in folder.glob("*.safetensors") if (variant is not None) == (".fp16" in p.name))
-    found = safe or sorted(folder.glob("*.bin"))
-    if not found:
-        raise AsdmError(f"{folder} holds no weights", "Fetch or copy the folder again.")
-    return found
+def _widened(get: Callable[[], Tensor]) -> Tensor:
+    return get().to(torch.float16)
+
+
+def _dtype_of(path: Path, name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise AsdmError(f"{path} holds numbers of the kind {name}", f"Known kinds: {', '.join(_DTYPES)}.")
+    return _DTYPES[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +78,7 @@ class TensorReader:
     place: Path
     getters: Mapping[str, Callable[[], Tensor]]
     dtypes: Mapping[str, torch.dtype]
+    shapes: Mapping[str, tuple[int, ...]]
 
     def __contains__(self, name: str) -> bool:
         return name in self.getters
@@ -130,15 +139,20 @@ def write_safetensors(path: Path, entries: Sequence[Entry]) -> None:
             file.write(raw.numpy().data)
 
 
-def write_sharded(folder: Path, entries: Sequence[Entry], most_bytes: int) -> list[Path]:
-    """Write entries as diffusers does: one file, or several of at most `most_bytes` with an index beside them."""
+def write_sharded(folder: Path, entries: Sequence[Entry], most_bytes: int, variant: str | None = None) -> list[Path]:
+    """Write entries as diffusers does: one file, or several of at most `most_bytes` with an index beside them.
+
+    A `variant` is a part of every name.
+    """
     blank = {entry.name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for entry in entries}
-    split = split_torch_state_dict_into_shards(blank, filename_pattern=PATTERN, max_shard_size=most_bytes)
+    mark = f".{variant}" if variant else ""
+    pattern = f"{_WEIGHTS}{mark}{{suffix}}.safetensors"
+    split = split_torch_state_dict_into_shards(blank, filename_pattern=pattern, max_shard_size=most_bytes)
     by_name = {entry.name: entry for entry in entries}
     for file, names in split.filename_to_tensors.items():
         write_safetensors(folder / file, [by_name[name] for name in names])
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        place = folder / f"{PATTERN.format(suffix='')}.index.json"
+        place = folder / f"{_WEIGHTS}.safetensors.index{mark}.json"
         place.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return [folder / file for file in split.filename_to_tensors]

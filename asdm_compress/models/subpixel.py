@@ -45,7 +45,7 @@ class SubpixelConv2d(nn.Module):
             return F.conv2d(larger, self.weight, self.bias, padding=1)
         kernels, bias = self._phases()
         phases = F.conv2d(hidden_states, kernels, bias, padding=1)
-        phases = phases.reshape(len(phases), 4, -1, *phases.shape[2:])
+        phases = phases.reshape(phases.shape[0], 4, -1, *phases.shape[2:])
         # Phase (a, b) of pixel (i, j) is the kernel's answer at (i + a, j + b) of the padded image.
         corners = [phases[:, 2 * a + b, :, a : a + height, b : b + width] for a in (0, 1) for b in (0, 1)]
         return F.pixel_shuffle(torch.stack(corners, dim=2).flatten(1, 2), 2)

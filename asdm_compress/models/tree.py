@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+# What accelerate, diffusers, torch and runs that inherit features set on an instance, bound to the original.
+_AROUND_FORWARD: Final = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_compiled_call_impl")
 
 
 def copy_tree(module: ModuleT, parameter: Callable[[nn.Parameter], nn.Parameter]) -> ModuleT:
@@ -21,6 +23,7 @@ def copy_tree(module: ModuleT, parameter: Callable[[nn.Parameter], nn.Parameter]
     twin._buffers = dict(module._buffers)
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         setattr(twin, hooks, type(getattr(module, hooks))())
+    _free(twin)
     return twin
 
 
@@ -42,7 +45,15 @@ def sharing_copy(module: ModuleT) -> ModuleT:
 
 
 def shallow_copy(module: ModuleT) -> ModuleT:
-    """A copy whose list of children is its own, and nothing else."""
+    """A copy whose list of children is its own, and whose hooks are: one put on the copy is none of the original's."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
+    twin.__dict__ |= {name: copy.copy(value) for name, value in module.__dict__.items() if "_hooks" in name}
+    _free(twin)
     return twin
+
+
+def _free(twin: nn.Module) -> None:
+    """Let a copy's calls be its own: what stands around the original's forward would call the original."""
+    for name in _AROUND_FORWARD:
+        twin.__dict__.pop(name, None)

@@ -113,12 +113,16 @@ def start(
     text: Tensor,
     timestep_condition: Tensor | None = None,
     attention: Mapping[str, Any] | None = None,
+    moment: Moment | None = None,
 ) -> State:
-    """The state before `conv_in`: `sample` (B, C, H, W), `timestep` a scalar or (B,), `text` (B, tokens, width)."""
+    """The state before `conv_in`: `sample` (B, C, H, W), `timestep` a scalar or (B,), `text` (B, tokens, width).
+
+    Who knows the moment gives it; otherwise it is read from the timestep, which on a GPU waits for it.
+    """
     embedding = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep), timestep_condition)
     if unet.time_embed_act is not None:
         embedding = unet.time_embed_act(embedding)
-    moment = Moment.of(timestep, len(sample), sample.device)
+    moment = moment or Moment.of(timestep, sample.shape[0], sample.device)
     return State(sample, (), Conditioning(embedding, text, moment, attention or {}))
 
 
@@ -126,7 +130,7 @@ def take(step: Step, state: State, added: AddedResiduals = NONE_ADDED, checkpoin
     """The state after one step. `checkpoint` runs a function and forgets its activations until the backward pass."""
     given, skips, hidden = state.conditioning, state.skips, state.hidden
     if step.kind == "decoder-resnet":
-        hidden, skips = torch.cat(_freed(step.block, hidden, skips[-1]), dim=1), skips[:-1]
+        hidden, skips = joined(step, hidden, skips[-1]), skips[:-1]
     # The size of the next skip is twice this one's wherever doubling is what the stock forward does.
     size = skips[-1].shape[2:] if step.kind == "upsampler" else None
     hidden = checkpoint(run, step, hidden, given, size) if checkpoint else run(step, hidden, given, size)
@@ -136,12 +140,19 @@ def take(step: Step, state: State, added: AddedResiduals = NONE_ADDED, checkpoin
     return replace(state, hidden=hidden, skips=skips)
 
 
-def _freed(block: nn.Module | None, hidden: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden state and skip connection under FreeU (2309.11497), where it is switched on."""
-    factors = {name: getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")}
-    if not all(factors.values()):
-        return hidden, skip
-    return apply_freeu(block.resolution_idx, hidden, skip, **factors)  # type: ignore[no-any-return, union-attr]
+def joined(step: Step, hidden: Tensor, skip: Tensor) -> Tensor:
+    """What a decoder ResNet takes: hidden state and skip connection, under FreeU (2309.11497) where that is on.
+
+    diffusers scales the hidden state in place. Somebody may have kept it, so that a copy is scaled here; where the
+    hidden state is the skip connection too (behind a dropped mid block), diffusers scales that with it, and so does
+    this.
+    """
+    factors = {name: getattr(step.block, name, None) for name in ("s1", "s2", "b1", "b2")}
+    if step.block is not None and all(factors.values()):
+        scaled = hidden.clone()
+        skip = scaled if skip is hidden else skip
+        hidden, skip = apply_freeu(step.block.resolution_idx, scaled, skip, **factors)
+    return torch.cat((hidden, skip), dim=1)
 
 
 def run(step: Step, hidden: Tensor, given: Conditioning, size: Sequence[int] | None = None) -> Tensor:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from asdm_compress.models.expert_conv import Moment, happening_at
 from asdm_compress.models.tree import meta_copy
 
 # The kind of work that an operator's multiply-accumulates belong to; anything else that the counter knows is a linear.
@@ -68,18 +69,22 @@ def count(unet: UNet2DConditionModel, batch: int, height: int, width: int, text_
     without the workspace of single kernels.
     """
     twin = meta_copy(unet)
-    config = unet.config
-    dtype = next(unet.parameters()).dtype
-    sample = torch.empty(batch, config["in_channels"], height, width, device="meta", dtype=dtype)
-    text = torch.empty(batch, text_tokens, config["cross_attention_dim"], device="meta", dtype=dtype)
-    timestep = torch.empty((), device="meta", dtype=torch.long)
-    flops = FlopCounterMode(display=False)
-    with torch.no_grad(), _WholeLinear(), flops:
-        twin(sample, timestep, text, return_dict=False)
+    inputs, moment = _inputs(unet, batch, height, width, text_tokens)
     memory = _LiveBytes([p.untyped_storage() for p in twin.parameters()])
     # Without the fused kernel the meta device would hold whole attention matrices, which no real device does.
-    with torch.no_grad(), _FusedAttention(), memory, _tracking(twin, memory):
-        twin(sample, timestep, text, return_dict=False)
+    with torch.no_grad(), happening_at(moment), _FusedAttention(), memory, _tracking(twin, memory):
+        twin(*inputs, return_dict=False)
+    return ModuleCounts(count_macs(unet, batch, height, width, text_tokens), dict(memory.peaks))
+
+
+def count_macs(
+    unet: UNet2DConditionModel, batch: int, height: int, width: int, text_tokens: int
+) -> dict[str, MacCount]:
+    """The MACs alone of what `count` counts, in a fraction of its time."""
+    inputs, moment = _inputs(unet, batch, height, width, text_tokens)
+    flops = FlopCounterMode(display=False)
+    with torch.no_grad(), happening_at(moment), _WholeLinear(), flops:
+        meta_copy(unet)(*inputs, return_dict=False)
     root = type(unet).__name__
     macs: dict[str, MacCount] = {}
     for name, by_operator in flops.get_flop_counts().items():
@@ -87,7 +92,18 @@ def count(unet: UNet2DConditionModel, batch: int, height: int, width: int, text_
             continue
         path = name.removeprefix(root).removeprefix(".")
         macs[path] = sum((_as_macs(op, flop) for op, flop in by_operator.items()), MacCount())
-    return ModuleCounts(macs, dict(memory.peaks))
+    return macs
+
+
+def _inputs(
+    unet: UNet2DConditionModel, batch: int, height: int, width: int, text_tokens: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], Moment]:
+    """Sample, timestep and text without numbers; an edited UNet has to be told the time, unlike a student."""
+    config, dtype = unet.config, next(unet.parameters()).dtype
+    sample = torch.empty(batch, config["in_channels"], height, width, device="meta", dtype=dtype)
+    text = torch.empty(batch, text_tokens, config["cross_attention_dim"], device="meta", dtype=dtype)
+    timestep = torch.empty((), device="meta", dtype=torch.long)
+    return (sample, timestep, text), Moment.of(timestep, batch, sample.device)
 
 
 def _as_macs(operator: Any, flop: int) -> MacCount:

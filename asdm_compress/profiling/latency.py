@@ -135,15 +135,20 @@ def _time_once(forward: ForwardPass, clock: _Clock) -> float:
     return clock.between(start, end)
 
 
-def time_side_by_side(passes: Sequence[ForwardPass], repeats: int, device: torch.device) -> list[list[float]]:
-    """Seconds of each of several passes, taken in turns so that a slow moment of the machine meets all of them."""
+def time_side_by_side(
+    passes: Sequence[ForwardPass], repeats: int, device: torch.device, patience: float = PATIENCE
+) -> list[list[float]]:
+    """Seconds of each of several passes, taken in turns so that a slow moment of the machine meets all of them.
+
+    Stops early once `patience` seconds have gone by and `FEWEST_REPEATS` turns are done.
+    """
     clock = _clock(device)
     for forward in passes:
         forward()
     samples: list[list[float]] = [[] for _ in passes]
     began = time.perf_counter()
     for done in range(repeats):
-        if done >= FEWEST_REPEATS and time.perf_counter() - began > PATIENCE:
+        if done >= FEWEST_REPEATS and time.perf_counter() - began > patience:
             break
         for forward, seconds in zip(passes, samples, strict=True):
             seconds.append(_time_once(forward, clock))

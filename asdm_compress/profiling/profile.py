@@ -248,6 +248,9 @@ def _latent_size(unet: UNet2DConditionModel, settings: ProfileSettings) -> int:
         return int(size if isinstance(size, int) else size[0])
     if settings.image_size <= 0 or settings.image_size % 8:
         raise AsdmError(f"the image size {settings.image_size} is no positive multiple of 8", "For example 512.")
+    smallest = 8 * 2 ** (len(unet.config["block_out_channels"]) - 1)
+    if settings.image_size < smallest:
+        raise AsdmError(f"at {settings.image_size} pixels nothing is left on the deepest level", f"From {smallest} on.")
     return settings.image_size // 8
 
 
@@ -261,7 +264,7 @@ def _site_profiles(
     records = []
     for site in sites:
         macs = sum((counts.macs.get(path, MacCount()) for path in site.modules), MacCount())
-        weights = [p for path in site.modules for p in _parameters(unet, path)]
+        weights = [p for path in site.modules for p in parameters_of(unet, path)]
         seconds = samples[site.path]
         spread = float(np.subtract(*np.percentile(seconds, [75, 25]))) * plain
         typical = median(seconds)
@@ -302,7 +305,8 @@ def _seconds_of_sites(sites: Sequence[Site], times: SiteTimes) -> Mapping[str, l
     return seconds
 
 
-def _parameters(unet: nn.Module, path: str) -> list[nn.Parameter]:
+def parameters_of(unet: nn.Module, path: str) -> list[nn.Parameter]:
+    """The parameters of the module at a path; none where an edit has left nothing there."""
     parent, _, name = path.rpartition(".")
     module = unet.get_submodule(parent)._modules.get(name)
     return list(module.parameters()) if module is not None else []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from asdm_compress.assembly.frontier import Frontier
 from asdm_compress.profiling.profile import Profile
 
 _BLUE: Final = "#2563eb"
@@ -34,28 +35,29 @@ def profile_svg(profile: Profile) -> str:
     axes.set_xlabel("share of the whole UNet, %")
     axes.legend(frameon=False)
     axes.set_title(f"{profile.fingerprint.model}: where the costs sit", loc="left")
-    return _svg(figure)
+    return as_svg(figure)
 
 
-def options_svg(savings: Mapping[str, float], damages: Mapping[str, float], chosen: Sequence[str]) -> str:
-    """Every option's damage over the share of latency that it saves; the chosen ones marked."""
+def frontier_svg(frontier: Frontier) -> str:
+    """Damage over the resource that was limited: as predicted, and as measured where plans were built."""
     figure = Figure(figsize=(8, 4))
     axes = figure.add_subplot()
-    for label, names, colour, size in (
-        ("possible", [n for n in savings if n not in chosen], _GREY, 14),
-        ("chosen", list(chosen), _ORANGE, 32),
-    ):
-        points = [(100 * savings[n], max(damages[n], 1e-9)) for n in names]
-        axes.scatter([x for x, _ in points], [y for _, y in points], s=size, color=colour, label=label)
+    shares = [frontier.share(point) for point in frontier.points]
+    floor = 1e-9  # a logarithmic axis has no zero
+    axes.plot(shares, [max(p.predicted_damage, floor) for p in frontier.points], "o-", color=_BLUE, label="predicted")
+    measured = [(s, p.measured_damage) for s, p in zip(shares, frontier.points, strict=True) if p.measured_damage]
+    if measured:
+        axes.plot(*zip(*measured, strict=True), "s", color=_ORANGE, label="measured")
     axes.set_yscale("log")
-    axes.set_xlabel("saved share of latency, %")
-    axes.set_ylabel("one-shot damage")
+    axes.set_xlabel(f"{frontier.resource}, share of the teacher's")
+    axes.set_ylabel("damage")
     axes.legend(frameon=False)
-    axes.set_title("The edits that the search chose from", loc="left")
-    return _svg(figure)
+    axes.set_title(f"{frontier.model}: the plan of least damage for every budget", loc="left")
+    return as_svg(figure)
 
 
-def _svg(figure: Any) -> str:
+def as_svg(figure: Any) -> str:
+    """A figure as one svg element, the same for the same numbers."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.StringIO()

@@ -8,10 +8,11 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from asdm_compress.assembly.frontier import Frontier
 from asdm_compress.core.recipe import Evidence
 from asdm_compress.core.units import format_bytes, format_count, format_seconds
 from asdm_compress.profiling.profile import Profile, SiteProfile
-from asdm_compress.reporting.html import PlanRow
+from asdm_compress.reporting.assembly import PlanRow
 
 _DEPTH = {"block": 0, "layer": 1, "unit": 2, "sub-unit": 3}
 
@@ -125,3 +126,26 @@ def plan_tree(rows: Sequence[PlanRow]) -> Tree:
     for row in rows:
         tree.add(f"{row.site}: {row.edit}  (saves {row.saved:.1%} of the latency, damage {row.damage:.3g})")
     return tree
+
+
+def frontier_table(frontier: Frontier) -> Table:
+    """The plans from the loosest budget to the tightest."""
+    also = f", under {', '.join(frontier.also)}" if frontier.also else ""
+    table = Table(title=f"{frontier.model}: the plan of least damage for every budget{also}", title_justify="left")
+    measured = any(point.measured_damage is not None for point in frontier.points)
+    for name in ("budget", "latency", "MACs", "parameters", "edits", "summed damage", "proven", "predicted damage"):
+        table.add_column(name, justify="left" if name == "budget" else "right")
+    if measured:
+        table.add_column("measured damage", justify="right")
+    whole = frontier.teacher
+    for point in frontier.points:
+        shares = [
+            point.costs.latency / whole.latency, point.costs.macs / whole.macs, point.costs.params / whole.params,
+        ]  # fmt: skip
+        damages = [f"{point.summed_damage:.3g}", "yes" if point.proven else f"at least {point.bound:.3g}"]
+        row = [*(f"{s:.3f}x" for s in shares), str(len(point.edits)), *damages, f"{point.predicted_damage:.3g}"]
+        if measured:
+            row.append("" if point.measured_damage is None else f"{point.measured_damage:.3g}")
+        table.add_row(point.budget, *row)
+    table.caption = f"No plan goes under {frontier.smallest:.4f}x of the {frontier.resource}."
+    return table

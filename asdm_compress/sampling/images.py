@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ def sample(
     noise = initial_latents(pipeline, len(prompts), settings)
     _warm_up(pipeline, noise[:batch], prompts[:batch], settings.guidance)
     latents: list[Tensor] = []
-    _synchronise(pipeline.device)
+    synchronise(pipeline.device)
     began = time.perf_counter()
     for first in range(0, len(prompts), batch):
         rows = range(first, min(first + batch, len(prompts)))
@@ -70,7 +71,7 @@ def sample(
             progress(rows.stop, len(prompts))
     together = torch.cat(latents)
     images = decode(pipeline, together)
-    _synchronise(pipeline.device)
+    synchronise(pipeline.device)
     return Samples(images, together, (time.perf_counter() - began) / len(prompts))
 
 
@@ -88,9 +89,12 @@ def decode(pipeline: StableDiffusionPipeline, latents: Tensor, batch: int = 8) -
 def _warm_up(pipeline: StableDiffusionPipeline, noise: Tensor, prompts: Sequence[str], guidance: float) -> None:
     texts = encode(pipeline, prompts, guidance)
     timesteps = torch.full((len(noise),), 500, device=noise.device)
-    pipeline.unet(*GuidedInputs(noise, timesteps, texts, guidance).rows(), return_dict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a switched UNet says of calls that stand alone what it does for them
+        pipeline.unet(*GuidedInputs(noise, timesteps, texts, guidance).rows(), return_dict=False)
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

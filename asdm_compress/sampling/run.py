@@ -6,10 +6,10 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from asdm_compress.core.errors import AsdmError
@@ -46,6 +46,19 @@ class GuidedInputs:
         return unconditional + self.guidance * (conditional - unconditional)
 
 
+class Predictor(Protocol):
+    """What a run asks for predictions: a UNet, or what stands in for one; rows as of `GuidedInputs.rows`."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its predictions and inputs."""
+        ...
+
+    def __call__(self, sample: Tensor, timesteps: Tensor, texts: Tensor, /, *, return_dict: bool) -> tuple[Tensor, ...]:
+        """The predictions (R, C, H, W), first of a tuple."""
+        ...
+
+
 class SamplingRun:
     """The pipeline's own sampling loop, one `advance` per step, with a scheduler of its own.
 
@@ -57,9 +70,9 @@ class SamplingRun:
         pipeline: StableDiffusionPipeline,
         texts: Tensor,
         settings: SamplingSettings,
-        unet: UNet2DConditionModel | None = None,
+        unet: Predictor | None = None,
     ) -> None:
-        self.unet = pipeline.unet if unet is None else unet
+        self.unet: Predictor = pipeline.unet if unet is None else unet
         dtype = self.unet.dtype
         self.texts, self.guidance = texts.to(dtype), settings.guidance
         self.scheduler = copy.deepcopy(pipeline.scheduler)

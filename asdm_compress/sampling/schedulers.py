@@ -28,12 +28,15 @@ SCHEDULERS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
 def make_scheduler(name: str, pipeline: StableDiffusionPipeline) -> SchedulerMixin:
     """The scheduler called `name` with the noise schedule and prediction type of the pipeline's own.
 
-    Raises AsdmError for an unknown name.
+    DDIM steps by T // N whatever its N timesteps are: where the pipeline's own are spread from the first to the last of
+    the T, DDIM's are spaced so that it steps from one to the next. Raises AsdmError for an unknown name.
     """
     if name not in SCHEDULERS:
         raise AsdmError(f"unknown scheduler {name!r}", f"Known schedulers: {', '.join(SCHEDULERS)}.")
     class_name, options = SCHEDULERS[name]
     scheduler: SchedulerMixin = getattr(diffusers, class_name).from_config(pipeline.scheduler.config, **options)
+    if class_name == "DDIMScheduler" and scheduler.config.timestep_spacing == "linspace":
+        scheduler = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
     return scheduler
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,12 +16,19 @@ from asdm_compress.core.errors import AsdmError
 
 @dataclass(frozen=True, slots=True)
 class SamplingSettings:
-    """Steps of the pipeline's own scheduler, guidance scale, the seed of the first image, pixels per side."""
+    """Steps of the pipeline's own scheduler, guidance scale, the seed of the first image, pixels per side.
+
+    Raises AsdmError for a guidance scale that is no finite number.
+    """
 
     steps: int = STEPS
     guidance: float = GUIDANCE
     seed: int = 0
     image_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.guidance):
+            raise AsdmError(f"the guidance scale {self.guidance} is no finite number", "For example 7.5.")
 
 
 def check_text_to_image(pipeline: StableDiffusionPipeline) -> None:
@@ -30,7 +38,7 @@ def check_text_to_image(pipeline: StableDiffusionPipeline) -> None:
         raise AsdmError(
             f"this UNet takes {config['in_channels']} channels and gives {config['out_channels']}: it is no plain "
             "text-to-image model, and this command samples from text alone",
-            "`profile` and `apply` work on it.",
+            "`profile` works on it, and `apply` where nothing is fitted, or with --slot-start zero.",
         )
 
 

@@ -140,10 +140,11 @@ def _assignment_holds(caption: Caption, seen: Sequence[SeenObject], order: Seque
             return False
         if claim.cell is not None and claim.cell != cell_of(found):
             return False
-    return all(_relation_holds(seen[order[i]], relation, seen[order[j]]) for i, relation, j in caption.relations)
+    return all(relation_holds(seen[order[i]], relation, seen[order[j]]) for i, relation, j in caption.relations)
 
 
-def _relation_holds(first: SeenObject, relation: str, second: SeenObject) -> bool:
+def relation_holds(first: SeenObject, relation: str, second: SeenObject) -> bool:
+    """Whether two objects stand as the relation says."""
     dx, dy = second.centre_x - first.centre_x, second.centre_y - first.centre_y
     along, across = {"above": (dy, dx), "below": (-dy, dx), "left of": (dx, dy), "right of": (-dx, dy)}[relation]
     return along > ALIGNMENT_TOLERANCE and abs(across) < ALIGNMENT_TOLERANCE

@@ -19,30 +19,54 @@ from asdm_compress.assembly.surgery import assemble, build, removed_tensors, spe
 from asdm_compress.core.defaults import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS
 from asdm_compress.core.edits import conv_spec, has_weights
 from asdm_compress.core.errors import AsdmError
-from asdm_compress.core.files import check_output, output_folder
+from asdm_compress.core.files import check_output, check_space, output_folder
 from asdm_compress.core.recipe import Recipe, dump_recipe
 from asdm_compress.evaluation.prompts import choose_prompts
 from asdm_compress.models.edits import SlotWeights
 from asdm_compress.models.families import architecture
-from asdm_compress.models.loading import LoadOptions, Source, lazy_unet, open_pipeline, open_unet, resolve
+from asdm_compress.models.lazy import lazy_unet
+from asdm_compress.models.loading import open_pipeline, open_unet
 from asdm_compress.models.quiet import quiet_libraries
-from asdm_compress.models.saving import copy_rest, save_pipeline, save_unet
+from asdm_compress.models.resolve import resolve
+from asdm_compress.models.saving import PLAIN, FileLayout, copy_rest, save_pipeline, save_unet
+from asdm_compress.models.single_file import write_rest
+from asdm_compress.models.source import LoadOptions, Source
 from asdm_compress.models.streaming import Entry
 from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.sampling.settings import SamplingSettings
+from asdm_compress.workflows.card import PYTHON, Origin, write_card
 from asdm_compress.workflows.progress import Progress
+from asdm_compress.workflows.publish import check_hub, push
 
 SlotStartName = Literal["fit", "zero", "random", "copied"]
 
 
 @dataclass(frozen=True, slots=True)
 class ApplyResult:
-    """Tensors inherited and gone, places that brought weights along, and whether diffusers alone opens the student."""
+    """Tensors inherited and gone, places that brought weights along, and whether diffusers alone opens the student.
+
+    `pushed` is the address of what was sent to the hub, if it was.
+    """
 
     kept: int
     removed: int
     slots: int
     is_stock: bool
+    pushed: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """Where and how the student is written.
+
+    `repository` is where on the hub it is sent to, `command` what the card says it was made by.
+    """
+
+    out: Path
+    overwrite: bool = False
+    layout: FileLayout = PLAIN
+    repository: str | None = None
+    command: str = PYTHON
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,30 +89,41 @@ class SlotStart:
 
 
 def run_apply(
-    recipe: Recipe,
-    model: str,
-    out: Path,
-    options: LoadOptions,
-    start: SlotStart,
-    progress: Progress,
-    overwrite: bool = False,
+    recipe: Recipe, model: str, writing: Writing, options: LoadOptions, start: SlotStart, progress: Progress
 ) -> ApplyResult:
-    """Write the student of `model` to `out`: a pipeline where `model` is one, else a UNet folder.
+    """Write the student of `model`: a pipeline where `model` is one, else a UNet folder.
 
-    Raises AsdmError for a checkpoint that does not fit the recipe, naming what differs, and for one that is no whole
-    pipeline where convolutions are to be fitted.
+    Raises AsdmError for a checkpoint that does not fit the recipe, naming what differs, for one that is no whole
+    pipeline where convolutions are to be fitted, and for a hub that cannot be reached where it is to be sent there.
     """
     with progress.stage("Opening the model"):
         source = resolve(model, options)
-        check_output(out, overwrite, source.path)
+        check_output(writing.out, writing.overwrite, source.path)
+        if writing.repository is not None:
+            check_hub(writing.repository)
+    for note in source.notes:
+        progress.note(note)
     if recipe.refit == "none" and not any(map(has_weights, recipe.as_edits().values())):
-        return _stream(recipe, source, out, options, progress, overwrite)
+        result = _stream(recipe, source, writing, options, progress)
+    else:
+        result = _assemble(recipe, source, writing, options, start, progress)
+    if writing.repository is None:
+        return result
+    with progress.stage("Sending to the hub"):
+        return replace(result, pushed=push(writing.out, writing.repository))
+
+
+def _assemble(
+    recipe: Recipe, source: Source, writing: Writing, options: LoadOptions, start: SlotStart, progress: Progress
+) -> ApplyResult:
+    """Write a student that brings weights of its own along."""
     with progress.stage("Reading the model"):
-        pipeline = open_pipeline(source, options) if source.kind == "pipeline folder" else None
+        pipeline = open_pipeline(source, options) if source.is_pipeline else None
         teacher = pipeline.unet if pipeline is not None else open_unet(source, options)
-    check_fit(recipe, teacher, model)
+    check_fit(recipe, teacher, source.name)
     plan = Plan(recipe.as_edits())
     spec = specify(teacher, plan)
+    check_space(writing.out, build(spec.config, spec.edits).num_parameters() * teacher.dtype.itemsize)
     weights: SlotWeights = {}
     if (spec.slot_map or recipe.refit != "none") and start.start == "fit":
         weights = _fit(source, options, plan, recipe.refit, start, progress)
@@ -98,17 +133,14 @@ def run_apply(
         weights = copied_start(teacher, plan)
     with progress.stage("Operating"):
         student = assemble(teacher, plan, weights)
-    with progress.stage("Writing"), output_folder(out, overwrite) as aside:
-        _save(pipeline, student, aside)
-        kept = recipe.model_copy(update={"evidence": None})
-        (aside / "recipe.yaml").write_text(dump_recipe(kept), encoding="utf-8")
+    with progress.stage("Writing"), output_folder(writing.out, writing.overwrite) as aside:
+        _save(pipeline, student, aside, writing.layout)
+        _tell(aside, writing, recipe, source, teacher, student)
     slots = len({unit for unit, _ in spec.slot_map.values()})
     return ApplyResult(len(spec.weight_map), len(removed_tensors(teacher, spec)), slots, spec.is_stock)
 
 
-def _stream(
-    recipe: Recipe, source: Source, out: Path, options: LoadOptions, progress: Progress, overwrite: bool
-) -> ApplyResult:
+def _stream(recipe: Recipe, source: Source, writing: Writing, options: LoadOptions, progress: Progress) -> ApplyResult:
     """Write a student whose every tensor is one of the teacher's, one at a time."""
     if source.family is not None:
         raise AsdmError(f"{source.name} has random weights: there is nothing to apply a recipe to")
@@ -122,22 +154,43 @@ def _stream(
             source_key = spec.weight_map[key]
             dtype = options.dtype or lazy.dtype(source_key)
             entries.append(Entry(key, tuple(tensor.shape), dtype, partial(lazy.get, source_key)))
-        with progress.stage("Writing"), output_folder(out, overwrite) as aside:
-            is_pipeline = source.kind == "pipeline folder"
-            save_unet(student, entries, aside / "unet" if is_pipeline else aside)
-            if is_pipeline:
+        check_space(writing.out, sum(entry.bytes for entry in entries))
+        with progress.stage("Writing"), output_folder(writing.out, writing.overwrite) as aside:
+            if source.kind == "single file" and source.is_pipeline:
+                write_rest(source, aside, student, options)
+            save_unet(student, entries, aside / "unet" if source.is_pipeline else aside, writing.layout)
+            if source.kind == "pipeline folder":
                 assert source.path is not None
-                copy_rest(source.path, aside, student, options.dtype)
-            kept = recipe.model_copy(update={"evidence": None})
-            (aside / "recipe.yaml").write_text(dump_recipe(kept), encoding="utf-8")
+                copy_rest(source.path, aside, student, options.dtype, writing.layout)
+            _tell(aside, writing, recipe, source, teacher, student)
         return ApplyResult(len(spec.weight_map), len(removed_tensors(teacher, spec)), 0, spec.is_stock)
+
+
+def _tell(
+    folder: Path,
+    writing: Writing,
+    recipe: Recipe,
+    source: Source,
+    teacher: UNet2DConditionModel,
+    student: UNet2DConditionModel,
+) -> None:
+    """Leave the recipe and the card beside the weights.
+
+    The recipe there has no evidence, which is of the model that it was made for, and the whole architecture of the
+    teacher, of which a recipe for several models leaves things open; the card says whose the evidence is.
+    """
+    base = recipe.base.model_copy(update={"architecture": architecture(teacher)})
+    kept = recipe.model_copy(update={"evidence": None, "base": base})
+    (folder / "recipe.yaml").write_text(dump_recipe(kept), encoding="utf-8")
+    origin = Origin(source, writing.command)
+    write_card(folder, writing.repository or writing.out.name, origin, recipe, teacher, student)
 
 
 def _fit(
     source: Source, options: LoadOptions, plan: Plan, refit: RefitChoice, start: SlotStart, progress: Progress
 ) -> SlotWeights:
     """Fit the plan's convolutions, and what stays, to what the model itself does, in fp32."""
-    if source.kind != "pipeline folder":
+    if not source.is_pipeline:
         raise AsdmError(
             "the recipe's convolutions, narrowed and refitted modules are fitted by sampling, for which a "
             f"{source.kind} is not enough",
@@ -172,10 +225,12 @@ def check_fit(recipe: Recipe, teacher: UNet2DConditionModel, model: str) -> None
         )
 
 
-def _save(pipeline: StableDiffusionPipeline | None, student: UNet2DConditionModel, folder: Path) -> None:
+def _save(
+    pipeline: StableDiffusionPipeline | None, student: UNet2DConditionModel, folder: Path, layout: FileLayout
+) -> None:
     if pipeline is None:
         with quiet_libraries():
-            student.save_pretrained(folder)
+            student.save_pretrained(folder, variant=layout.variant, max_shard_size=layout.shard_bytes)
         return
     pipeline.register_modules(unet=student)
-    save_pipeline(pipeline, folder)
+    save_pipeline(pipeline, folder, layout)

@@ -11,32 +11,56 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from asdm_compress.assembly.calibration import record
 from asdm_compress.assembly.damage import measure_plan
+from asdm_compress.assembly.frontier import FILE_NAME as FRONTIER
 from asdm_compress.assembly.store import weights_hash
 from asdm_compress.assembly.surgery import assemble, specify
 from asdm_compress.assembly.verify import Verified
+from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.files import check_output, output_folder
+from asdm_compress.core.processes import ALONE, Processes
 from asdm_compress.core.provenance import versions
-from asdm_compress.core.recipe import Base, Costs, EditEntry, Evidence, Recipe, dump_recipe
+from asdm_compress.core.recipe import Base, CalibratedInheritance, Costs, EditEntry, Evidence, Recipe, dump_recipe
 from asdm_compress.core.units import Limit
 from asdm_compress.evaluation.prompts import HELD_OUT_SEED
 from asdm_compress.evaluation.quality import Quality, assess
 from asdm_compress.models.families import architecture
-from asdm_compress.models.loading import LoadOptions, Source, open_pipeline, resolve
+from asdm_compress.models.loading import open_pipeline
+from asdm_compress.models.resolve import resolve
 from asdm_compress.models.saving import save_pipeline
+from asdm_compress.models.source import LoadOptions, Source
 from asdm_compress.profiling.profile import Profile
-from asdm_compress.reporting.assembly import GRID_COLUMNS, plan_rows, proof_text, report_content, teacher_student_grid
-from asdm_compress.reporting.html import PlanRow, render_report
-from asdm_compress.sampling.images import sample
+from asdm_compress.reporting.assembly import GRID_COLUMNS, PlanRow, plan_rows, teacher_student_grid
+from asdm_compress.sampling.images import Samples, sample
 from asdm_compress.sampling.settings import SamplingSettings
-from asdm_compress.workflows.plan import PlanResult, PlanSettings, plan
+from asdm_compress.scheduling.goals import Goal
+from asdm_compress.workflows.assembly_files import Facts, assembly_record, frontier_record, save_assembly
+from asdm_compress.workflows.calibrate import CalibrateSettings, find_schedule, write_schedule
+from asdm_compress.workflows.calibrated import Calibrated
+from asdm_compress.workflows.card import PYTHON, Origin, write_card
+from asdm_compress.workflows.plan import PlanResult, PlanSettings, choose, measure
 from asdm_compress.workflows.progress import Progress
+from asdm_compress.workflows.report import write_report
+from asdm_compress.workflows.training_section import training_section
 
 HELD_OUT_IMAGE_SEED = 10_000 + HELD_OUT_SEED
+SCHEDULE_PROMPTS = 8  # of each kind at most, so that a schedule takes a small part of the main job's time
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where the student is written, and what its card says that it was made by."""
+
+    out: Path
+    overwrite: bool = False
+    command: str = PYTHON
 
 
 @dataclass(frozen=True, slots=True)
 class AssembleResult:
-    """What `assemble` found; the files in `out` hold the same."""
+    """What `assemble` found; the files in `out` hold the same.
+
+    `refused` says why a schedule that was asked for is not there; the student is there all the same.
+    """
 
     out: Path
     recipe: Recipe
@@ -44,44 +68,47 @@ class AssembleResult:
     proof: str
     quality: Quality
     is_stock: bool
+    inheritance: Calibrated | None = None
+    refused: AsdmError | None = None
 
 
 def run_assemble(
     model: str,
     limits: Sequence[Limit],
-    out: Path,
+    target: Target,
     options: LoadOptions,
     settings: PlanSettings,
     progress: Progress,
-    overwrite: bool = False,
-) -> AssembleResult:
-    """Cut `model` to the budget and write the student to `out`.
+    processes: Processes = ALONE,
+    inherit: Limit | None = None,
+) -> AssembleResult | None:
+    """Cut `model` to the budget and write the student to `target.out`.
 
-    Raises AsdmError for bad input (exit code 2), a budget that no plan meets (3), and a full disk (4). `out` appears
-    whole or not at all.
+    With `inherit` a schedule of feature inheritance is calibrated for the student, to that share of its own time.
+    Of several processes the main one alone has a result; the others help it to measure (see `measure`). Raises
+    AsdmError for bad input and a full disk (exit code 2) and a budget that no plan meets (3). The folder appears whole
+    or not at all.
     """
     with progress.stage("Opening the model"):
         source = resolve(model, options)
-        check_output(out, overwrite, source.path)
+        check_output(target.out, target.overwrite, source.path)
         pipeline = open_pipeline(source, options)
+    for note in source.notes:
+        progress.note(note)
     teacher = pipeline.unet
     own_scheduler = pipeline.scheduler
-    found = plan(pipeline, limits, settings, progress, model)
+    measured = measure(pipeline, limits, settings, progress, model, processes)
+    processes.part()
+    if not processes.is_main:
+        return None
+    found = choose(pipeline, measured, settings, progress)
     verified, chosen = found.verified, found.verified.solution.plan
     unseen = replace(settings.sampling, seed=HELD_OUT_IMAGE_SEED)
     with progress.bar("Measuring the plan on held-out prompts") as bar:
         weights = found.calibration.band_weights
         others = record(pipeline, found.prompts.held_out, unseen, settings.bands, bar, weights)
         held_out = measure_plan(teacher, chosen, others, verified.slot_weights)
-    students = {"teacher": teacher, "student": verified.student}
-    if verified.slot_weights:
-        students["unfitted cut"] = assemble(teacher, chosen)
-    runs = {}
-    for who, unet in students.items():
-        # Of the cut that nothing is fitted to, only the grid shows pictures.
-        prompts = found.prompts.held_out if who != "unfitted cut" else found.prompts.held_out[:GRID_COLUMNS]
-        with progress.bar(f"Sampling the {who}") as bar:
-            runs[who] = sample(with_unet(pipeline, unet), prompts, unseen, progress=bar)
+    runs = _pictures(pipeline, found, unseen, progress)
     # The reader of the bundled model's world knows pictures of that world's size only.
     captions = found.prompts.captions if unseen.image_size is None else None
     quality = assess(runs["teacher"], runs["student"], captions)
@@ -92,16 +119,47 @@ def run_assemble(
         verified.latency_ratio,
     )  # fmt: skip
     is_stock = specify(teacher, chosen).is_stock
-    content = report_content(recipe, verified, found.profile, found.options, found.damages, quality, grid, is_stock)
+    with progress.stage("Profiling the student"):
+        facts = Facts(recipe.base.model, target.command, recipe.budget, unseen, measured.shape)
+        details = assembly_record(pipeline, found, held_out, quality, runs, facts, is_stock)
+    frontier = frontier_record(found, limits, recipe.base.model, target.command, progress)
+    schedule = _calibrated(target.out.name, pipeline, verified, settings, inherit, progress)
+    recipe = recipe.model_copy(update={"inheritance": schedule.entry()})
     pipeline.scheduler = own_scheduler
-    with progress.stage("Writing"), output_folder(out, overwrite) as aside:
+    with progress.stage("Writing"), output_folder(target.out, target.overwrite) as aside:
         save_pipeline(_student_in_stored_precision(source, options, found, pipeline), aside)
         found.profile.save(aside / "profile.json")
         (aside / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-        (aside / "report.html").write_text(render_report(content), encoding="utf-8")
+        save_assembly(details, runs, aside)
+        if frontier is not None:
+            frontier.save(aside / FRONTIER)
         grid.save(aside / "grid.png")
+        origin = Origin(source, target.command)
+        write_card(aside, target.out.name, origin, recipe, teacher, verified.student, measured_here=True)
+        schedule.write(aside)
+    with progress.stage("Writing the report"):
+        write_report(target.out, target.out.name)
     rows = plan_rows(verified, found.profile, found.damages)
-    return AssembleResult(out, recipe, rows, proof_text(verified, recipe.budget), quality, is_stock)
+    return AssembleResult(
+        target.out, recipe, rows, details.proof, quality, is_stock, schedule.calibrated, schedule.refused
+    )
+
+
+def _pictures(
+    pipeline: StableDiffusionPipeline, found: PlanResult, settings: SamplingSettings, progress: Progress
+) -> dict[str, Samples]:
+    """What teacher and student draw from the held-out prompts, and the same cut with nothing fitted, where that is."""
+    verified = found.verified
+    students = {"teacher": pipeline.unet, "student": verified.student}
+    if verified.slot_weights:
+        students["unfitted cut"] = assemble(pipeline.unet, verified.solution.plan)
+    runs = {}
+    for who, unet in students.items():
+        # Of the cut that nothing is fitted to, only the grid shows pictures.
+        prompts = found.prompts.held_out if who != "unfitted cut" else found.prompts.held_out[:GRID_COLUMNS]
+        with progress.bar(f"Sampling the {who}") as bar:
+            runs[who] = sample(with_unet(pipeline, unet), prompts, settings, progress=bar)
+    return runs
 
 
 def with_unet(pipeline: StableDiffusionPipeline, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
@@ -110,6 +168,59 @@ def with_unet(pipeline: StableDiffusionPipeline, unet: UNet2DConditionModel) -> 
     twin = type(pipeline)(**parts, requires_safety_checker=pipeline.config.get("requires_safety_checker", False))
     twin.set_progress_bar_config(disable=True)
     return twin
+
+
+@dataclass(frozen=True, slots=True)
+class _Schedule:
+    """What was calibrated for a student, if anything was."""
+
+    model: str
+    calibrated: Calibrated | None = None
+    settings: CalibrateSettings | None = None
+    refused: AsdmError | None = None
+
+    def entry(self) -> CalibratedInheritance | None:
+        """For the recipe."""
+        if self.calibrated is None or self.settings is None:
+            return None
+        ours, sampling = self.calibrated.contestants[0], self.settings.sampling
+        scheduler = type(self.calibrated.choosing.judge.pipeline.scheduler).__name__
+        return CalibratedInheritance(
+            schedule="inheritance.yaml",
+            budget=str(self.settings.goal.limit),
+            sampler=f"{scheduler}, {sampling.steps} steps, guidance {sampling.guidance:g}",
+            measured_share=round(ours.share, 4),
+            psnr=round(ours.test.mean(), 2),
+        )
+
+    def write(self, folder: Path) -> None:
+        """The schedule and its report into the student's folder."""
+        if self.calibrated is not None and self.settings is not None:
+            write_schedule(folder, self.model, self.calibrated, self.settings)
+
+
+def _calibrated(
+    name: str,
+    pipeline: StableDiffusionPipeline,
+    verified: Verified,
+    settings: PlanSettings,
+    inherit: Limit | None,
+    progress: Progress,
+) -> _Schedule:
+    """A schedule for the student under the sampler that it was measured with, from a few of as many prompts."""
+    if inherit is None:
+        return _Schedule(name)
+    few = min(settings.calibration_prompts, SCHEDULE_PROMPTS)
+    wanted = CalibrateSettings(
+        Goal(limit=inherit), settings.sampling, None, settings.prompts, few, few,
+        min(settings.held_out_prompts, SCHEDULE_PROMPTS), curve=0,
+    )  # fmt: skip
+    try:
+        return _Schedule(name, find_schedule(with_unet(pipeline, verified.student), wanted, progress), wanted)
+    except AsdmError as error:
+        if error.exit_code != ExitCode.INFEASIBLE:
+            raise
+        return _Schedule(name, refused=error)  # which is no reason to lose the student
 
 
 def _student_in_stored_precision(
@@ -154,13 +265,17 @@ def _recipe(
         base=Base(model=Path(model).name or model, architecture=architecture(pipeline.unet)),
         edits=[EditEntry(site=o.site, edit=o.edit) for o in found.verified.solution.options],
         refit=settings.refit,
+        distillation=training_section(
+            pipeline, found.verified.student, found.verified.solution.plan, evidence.held_out_damage
+        ),
         budget=[str(limit) for limit in limits],
         evidence=evidence,
         provenance={
             "versions": versions(),
             "weights": weights_hash(pipeline.unet),
             "measured_on": f"{mark.device}, {mark.dtype}, {mark.threads} threads, batch {mark.batch}",
-            "calibration": f"{len(found.prompts.calibration)} prompts, {settings.bands} bands",
+            "calibration": f"{len(found.prompts.calibration)} prompts, {len(found.calibration)} triples, "
+            f"{settings.bands} bands",
             "held_out": f"{len(found.prompts.held_out)} prompts, first seed {HELD_OUT_IMAGE_SEED}",
             "sampler": f"{type(pipeline.scheduler).__name__}, {sampling.steps} steps, guidance {sampling.guidance:g}, "
             f"first seed {sampling.seed}",

@@ -14,10 +14,12 @@ from packaging.version import Version
 
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import cache_folder
-from asdm_compress.core.provenance import processor_name, versions
+from asdm_compress.core.provenance import package_version, processor_name, versions
 from asdm_compress.core.units import format_bytes
-from asdm_compress.models.loading import LoadOptions, resolve
 from asdm_compress.models.names import HUB_NAMES, MINI_SD_FOLDER
+from asdm_compress.models.onnx_file import PACKAGES, check_onnx
+from asdm_compress.models.resolve import resolve
+from asdm_compress.models.source import LoadOptions
 
 OLDEST_TORCH = "2.6"
 
@@ -37,7 +39,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at versions, devices, memory, disk and models."""
-    return [*_versions(), *_devices(), *_places(), *_models()]
+    return [*_versions(), _onnx(), *_devices(), *_places(), *_models()]
 
 
 def _versions() -> list[Finding]:
@@ -48,6 +50,14 @@ def _versions() -> list[Finding]:
     if Version(torch.__version__).release < Version(OLDEST_TORCH).release:
         found.append(Finding("problem", "torch", f"{torch.__version__} is older than {OLDEST_TORCH}"))
     return found
+
+
+def _onnx() -> Finding:
+    try:
+        check_onnx()
+    except AsdmError as error:
+        return Finding("note", "onnx", f"{error.message}; {error.hint}")
+    return Finding("ok", "onnx", ", ".join(f"{name} {package_version(name)}" for name in PACKAGES))
 
 
 def _devices() -> list[Finding]:

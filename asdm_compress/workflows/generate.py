@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_output, output_folder
 from asdm_compress.evaluation.fidelity import Fidelity, compare
-from asdm_compress.models.loading import LoadOptions, load_pipeline
+from asdm_compress.inheritance.attach import inheriting
+from asdm_compress.inheritance.remapping import CarriedOver
+from asdm_compress.models.loading import open_pipeline
+from asdm_compress.models.resolve import resolve
+from asdm_compress.models.source import LoadOptions, Source
 from asdm_compress.reporting.grid import labelled_grid
 from asdm_compress.sampling.images import Samples, sample
 from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.workflows.progress import Progress
 
+CALIBRATED: Final = "calibrated"
+
 
 @dataclass(frozen=True, slots=True)
 class GenerateSettings:
-    """`images_per_prompt` images of each prompt; image i of all has seed `sampling.seed + i`."""
+    """`images_per_prompt` images of each prompt; image i of all has seed `sampling.seed + i`.
+
+    `inherit` is a sampling mode, the path of a schedule, or `calibrated` for the schedule in the model's own folder; it
+    is for the model and not for what it is compared with.
+    """
 
     sampling: SamplingSettings
     prompts: Sequence[str]
     images_per_prompt: int = 1
     scheduler: str | None = None
     compare: str | None = None
+    inherit: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +79,24 @@ def run_generate(
     prompts = [prompt for prompt in settings.prompts for _ in range(settings.images_per_prompt)]
     names = [model] if settings.compare is None else [settings.compare, model]
     runs: list[Samples] = []
-    for name in names:
+    for number, name in enumerate(names):
         with progress.stage(f"Opening {name}"):
-            pipeline = load_pipeline(name, options)
+            source = resolve(name, options)
+            pipeline = open_pipeline(source, options)
             if settings.scheduler:
                 pipeline.scheduler = make_scheduler(settings.scheduler, pipeline)
+        for note in source.notes:
+            progress.note(note)
         _check_size(settings.sampling, 2 ** (len(pipeline.unet.down_blocks) - 1) * pipeline.vae_scale_factor)
         with progress.bar(f"Sampling {name}") as bar:
-            runs.append(sample(pipeline, prompts, settings.sampling, progress=bar))
+            # The teacher that is compared with computes everything.
+            rule = rule_for(settings.inherit, source) if number == len(names) - 1 else None
+            with inheriting(pipeline, rule) if rule else nullcontext(), noting(progress):
+                runs.append(sample(pipeline, prompts, settings.sampling, progress=bar))
     if len({run.latents.shape for run in runs}) > 1:
         raise AsdmError("the two models make images of different sizes", "Give both one --image-size.")
+    if settings.inherit:
+        names[-1] += f" inheriting {Path(settings.inherit).name}"
     labels = [f"{Path(name).name or name}\n{run.seconds:.2f} s/image" for name, run in zip(names, runs, strict=True)]
     captions = [f"{prompt} [seed {settings.sampling.seed + i}]" for i, prompt in enumerate(prompts)]
     grid = labelled_grid(list(zip(labels, [run.images for run in runs], strict=True)), captions)
@@ -89,6 +110,32 @@ def run_generate(
         grid.save(aside / "grid.png")
     seconds = {name: run.seconds for name, run in zip(names, runs, strict=True)}
     return GenerateResult([*files, "grid.png"], seconds, compare(runs[1], runs[0]) if len(runs) == 2 else None)
+
+
+def rule_for(inherit: str | None, source: Source) -> str | Path | None:
+    """What a pipeline is to inherit by; raises AsdmError where the schedule of the model's folder is not there."""
+    if inherit != CALIBRATED:
+        return inherit
+    path = None if source.path is None else source.path / "inheritance.yaml"
+    if path is None or not path.is_file():
+        raise AsdmError(
+            "this model has no calibrated schedule in its folder",
+            "Make one with `asdm-compress assemble --inherit latency=0.6x`, or with `asdm-compress calibrate` and give "
+            "the path of its inheritance.yaml.",
+        )
+    return path
+
+
+@contextmanager
+def noting(progress: Progress) -> Iterator[None]:
+    """Say as a note what feature inheritance has to say; other warnings go on as they are."""
+    with warnings.catch_warnings(record=True) as told:
+        yield
+    for one in told:
+        if issubclass(one.category, CarriedOver):
+            progress.note(str(one.message))
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
 def _check_size(sampling: SamplingSettings, step: int) -> None:

@@ -6,19 +6,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from asdm_compress.assembly.calibration import DEFAULT_BANDS, Calibration, check_bands, record
+from asdm_compress.assembly.calibration import DEFAULT_BANDS, Calibration, Effort, check_bands, record
 from asdm_compress.assembly.damage import Damage
 from asdm_compress.assembly.option_fit import fitting_places, measure_options
-from asdm_compress.assembly.options import Option, SlotChoice, find_options, slot_specs, useful_options
+from asdm_compress.assembly.options import (
+    Finest,
+    Option,
+    SlotChoice,
+    check_finest,
+    find_options,
+    is_coarse_enough,
+    slot_specs,
+    useful_options,
+)
 from asdm_compress.assembly.plan import check_teacher
 from asdm_compress.assembly.plan_fit import RefitChoice, check_refit
 from asdm_compress.assembly.slot_fit import check_fits, check_prompts
 from asdm_compress.assembly.store import measurement_folder, recorded
 from asdm_compress.assembly.verify import Search, Verified, search_verified
-from asdm_compress.core.defaults import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS, NARROW_SHARES
+from asdm_compress.core.defaults import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS, NARROW_SHARES, NEIGHBOURS_SECONDS
 from asdm_compress.core.edits import Routing
+from asdm_compress.core.processes import ALONE, Processes
 from asdm_compress.core.units import Limit, parse_budget
 from asdm_compress.evaluation.prompts import PromptSplit, choose_prompts
 from asdm_compress.profiling.profile import (
@@ -42,8 +52,9 @@ class PlanSettings:
 
     `prompts` are a user's own; `known_profile` is a `profile.json` to use instead of profiling again. `slot`, `experts`
     and `routing` say which convolutions the search may put into the places of what it takes out, `narrow` to which
-    shares of their inner width ResNets, attentions and feed-forwards may be narrowed, and `refit` how much of what
-    stays is solved anew after the cut (see `assembly.refit`).
+    shares of their inner width ResNets, attentions and feed-forwards may be narrowed, `finest` the smallest parts that
+    it may edit, and `refit` how much of what stays is solved anew after the cut (see `assembly.refit`). For
+    `neighbours_seconds` plans are tried that are like the best one.
     """
 
     profile: ProfileSettings = field(default_factory=ProfileSettings)
@@ -53,12 +64,28 @@ class PlanSettings:
     calibration_prompts: int = CALIBRATION_PROMPTS
     held_out_prompts: int = HELD_OUT_PROMPTS
     bands: int = DEFAULT_BANDS
+    effort: Effort = field(default_factory=Effort)
     known_profile: Path | None = None
     slot: SlotChoice = "auto"
     experts: int = 8
     routing: Routing = "timestep"
     narrow: tuple[float, ...] = NARROW_SHARES
+    finest: Finest = "sub-unit"
     refit: RefitChoice = "full"
+    neighbours_seconds: float = NEIGHBOURS_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Everything that a search goes by: what every possible edit saves, and what it damages."""
+
+    limits: Sequence[Limit]
+    shape: ProfileSettings
+    profile: Profile
+    prompts: PromptSplit
+    calibration: Calibration
+    options: Sequence[Option]
+    damages: Mapping[str, Damage]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +116,40 @@ def plan(
     """
     settings, progress = settings or PlanSettings(), progress or Silent()
     limits = parse_budget([budget]) if isinstance(budget, str) else budget
+    return choose(pipeline, measure(pipeline, limits, settings, progress, model_name), settings, progress)
+
+
+def choose(
+    pipeline: StableDiffusionPipeline, measured: Measured, settings: PlanSettings, progress: Progress
+) -> PlanResult:
+    """The plan that the measurements call for. Raises AsdmError, with exit code 3 where no plan keeps the limits."""
+    m = measured
+    with progress.stage("Searching, fitting and verifying the plan"):
+        search = Search(
+            pipeline.unet, m.profile, m.options, m.damages, m.limits, m.shape, m.calibration, settings.refit,
+            settings.neighbours_seconds,
+        )  # fmt: skip
+        verified = search_verified(search)
+    return PlanResult(verified, m.profile, m.prompts, m.calibration, m.options, m.damages)
+
+
+def measure(
+    pipeline: StableDiffusionPipeline,
+    limits: Sequence[Limit],
+    settings: PlanSettings,
+    progress: Progress,
+    model_name: str,
+    processes: Processes = ALONE,
+) -> Measured:
+    """Profile the teacher, find every edit that helps to keep the limits, and measure its damage.
+
+    The main one of several processes does the timing, alone; they share the recording and the damages, and each has the
+    whole result. Raises AsdmError for what cannot be planned.
+    """
     specs = slot_specs(settings.slot, settings.experts, settings.routing, limits)
     check_fits(specs, settings.bands)
     check_refit(settings.refit)
+    check_finest(settings.finest)
     teacher, sampling = pipeline.unet, settings.sampling
     check_teacher(teacher)
     check_text_to_image(pipeline)
@@ -103,26 +161,47 @@ def plan(
     if specs or settings.narrow or settings.refit != "none":
         check_prompts(len(prompts.calibration))
     shape = replace(settings.profile, text_tokens=int(pipeline.tokenizer.model_max_length))
+    processes.wait()  # until the others are still
     with progress.stage("Profiling"):
-        if settings.known_profile is None:
-            costs = profile(teacher, shape, model_name)
-        else:
-            costs = load_profile(settings.known_profile)
-            check_fingerprint(fingerprint(teacher, shape, model_name), costs.fingerprint)
-    folder = measurement_folder(pipeline, prompts.calibration, sampling, settings.bands)
+        costs = processes.on_main(lambda: _costs(teacher, shape, settings, model_name))
+    folder = measurement_folder(pipeline, prompts.calibration, sampling, settings.bands, settings.effort)
     with progress.bar("Recording the teacher's trajectories") as bar:
         calibration = recorded(
-            folder / "triples.pt", lambda: record(pipeline, prompts.calibration, sampling, settings.bands, bar)
+            folder / "triples.pt",
+            lambda: record(
+                pipeline, prompts.calibration, sampling, settings.bands, bar, None, settings.effort, processes
+            ),
+            processes,
         ).to(pipeline.device)
+    processes.wait()
     with progress.stage("Timing convolutions in slots and narrower modules"):
-        places = fitting_places(teacher, places_of(teacher, specs, settings.narrow))
-        slots = slot_costs(teacher, places, shape, costs)
-    options = useful_options(find_options(teacher, costs, places, slots), limits)
+        options = processes.on_main(lambda: _options(teacher, costs, limits, shape, settings))
     with progress.bar("Fitting and measuring the damage of every edit") as bar:
         refit = settings.refit == "full"
         store = folder / ("damages_refitted.jsonl" if refit else "damages.jsonl")
-        damages = measure_options(teacher, options, calibration, store, bar, refit)
-    with progress.stage("Searching, fitting and verifying the plan"):
-        search = Search(teacher, costs, options, damages, limits, shape, calibration, settings.refit)
-        verified = search_verified(search)
-    return PlanResult(verified, costs, prompts, calibration, options, damages)
+        damages = measure_options(teacher, options, calibration, store, bar, refit, processes)
+    return Measured(limits, shape, costs, prompts, calibration, options, damages)
+
+
+def _costs(teacher: UNet2DConditionModel, shape: ProfileSettings, settings: PlanSettings, model_name: str) -> Profile:
+    if settings.known_profile is None:
+        return profile(teacher, shape, model_name)
+    costs = load_profile(settings.known_profile)
+    check_fingerprint(fingerprint(teacher, shape, model_name), costs.fingerprint)
+    return costs
+
+
+def _options(
+    teacher: UNet2DConditionModel,
+    costs: Profile,
+    limits: Sequence[Limit],
+    shape: ProfileSettings,
+    settings: PlanSettings,
+) -> tuple[Option, ...]:
+    specs = slot_specs(settings.slot, settings.experts, settings.routing, limits)
+    everywhere = places_of(teacher, specs, settings.narrow)
+    wanted = {edit: [p for p in paths if is_coarse_enough(p, settings.finest)] for edit, paths in everywhere.items()}
+    places = fitting_places(teacher, wanted)
+    slots = slot_costs(teacher, places, shape, costs)
+    found = useful_options(find_options(teacher, costs, places, slots), limits)
+    return tuple(option for option in found if is_coarse_enough(option.site, settings.finest))

@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from asdm_compress.core.files import check_output, output_folder
-from asdm_compress.models.loading import LoadOptions, open_unet, resolve, text_tokens_of
+from asdm_compress.models.loading import open_unet, text_tokens_of
+from asdm_compress.models.resolve import resolve
+from asdm_compress.models.source import LoadOptions
 from asdm_compress.profiling.profile import Profile, ProfileSettings, profile
 from asdm_compress.reporting.plots import profile_svg
 from asdm_compress.workflows.progress import Progress
@@ -26,6 +28,8 @@ def run_profile(
     with progress.stage("Opening the model"):
         source = resolve(model, options)
         unet = open_unet(source, options)
+    for note in source.notes:
+        progress.note(note)
     if settings.text_tokens is None:
         settings = replace(settings, text_tokens=text_tokens_of(source))
     with progress.stage("Measuring"):

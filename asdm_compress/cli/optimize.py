@@ -1,0 +1,82 @@
+"""`asdm-compress optimize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from asdm_compress.cli import options as o
+from asdm_compress.cli.console import Output
+from asdm_compress.core.defaults import GUIDANCE, STEPS
+from asdm_compress.core.errors import AsdmError
+from asdm_compress.core.files import check_output
+from asdm_compress.core.units import parse_budget
+
+
+def optimize(
+    model: o.Model = "mini-sd",
+    budget: Annotated[
+        list[str] | None, typer.Option("--budget", "-b", help="latency=0.33x or latency=2.5s, of a whole image.")
+    ] = None,
+    members: Annotated[
+        str | None, typer.Option(help="Students, separated by commas, that steps may be given to.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pipeline and its report.")] = Path("fast"),
+    steps: Annotated[int, typer.Option(min=2, help="Steps of the full run that pictures are compared with.")] = STEPS,
+    guidance: o.Guidance = GUIDANCE,
+    seed: o.Seed = 0,
+    scheduler: o.Scheduler = None,
+    prompts: o.Prompts = None,
+    calibration_prompts: Annotated[int, typer.Option(min=1, help="Prompts that are measured on.")] = 8,
+    validation_prompts: Annotated[int, typer.Option(min=1, help="Prompts on which is chosen.")] = 16,
+    test_prompts: Annotated[int, typer.Option(min=1, help="Other prompts, for the report alone.")] = 32,
+    images: Annotated[int, typer.Option(min=1, help="Images sampled at once where runs are timed.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images sampled at once everywhere else.")] = 8,
+    repeats: Annotated[int, typer.Option(min=2, help="Timed runs.")] = 9,
+    image_size: o.ImageSize = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    threads: o.Threads = None,
+    allow_pickle: o.AllowPickle = False,
+    overwrite: o.Overwrite = False,
+    quiet: o.Quiet = False,
+    as_json: o.Json = False,
+) -> None:
+    """Spend a budget of time for a whole image where it costs least: steps, sampler, members, inheritance, guidance."""
+    if not budget:
+        raise AsdmError("optimize takes a budget of time", "Use --budget latency=0.33x.")
+    limits = parse_budget(budget)
+    check_output(out, overwrite)
+    output = Output(quiet, as_json)
+    with output.stage("Starting torch"):
+        load = o.load_options(device, dtype, threads, allow_pickle)
+        from asdm_compress.workflows.calibrate import CalibrateSettings, goal_of
+
+    from asdm_compress.evaluation.prompts import read_prompts
+    from asdm_compress.sampling.settings import SamplingSettings
+    from asdm_compress.workflows.optimize import run_optimize
+
+    settings = CalibrateSettings(
+        goal_of(limits, None, None),
+        SamplingSettings(steps, guidance, seed, image_size),
+        scheduler,
+        None if prompts is None else tuple(read_prompts(prompts)),
+        calibration_prompts,
+        validation_prompts,
+        test_prompts,
+        images,
+        batch,
+        repeats,
+    )
+    names = [name.strip() for name in (members or "").split(",") if name.strip()]
+    found = run_optimize([model, *names], out, load, settings, output, overwrite)
+    for candidate in found.tried:
+        score = candidate.test.text() if candidate.test else ""
+        output.show(f"{candidate.share:.3f}x  {score}  {candidate.role}: {candidate.way.name}")
+    best = found.best
+    how = f"`generate {out} … --steps {best.way.steps}"
+    how += " --inherit calibrated`" if (out / "inheritance.yaml").exists() else "`"
+    output.show(f"Best within the budget: {best.way.name}. Wrote {out}; sample with {how}.")
+    output.result({"out": str(out), **found.content})

@@ -1,0 +1,1 @@
+"""Distillation: a student trained to do what its teacher does."""

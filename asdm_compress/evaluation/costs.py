@@ -1,0 +1,171 @@
+"""What teacher and model cost: seconds in turns, memory, parameters, MACs."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from asdm_compress.core.errors import AsdmError
+from asdm_compress.inheritance.costs import run_macs
+from asdm_compress.inheritance.evaluator import Evaluator
+from asdm_compress.inheritance.schedule import Schedule, actions_of
+from asdm_compress.inheritance.schedule_file import read_rule
+from asdm_compress.inheritance.timeline import timeline_of
+from asdm_compress.profiling.counting import ModuleCounts, count
+from asdm_compress.sampling.images import decode, synchronise
+from asdm_compress.sampling.schedulers import evaluations
+from asdm_compress.sampling.settings import SamplingSettings, encode, initial_latents, row_generators
+
+Role = Literal["teacher", "model"]
+ROLES: Final[tuple[Role, Role]] = ("teacher", "model")
+_PATIENCE: Final = 300.0  # seconds after which the fewest repeats are enough
+_FEWEST: Final = 3
+Seconds = dict[str, dict[Role, list[float]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Exact on every machine: of the UNet, its weights, one pass for one image, and all passes of one image.
+
+    `image_macs` is None where a schedule is carried over to another number of steps, so that its actions are known in
+    a run alone.
+    """
+
+    parameters: int
+    weight_bytes: int
+    activation_bytes: int
+    pass_macs: int
+    image_macs: int | None
+
+
+def count_costs(pipeline: StableDiffusionPipeline, settings: SamplingSettings, inherit: str | None) -> Counted:
+    """Count a pipeline's UNet, before it inherits anything; `inherit` is the rule by which it will."""
+    unet, guided = pipeline.unet, settings.guidance > 1
+    height = _latent_side(pipeline, settings)
+    tokens = int(pipeline.tokenizer.model_max_length)
+    whole = count(unet, 2 if guided else 1, height, height, tokens)
+    weights = list(unet.parameters())
+    return Counted(
+        sum(p.numel() for p in weights),
+        sum(p.numel() * p.element_size() for p in weights),
+        whole.peak_bytes[""],
+        whole.macs[""].total,
+        _image_macs(pipeline, settings, inherit, whole),
+    )
+
+
+def _image_macs(
+    pipeline: StableDiffusionPipeline, settings: SamplingSettings, inherit: str | None, whole: ModuleCounts
+) -> int | None:
+    if inherit is None:
+        return evaluations(pipeline.scheduler, settings.steps) * whole.macs[""].total
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    scheduler.set_timesteps(settings.steps)
+    timeline, rule, guided = timeline_of(scheduler), read_rule(inherit), settings.guidance > 1
+    if isinstance(rule, Schedule) and len(rule.actions) != len(timeline):
+        return None
+    height, tokens = _latent_side(pipeline, settings), int(pipeline.tokenizer.model_max_length)
+    half = count(pipeline.unet, 1, height, height, tokens) if guided else None
+    return sum(run_macs(Evaluator(pipeline.unet).plan(actions_of(rule, timeline, 0), timeline, guided), whole, half))
+
+
+def _latent_side(pipeline: StableDiffusionPipeline, settings: SamplingSettings) -> int:
+    if settings.image_size:
+        return int(settings.image_size // pipeline.vae_scale_factor)
+    return int(pipeline.unet.config["sample_size"])
+
+
+def time_in_turns(
+    pipelines: Mapping[Role, StableDiffusionPipeline],
+    prompt: str,
+    settings: SamplingSettings,
+    repeats: int,
+    progress: Callable[[int, int], None],
+) -> Seconds:
+    """Seconds of one image's text encoder, sampling loop and VAE, of both pipelines in turns.
+
+    Which goes first alternates, so that a slow moment of the machine, or the other's warm caches, meets both alike. One
+    turn before the first is not counted. Of long runs the fewest repeats are enough.
+    """
+    found: Seconds = {part: {role: [] for role in ROLES} for part in ("text", "loop", "vae")}
+    began = time.perf_counter()
+    for turn in range(repeats + 1):
+        for role in ROLES if turn % 2 else ROLES[::-1]:
+            seconds = _one_image(pipelines[role], prompt, settings)
+            if turn:
+                for part, one in zip(found, seconds, strict=True):
+                    found[part][role].append(one)
+        progress(turn + 1, repeats + 1)
+        if turn >= _FEWEST and time.perf_counter() - began > _PATIENCE:
+            break
+    return found
+
+
+@torch.no_grad()
+def _one_image(
+    pipeline: StableDiffusionPipeline, prompt: str, settings: SamplingSettings
+) -> tuple[float, float, float]:
+    marks = [_now(pipeline.device)]
+    texts = encode(pipeline, [prompt], settings.guidance)
+    marks.append(_now(pipeline.device))
+    latents = pipeline(**loop_arguments(pipeline, texts, settings)).images
+    marks.append(_now(pipeline.device))
+    decode(pipeline, latents)
+    marks.append(_now(pipeline.device))
+    return marks[1] - marks[0], marks[2] - marks[1], marks[3] - marks[2]
+
+
+def loop_arguments(
+    pipeline: StableDiffusionPipeline, texts: torch.Tensor, settings: SamplingSettings
+) -> dict[str, Any]:
+    """What a pipeline is called with to sample latents of given texts (N, branches, tokens, width)."""
+    return {
+        "prompt_embeds": texts[:, -1],
+        "negative_prompt_embeds": texts[:, 0] if texts.shape[1] == 2 else None,
+        "latents": initial_latents(pipeline, len(texts), settings),
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        "height": settings.image_size,
+        "width": settings.image_size,
+        "generator": row_generators(len(texts), settings.seed),
+        "output_type": "latent",
+    }
+
+
+def _now(device: torch.device) -> float:
+    synchronise(device)
+    return time.perf_counter()
+
+
+def peak_while_sampling(pipeline: StableDiffusionPipeline, prompt: str, settings: SamplingSettings) -> int | None:
+    """Bytes that the accelerator's allocator held at most for one image: this pipeline's weights and what it computes.
+
+    None on a CPU, where torch does not tell. What else is on the device is not counted.
+    """
+    if pipeline.device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(pipeline.device)
+    before = torch.cuda.memory_allocated(pipeline.device)
+    _one_image(pipeline, prompt, settings)
+    computed = torch.cuda.max_memory_allocated(pipeline.device) - before
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    return computed + sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+
+def check_pair(teacher: StableDiffusionPipeline, model: StableDiffusionPipeline, settings: SamplingSettings) -> None:
+    """Raise AsdmError for two models whose images cannot be laid side by side, or a size that one cannot make."""
+    for pipeline in (teacher, model):
+        step = 2 ** (len(pipeline.unet.down_blocks) - 1) * pipeline.vae_scale_factor
+        if settings.image_size is not None and settings.image_size % step:
+            raise AsdmError(
+                f"the image size {settings.image_size} is no multiple of {step}", f"For example {4 * step}."
+            )
+    shapes = [(p.unet.config["in_channels"], _latent_side(p, settings)) for p in (teacher, model)]
+    if shapes[0] != shapes[1]:
+        raise AsdmError("the two models make images of different sizes", "Give both one --image-size.")

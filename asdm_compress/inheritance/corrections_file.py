@@ -1,0 +1,44 @@
+"""Fitted corrections on disk: one safetensors file with the tensors `STEP/FEATURE/weight` and `STEP/FEATURE/bias`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from asdm_compress.core.errors import AsdmError
+from asdm_compress.core.files import output_file
+from asdm_compress.inheritance.corrections import Correction, CorrectionKey
+
+
+def save_corrections(corrections: Mapping[CorrectionKey, Correction], path: Path) -> None:
+    """Write all corrections of a schedule into one file."""
+    tensors: dict[str, Tensor] = {}
+    for (step, feature), correction in corrections.items():
+        tensors[f"{step}/{feature}/weight"] = correction.weight.detach().cpu().contiguous()
+        tensors[f"{step}/{feature}/bias"] = correction.bias.detach().cpu().contiguous()
+    with output_file(path) as aside:
+        save_file(tensors, aside)
+
+
+def load_corrections(path: Path) -> dict[CorrectionKey, Correction]:
+    """Read them; raises AsdmError where the file is not there, is damaged, or holds something else."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise AsdmError(f"{path} cannot be read as a schedule's corrections: {error}") from error
+    found: dict[CorrectionKey, Correction] = {}
+    for name, weight in tensors.items():
+        step, _, rest = name.partition("/")
+        feature, _, part = rest.rpartition("/")
+        bias = tensors.get(f"{step}/{feature}/bias")
+        if not step.isdigit() or part not in ("weight", "bias") or bias is None:
+            raise AsdmError(f"{path}: {name!r} is no part of a correction")
+        if part == "weight":
+            if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+                raise AsdmError(f"{path}: {name!r} and its bias do not fit together")
+            found[int(step), feature] = Correction(weight, bias)
+    return found

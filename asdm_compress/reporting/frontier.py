@@ -1,0 +1,26 @@
+"""What was tried within budgets of time: nearness to the reference over time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from asdm_compress.reporting.plots import as_svg
+
+Point = tuple[str, float, float]  # role, share of the time of a whole image, PSNR in dB
+
+
+def frontier_svg(points: Sequence[Point], share: float) -> str:
+    """PSNR over time by role; the budget is a line."""
+    figure = Figure(figsize=(7, 4))
+    axes = figure.add_subplot()
+    for role in dict.fromkeys(role for role, _, _ in points):
+        some = sorted((x, y) for other, x, y in points if other == role)
+        axes.plot([x for x, _ in some], [y for _, y in some], "o", label=role)
+    axes.axvline(share, color="#9ca3af", linewidth=1)
+    axes.set_xlabel("time of a whole image, over the full run's")
+    axes.set_ylabel("PSNR to the full run, dB")
+    axes.set_title("What was tried", loc="left")
+    axes.legend(frameon=False)
+    return as_svg(figure)

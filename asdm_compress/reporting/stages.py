@@ -1,0 +1,234 @@
+"""What the stages have left in a folder: every file that a report can tell of, read and checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from asdm_compress.assembly import frontier as frontier_file
+from asdm_compress.assembly import record as assembly_file
+from asdm_compress.assembly.frontier import Frontier, load_frontier
+from asdm_compress.assembly.record import Assembly, load_assembly
+from asdm_compress.core.edits import ConvSpec, conv_spec
+from asdm_compress.core.errors import AsdmError
+from asdm_compress.core.recipe import Recipe, load_recipe
+from asdm_compress.distillation.journal import METRICS
+from asdm_compress.evaluation import record as evaluation_file
+from asdm_compress.evaluation.record import Evaluation, load_evaluation
+from asdm_compress.inheritance.schedule import Schedule
+from asdm_compress.inheritance.schedule_file import load_schedule
+from asdm_compress.models.folder import read_json
+from asdm_compress.profiling.profile import Profile, load_profile
+
+RECIPE: Final = "recipe.yaml"
+PROFILE: Final = "profile.json"
+SCHEDULE: Final = "inheritance.yaml"
+CALIBRATION: Final = "calibration.json"
+FILES: Final = (
+    RECIPE, PROFILE, assembly_file.FILE_NAME, frontier_file.FILE_NAME, evaluation_file.FILE_NAME, SCHEDULE, METRICS,
+)  # fmt: skip
+_BOUNDARIES: Final = ".slot.time_router.boundaries"
+
+
+class _Loose(BaseModel):
+    """A part of a file of which a report needs some keys only."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class StepFacts(_Loose):
+    """One step of a calibrated schedule: its error and its seconds, as predicted and as measured."""
+
+    action: str
+    predicted_error: float
+    measured_error: float
+    predicted_seconds: float
+    measured_seconds: float
+
+
+class ContestantFacts(_Loose):
+    """A way that was tried in the same time."""
+
+    role: str
+    way: str
+    share: float
+    validation: dict[str, Any] = {}
+    test: dict[str, Any] = {}
+
+
+class TimeFacts(_Loose):
+    """A run's time with the schedule, as a share of the full run's."""
+
+    full_seconds: float
+    predicted_share: float
+    measured_share: float
+
+
+class CalibrationFacts(_Loose):
+    """What `calibration.json` says of the schedule beside it: predictions, measurements, rivals."""
+
+    model: str = ""
+    goal: dict[str, Any] = {}
+    sampler: dict[str, Any] = {}
+    measured_on: dict[str, Any] = {}
+    prompts: dict[str, int] = {}
+    time: TimeFacts
+    contestants: list[ContestantFacts] = []
+    confidence: str | None = None
+    verdict: str = ""
+    steps: list[StepFacts] = []
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """The timestep router of a convolution: boundaries (E - 1,) as shares of the time axis, and its sharpness."""
+
+    site: str
+    spec: ConvSpec
+    boundaries: tuple[float, ...]
+    sharpness: float
+
+    def shares(self, timesteps: np.ndarray, train_timesteps: float = 1000.0) -> np.ndarray:
+        """The experts' shares (T, E) at timesteps (T,), as the layer itself mixes them, without its features' part."""
+        steps = self.sharpness * (np.asarray(self.boundaries)[None, :] - timesteps[:, None] / train_timesteps)
+        logits = np.concatenate([np.zeros((len(timesteps), 1)), np.cumsum(steps, axis=1)], axis=1)
+        if self.spec.mixing == "sigmoid":
+            return np.asarray(1 / (1 + np.exp(-np.clip(logits, -60, 60))))
+        logits = logits / self.spec.temperature
+        grown = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return np.asarray(grown / grown.sum(axis=1, keepdims=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """Lines of `metrics.jsonl`: means of losses, and probes on held-out prompts, each with its step."""
+
+    losses: tuple[Mapping[str, Any], ...]
+    probes: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Everything that was found, None where a stage has left nothing. `found` has the files by their names."""
+
+    folder: Path
+    name: str
+    recipe: Recipe | None = None
+    profile: Profile | None = None
+    assembly: Assembly | None = None
+    frontier: Frontier | None = None
+    evaluation: Evaluation | None = None
+    schedule: Schedule | None = None
+    calibration: CalibrationFacts | None = None
+    training: Training | None = None
+    routes: tuple[Routes, ...] = ()
+    found: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the student was trained after the cut, so that the recipe's evidence is of what it was before."""
+        distilled = self.recipe is not None and "distilled" in self.recipe.provenance
+        return self.training is not None or distilled
+
+    def beside(self, name: str) -> Path:
+        """The folder of a stage's file, to which the names of images in it are relative."""
+        return self.found[name].parent
+
+
+def read_stages(folder: Path, name: str | None = None) -> Stages:
+    """Read what lies in a folder, or, for what is not there, in one of its folders; `name` is what to call it.
+
+    Raises AsdmError where there is no such folder, nothing in it to tell of, or a file that is damaged.
+    """
+    if not folder.is_dir():
+        raise AsdmError(f"there is no folder {folder}", "Give the folder that `asdm-compress assemble` wrote.")
+    found = {file: path for file in (*FILES, CALIBRATION) if (path := _find(folder, file)) is not None}
+    if not set(found) - {CALIBRATION}:
+        raise AsdmError(
+            f"{folder} holds nothing to report: none of {', '.join(FILES)}",
+            "Give a folder that `asdm-compress assemble`, `apply`, `calibrate`, `distill` or `evaluate` wrote.",
+        )
+    if CALIBRATION in found and (SCHEDULE not in found or found[SCHEDULE].parent != found[CALIBRATION].parent):
+        del found[CALIBRATION]  # of another schedule
+    recipe = load_recipe(found[RECIPE]) if RECIPE in found else None
+    training = _training(found[METRICS]) if METRICS in found else None
+    if training is None:
+        found.pop(METRICS, None)
+    return Stages(
+        folder=folder,
+        name=name or folder.resolve().name,
+        recipe=recipe,
+        profile=load_profile(found[PROFILE]) if PROFILE in found else None,
+        assembly=load_assembly(path) if (path := found.get(assembly_file.FILE_NAME)) else None,
+        frontier=load_frontier(path) if (path := found.get(frontier_file.FILE_NAME)) else None,
+        evaluation=load_evaluation(path) if (path := found.get(evaluation_file.FILE_NAME)) else None,
+        schedule=load_schedule(found[SCHEDULE]) if SCHEDULE in found else None,
+        calibration=_calibration(found[CALIBRATION]) if CALIBRATION in found else None,
+        training=training,
+        routes=tuple(_routes(folder)),
+        found=found,
+    )
+
+
+def _find(folder: Path, file: str) -> Path | None:
+    """A stage's file in the folder itself or, where it has a folder of its own, one below.
+
+    Raises AsdmError for several: a report is of one student.
+    """
+    if (folder / file).is_file():
+        return folder / file
+    found = [path for path in sorted(folder.glob(f"*/{file}")) if not path.parent.name.startswith(".")]
+    if len(found) > 1:
+        raise AsdmError(f"{folder} has several {file}: {', '.join(p.parent.name for p in found)}", "Name one of them.")
+    return found[0] if found else None
+
+
+def _calibration(path: Path) -> CalibrationFacts:
+    try:
+        return CalibrationFacts.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise AsdmError(f"{path} cannot be read: {reason}", "Calibrate again.") from error
+
+
+def _training(path: Path) -> Training | None:
+    """The lines of a training's journal; one that a kill left half-written is skipped. None without any."""
+    losses, probes = [], []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            continue
+        if isinstance(line.get("loss"), float):
+            losses.append(line)
+        elif isinstance(line.get("latent_error"), float):
+            probes.append(line)
+    return Training(tuple(losses), tuple(probes)) if losses or probes else None
+
+
+def _routes(folder: Path) -> Iterator[Routes]:
+    """The timestep routers in a student's weights, with what its own config says of their convolutions."""
+    place = folder / "unet" if (folder / "unet").is_dir() else folder
+    config = place / "config.json"
+    edits: dict[str, str] = (read_json(config).get("edits") or {}) if config.is_file() else {}
+    for file in sorted(place.glob("*.safetensors")) if edits else ():
+        try:
+            with safe_open(file, "np") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 - it is no mapping
+                    site = key.removesuffix(_BOUNDARIES)
+                    spec = conv_spec(edits[site]) if key.endswith(_BOUNDARIES) and site in edits else None
+                    if spec is not None:
+                        boundaries = tensors.get_tensor(key).astype(float).ravel().tolist()
+                        sharpness = tensors.get_tensor(f"{site}.slot.time_router.sharpness").astype(float)
+                        yield Routes(site, spec, tuple(boundaries), float(sharpness))
+        except (OSError, SafetensorError, TypeError) as error:
+            raise AsdmError(f"{file} cannot be read: {error}", "The student's weights are damaged.") from error

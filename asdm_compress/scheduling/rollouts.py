@@ -1,0 +1,157 @@
+"""Tries ways of sampling on prompts: how near their pictures come to those of the full run, pair by pair."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL.Image import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from scipy.stats import t as student_t
+from torch import Tensor
+
+from asdm_compress.core.files import CACHE_HINT, output_file
+from asdm_compress.evaluation.fidelity import compare_pairs
+from asdm_compress.sampling.images import decode
+from asdm_compress.sampling.settings import SamplingSettings, encode
+from asdm_compress.scheduling.ways import Way
+
+CONFIDENCE: Final = 0.95
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """PSNR in dB and SSIM of every picture against the full run's."""
+
+    psnr: tuple[float, ...]
+    ssim: tuple[float, ...]
+
+    def mean(self, metric: str = "psnr") -> float:
+        """Over the pictures."""
+        return float(np.mean(getattr(self, metric)))
+
+    def lower(self, metric: str = "psnr") -> float:
+        """What the mean is above with a confidence of 95 %; minus infinity for a single picture."""
+        values = getattr(self, metric)
+        return self.mean(metric) - _half_width(values, CONFIDENCE)
+
+    def text(self) -> str:
+        """Mean PSNR and half the width of its two-sided 95 % interval."""
+        return f"{self.mean():.2f} ± {_half_width(self.psnr, (1 + CONFIDENCE) / 2):.2f} dB"
+
+    def as_json(self) -> dict[str, float]:
+        """For files: means, and half the width of their two-sided 95 % intervals (Student)."""
+        two_sided = (1 + CONFIDENCE) / 2
+        return {
+            "pairs": len(self.psnr),
+            "psnr": self.mean(),
+            "psnr_interval": _finite(_half_width(self.psnr, two_sided)),
+            "ssim": self.mean("ssim"),
+            "ssim_interval": _finite(_half_width(self.ssim, two_sided)),
+        }
+
+
+def gain(ours: Score, theirs: Score) -> tuple[float, float]:
+    """Mean difference of PSNR in dB, pair by pair, and half the width of its 95 % interval."""
+    differences = tuple(a - b for a, b in zip(ours.psnr, theirs.psnr, strict=True))
+    return float(np.mean(differences)), _half_width(differences, (1 + CONFIDENCE) / 2)
+
+
+class Judge:
+    """Prompts and seeds of one split, and the full run's pictures of them.
+
+    Everything is kept in `folder`, one line or file as soon as it is known, so that a run that was cut off goes on.
+    """
+
+    def __init__(
+        self,
+        pipeline: StableDiffusionPipeline,
+        prompts: Sequence[str],
+        settings: SamplingSettings,
+        folder: Path | None = None,
+        batch: int = 8,
+    ) -> None:
+        self.pipeline, self.prompts, self.settings = pipeline, tuple(prompts), settings
+        self.texts = encode(pipeline, prompts, settings.guidance)
+        self.folder, self.batch = folder, batch
+        self._known = _read_lines(folder / "scores.jsonl") if folder else {}
+        self.full = self._full()
+        self.pictures: list[Image] = decode(pipeline, self.full, batch)
+
+    def score(self, way: Way) -> Score:
+        """A way's score; it is sampled only if it is not known yet."""
+        found = self._known.get(way.key)
+        if found is None:
+            psnr, ssim = compare_pairs(self.pictures_of(way), self.pictures)
+            found = self._known[way.key] = Score(tuple(psnr), tuple(ssim))
+            if self.folder:
+                line = json.dumps({"way": way.key, "name": way.name, "psnr": psnr, "ssim": ssim})
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with (self.folder / "scores.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(f"{line}\n")
+        return found
+
+    def scores(self, ways: Sequence[Way], progress: Progress | None = None) -> list[Score]:
+        """The scores of several ways."""
+        found = []
+        for way in ways:
+            found.append(self.score(way))
+            if progress:
+                progress(len(found), len(ways))
+        return found
+
+    def pictures_of(self, way: Way, count: int | None = None) -> list[Image]:
+        """A way's pictures, one for each of the first `count` prompts, or of all."""
+        return decode(self.pipeline, self._sample(way, count), self.batch)
+
+    def _full(self) -> Tensor:
+        path = self.folder / "full.safetensors" if self.folder else None
+        if path is not None and path.exists():
+            try:
+                return load_file(path)["latents"].to(self.pipeline.device)
+            except (SafetensorError, KeyError):
+                pass
+        found = self._sample(Way("full", self.settings.steps, 0.0))
+        if path is not None:
+            with output_file(path, CACHE_HINT) as aside:
+                save_file({"latents": found.cpu().contiguous()}, aside)
+        return found
+
+    @torch.no_grad()
+    def _sample(self, way: Way, count: int | None = None) -> Tensor:
+        parts, texts = [], self.texts[:count]
+        for first in range(0, len(texts), self.batch):
+            here = replace(self.settings, seed=self.settings.seed + first)
+            parts.append(way.loop(self.pipeline, texts[first : first + self.batch], here)())
+        return torch.cat(parts)
+
+
+def _half_width(values: Sequence[float], quantile: float) -> float:
+    if len(values) < 2:
+        return float("inf")
+    return float(student_t.ppf(quantile, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def _finite(value: float) -> Any:
+    return value if np.isfinite(value) else None
+
+
+def _read_lines(path: Path) -> dict[str, Score]:
+    """What is kept; a line that a kill left half-written is measured again."""
+    known: dict[str, Score] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+                known[record["way"]] = Score(tuple(record["psnr"]), tuple(record["ssim"]))
+            except (ValueError, KeyError):
+                continue
+    return known

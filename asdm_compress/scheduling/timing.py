@@ -1,0 +1,194 @@
+"""What every kind of step costs: measured seconds in the sampling loop itself, the sampler's own work included."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from asdm_compress.inheritance.actions import FULL, Action
+from asdm_compress.inheritance.attach import enable
+from asdm_compress.inheritance.corrections import Correction, CorrectionKey
+from asdm_compress.inheritance.schedule import Rule, Schedule
+from asdm_compress.inheritance.shapes import value_shapes
+from asdm_compress.profiling.latency import time_side_by_side
+from asdm_compress.sampling.settings import SamplingSettings, initial_latents, row_generators
+from asdm_compress.scheduling.menu import (
+    EVERYTHING,
+    WHOLE,
+    Choice,
+    Kind,
+    Menu,
+    cut_sources,
+    with_corrections,
+)
+
+REPEATS: Final = 9
+LOOP: Final = 6  # steps of a timed loop
+LEAST: Final = 1e-3  # of the base's time, where a difference drowns in noise
+_BEFORE: Final = 2  # of them that compute everything, so that there is something to forecast from
+
+
+@dataclass(frozen=True, slots=True)
+class KindTimes:
+    """Seconds of every kind of step in a run of `steps`, and what a run costs beside its steps.
+
+    `fitted` are the seconds of the kinds that inherit a cut when fitted corrections are added to it.
+    """
+
+    seconds: Mapping[Kind, float]
+    outside: float
+    steps: int
+    fitted: Mapping[Kind, float] = field(default_factory=dict)
+
+    @property
+    def full_step(self) -> float:
+        """Seconds of a step that computes everything."""
+        return self.seconds[EVERYTHING.kind]
+
+    @property
+    def full_run(self) -> float:
+        """Seconds of a run that computes everything."""
+        return self.outside + self.steps * self.full_step
+
+    def run(self, choices: Sequence[Choice]) -> float:
+        """Seconds of a run by a schedule."""
+        return self.outside + sum(self.seconds[choice.kind] for choice in choices)
+
+    def share(self, choices: Sequence[Choice]) -> float:
+        """A schedule's time over that of computing everything."""
+        return self.run(choices) / self.full_run
+
+    def only(self, lights: Sequence[int]) -> KindTimes:
+        """The times of `Menu.only` of the same light actions."""
+        numbers = {WHOLE: WHOLE, **{light: i for i, light in enumerate(lights)}}
+
+        def kept(some: Mapping[Kind, float]) -> dict[Kind, float]:
+            return {(numbers[k[0]], k[1]): seconds for k, seconds in some.items() if k[0] in numbers}
+
+        return KindTimes(kept(self.seconds), self.outside, self.steps, kept(self.fitted))
+
+    def corrected(self) -> KindTimes:
+        """The times of schedules whose every cut is corrected."""
+        # What is left out of a search has its time here and not there.
+        slower = {kind: max(seconds, self.seconds[kind]) for kind, seconds in self.fitted.items()}
+        return replace(self, seconds={**self.seconds, **slower})
+
+    def fewer_steps(self, share: float) -> int:
+        """The most steps that compute everything within a share of the time."""
+        return int((share * self.full_run * (1 + 1e-9) - self.outside) / self.full_step)
+
+
+class Loop:
+    """The sampling loop of a pipeline on given text embeddings and noise, under a rule or plain, without the decoder.
+
+    A pipeline of its own on shared modules, so that many loops can be timed in turns. `texts` are (N, branches,
+    tokens, width).
+    """
+
+    def __init__(
+        self,
+        pipeline: StableDiffusionPipeline,
+        texts: Tensor,
+        settings: SamplingSettings,
+        rule: Rule | None = None,
+        scheduler: Any = None,
+    ) -> None:
+        parts = dict(pipeline.components)
+        parts["scheduler"] = copy.deepcopy(pipeline.scheduler if scheduler is None else scheduler)
+        self.pipeline = type(pipeline)(
+            **parts, requires_safety_checker=pipeline.config.get("requires_safety_checker", False)
+        )
+        self.pipeline.set_progress_bar_config(disable=True)
+        if rule is not None:
+            enable(self.pipeline, rule)
+        self.texts, self.settings = texts, settings
+        self.noise = initial_latents(pipeline, len(texts), settings)
+
+    def __call__(self, on_step: Callable[..., dict[str, Any]] | None = None) -> Tensor:
+        """The final latents (N, C, H, W)."""
+        size = self.settings.image_size
+        found: Tensor = self.pipeline(
+            prompt_embeds=self.texts[:, -1],
+            negative_prompt_embeds=self.texts[:, 0] if self.texts.shape[1] == 2 else None,
+            latents=self.noise,
+            num_inference_steps=self.settings.steps,
+            guidance_scale=self.settings.guidance,
+            height=size,
+            width=size,
+            generator=row_generators(len(self.texts), self.settings.seed),
+            output_type="latent",
+            callback_on_step_end=on_step,
+        ).images
+        return found
+
+
+@torch.no_grad()
+def time_kinds(
+    pipeline: StableDiffusionPipeline,
+    menu: Menu,
+    kinds: Sequence[Kind],
+    texts: Tensor,
+    settings: SamplingSettings,
+    repeats: int = REPEATS,
+) -> KindTimes:
+    """Time loops of a few steps of each of a menu's kinds in turns, for one batch of images, one per row of `texts`.
+
+    A loop is two steps that compute everything and some of the kind; the time of the two and of what is around them is
+    that of a loop of two. Cuts are timed with corrections too, whose values do not matter for that; a step that leaves
+    a guidance branch out is taken to pay as much for them as one that does not, though it has half the rows.
+    """
+    steps = max(LOOP, _BEFORE + 1)
+
+    def loop(action: Action, count: int, corrections: Mapping[CorrectionKey, Correction] | None = None) -> Loop:
+        here = SamplingSettings(count, settings.guidance, settings.seed, settings.image_size)
+        # What a step that computes everything keeps for others costs time too.
+        actions = [FULL] * _BEFORE + [action] * (count - _BEFORE)
+        rule = Schedule(tuple(actions), corrections or {})
+        return Loop(pipeline, texts, here, None if action == FULL else rule)
+
+    maps = _empty_corrections(pipeline, menu, settings)
+    fitted = [kind for kind in kinds if kind[0] in maps and not kind[1]]
+    loops = [loop(FULL, _BEFORE), *(loop(menu.example(kind), steps) for kind in kinds)]
+    for kind in fitted:
+        name, correction = maps[kind[0]]
+        (action,) = with_corrections([menu.example(kind)])
+        loops.append(loop(action, steps, {(step, name): correction for step in range(_BEFORE, steps)}))
+    # Other work on the machine only ever adds time, and differences of disturbed times would say nothing.
+    base, *samples = (min(seconds) for seconds in time_side_by_side(loops, repeats, pipeline.device))
+    each = [max(seconds - base, LEAST * base) / (steps - _BEFORE) for seconds in samples]
+    found = dict(zip(kinds, each, strict=False))
+    outside = max(base - _BEFORE * found[EVERYTHING.kind], 0.0)
+    more = {
+        light: seconds - found[light, False] for (light, _), seconds in zip(fitted, each[len(kinds) :], strict=True)
+    }
+    with_maps = {kind: found[kind] + max(more[kind[0]], 0.0) for kind in kinds if kind[0] in more}
+    return KindTimes(found, outside, settings.steps, with_maps)
+
+
+def _empty_corrections(
+    pipeline: StableDiffusionPipeline, menu: Menu, settings: SamplingSettings
+) -> dict[int, tuple[str, Correction]]:
+    """For every light action that is a cut, by number, the cut's name and a correction of nothing."""
+    cuts = {i: light.inherits[0].place for i, light in enumerate(menu.lights) if len(light.inherits) == 1}
+    sources = cut_sources(pipeline.unet)
+    cuts = {i: name for i, name in cuts.items() if name in sources}
+    size = initial_latents(pipeline, 1, settings).shape
+    named = {*cuts.values(), *(sources[name] for name in cuts.values())}
+    shapes = value_shapes(pipeline.unet, named, size[2], size[3])
+    found = {}
+    for light, name in cuts.items():
+        channels, seen = shapes[name][0], shapes[sources[name]][0]
+        weight = torch.zeros(channels, 2 * seen + channels, device=pipeline.device, dtype=pipeline.unet.dtype)
+        found[light] = (name, Correction(weight, weight.new_zeros(channels)))
+    return found
+
+
+def time_runs(loops: Sequence[Loop], repeats: int = REPEATS) -> list[list[float]]:
+    """Seconds of whole runs, taken in turns so that a slow moment of the machine meets all of them."""
+    return time_side_by_side(loops, repeats, loops[0].pipeline.device)

@@ -1,0 +1,378 @@
+"""`calibrate --members`: which member of a switched UNet does which step, found for a time budget and tried."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from diffusers import StableDiffusionPipeline
+
+from asdm_compress.assembly.store import measurement_folder
+from asdm_compress.core.errors import AsdmError, ExitCode
+from asdm_compress.core.files import check_output, output_folder
+from asdm_compress.core.provenance import processor_name, versions
+from asdm_compress.inheritance.actions import Action
+from asdm_compress.inheritance.schedule import Schedule
+from asdm_compress.inheritance.schedule_file import save_schedule
+from asdm_compress.models.saving import save_pipeline
+from asdm_compress.models.source import LoadOptions
+from asdm_compress.reporting.switching import Row, damages_svg
+from asdm_compress.sampling.settings import check_text_to_image
+from asdm_compress.scheduling.measure import sampler_timeline
+from asdm_compress.scheduling.rollouts import Judge, Score, gain
+from asdm_compress.scheduling.swaps import Bench, Swaps
+from asdm_compress.scheduling.switch_search import Found, small_first, solve
+from asdm_compress.scheduling.switch_times import SKIP, StepTimes, time_options
+from asdm_compress.scheduling.ways import SOLVERS, Way
+from asdm_compress.switching.schedules import SwitchingSchedule, noise_of
+from asdm_compress.switching.switched_unet import SwitchedUNet2DConditionModel
+from asdm_compress.workflows.calibrate import (
+    MOST_ROUNDS,
+    TEST_SEED,
+    VALIDATION_SEED,
+    CalibrateSettings,
+    keeps_in_time,
+    measured_shares,
+    over_limit,
+    split_prompts,
+    timed_batch,
+)
+from asdm_compress.workflows.progress import Progress
+from asdm_compress.workflows.switch import open_members
+
+REFINED: Final = 3  # times that the exchanges are measured around the best schedule so far
+NEAR: Final = 3  # a share of the steps, one in so many, that one refinement changes
+
+
+@dataclass(frozen=True, slots=True)
+class Entrant:
+    """A schedule or another way that was tried: its share of the teacher's time as measured, the mean squared error of
+    its final latents on test prompts (None for another sampler), and its pictures' score there."""
+
+    role: str
+    way: Way
+    share: float
+    latent_error: float | None
+    test: Score
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One solution: what the model of the error says, its bound, and what was measured on calibration prompts."""
+
+    found: Found
+    measured: float
+
+    def as_json(self) -> dict[str, Any]:
+        """For files."""
+        found = self.found
+        return {
+            "predicted": found.predicted, "bound": found.bound, "proven": found.proven, "measured": self.measured,
+            "steps": [action.name for action in found.actions],
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchingFound:
+    """What `calibrate --members` found; the first of `entrants` is the schedule, which is also that of `switched`."""
+
+    out: Path
+    switched: SwitchedUNet2DConditionModel
+    times: StepTimes
+    around_teacher: Swaps
+    rounds: tuple[Round, ...]
+    entrants: tuple[Entrant, ...]
+    content: Mapping[str, Any]
+
+    def rows(self) -> list[Row]:
+        """For the table of what was tried."""
+        return [(e.role, e.way.name, e.share, e.latent_error, e.test.text()) for e in self.entrants]
+
+    def lines(self) -> list[str]:
+        """What is to be said beside it."""
+        return [str(self.content["verdict"])]
+
+
+def run_calibrate_members(
+    models: Sequence[str],
+    out: Path,
+    options: LoadOptions,
+    settings: CalibrateSettings,
+    progress: Progress,
+    overwrite: bool = False,
+) -> SwitchingFound:
+    """Find the step → member list of least final-latent error within the goal's time, and write the switched pipeline.
+
+    The first model is the teacher. `out` also gets `switching.yaml`, `calibration.json` and `damages.svg`. Raises
+    AsdmError for bad input (exit code 2) and for a time that no list keeps (3). `out` appears whole or not at all.
+    """
+    check_output(out, overwrite)
+    if settings.goal.limit is None:
+        raise AsdmError("members are calibrated for a time", "Use --budget latency=0.6x.")
+    pipeline, members = open_members(models, options, progress, settings.scheduler)
+    for model in models:
+        check_output(out, overwrite, Path(model) if Path(model).exists() else None)
+    check_text_to_image(pipeline)
+    sampling, (teacher, *others) = settings.sampling, (Action(member=name) for name in members)
+    timeline = sampler_timeline(pipeline, sampling.steps)
+    schedule = SwitchingSchedule((teacher,) * sampling.steps, timeline.timesteps, noise_of(pipeline.scheduler))
+    pipeline.unet = SwitchedUNet2DConditionModel.of(members, schedule)
+    choices = (teacher, *others, SKIP)
+    splits = split_prompts(pipeline, settings)
+
+    def bench(prompts: tuple[str, ...], seed: int) -> Bench:
+        here = replace(sampling, seed=seed)
+        folder = measurement_folder(pipeline, prompts, here, 0)
+        return Bench(pipeline, timeline, prompts, here, folder, settings.batch)
+
+    one_batch = timed_batch(pipeline, splits, settings)
+    with progress.stage("Timing every member's step"):
+        times = time_options(pipeline, choices, one_batch, sampling, settings.repeats)
+    full = times.full(sampling.steps)
+    share = settings.goal.share(full)
+    assert share is not None
+    calibration, validation = bench(splits.calibration, sampling.seed), bench(splits.validation, VALIDATION_SEED)
+    with progress.stage("Sampling the teacher"):
+        truth = calibration.final_latents(schedule.actions)
+        validated = validation.final_latents(schedule.actions)
+    search = _Search(calibration, truth, validation, validated, choices, times, progress)
+    search.run(schedule.actions, share * full)
+    best, measured = search.within(
+        share, full, lambda actions: measured_shares([_way(actions, times)], pipeline, settings, one_batch)[0]
+    )
+    with progress.stage("Trying what could be done instead, in the same time"):
+        seconds = max(times.run(best), measured * full)
+        ways = [("calibrated", _way(best, times)), *_rivals(seconds, choices, times, pipeline, sampling.steps)]
+        shares = measured_shares([way for _, way in ways], pipeline, settings, one_batch)
+    with progress.bar("Reporting on test prompts") as bar:
+        entrants = _reported(ways, shares, bench(splits.test, TEST_SEED), schedule.actions, settings, bar)
+    pipeline.unet = SwitchedUNet2DConditionModel.of(members, replace(schedule, actions=best))
+    content = {
+        "models": list(models),
+        "goal": settings.goal.as_json(),
+        "sampler": {
+            "scheduler": type(pipeline.scheduler).__name__, "steps": sampling.steps, "guidance": sampling.guidance,
+        },
+        "measured_on": {
+            "processor": processor_name(), "device": str(pipeline.device), "dtype": str(pipeline.unet.dtype),
+            "images_at_once": settings.images, "versions": versions(),
+        },
+        "prompts": {name: len(getattr(splits, name)) for name in ("calibration", "validation", "test")},
+        "seconds": times.as_json(),
+        "time": {"predicted_share": times.run(best) / full, "measured_share": shares[0]},
+        "steps": [action.name for action in best],
+        "damages": _damages(search.around_teacher),
+        "rounds": [r.as_json() for r in search.rounds],
+        "entrants": [
+            {
+                "role": e.role, "way": e.way.name, "share": e.share, "latent_error": e.latent_error,
+                "test": e.test.as_json(),
+            }
+            for e in entrants
+        ],
+        "verdict": _verdict(entrants, share),
+    }  # fmt: skip
+    with progress.stage("Writing"), output_folder(out, overwrite) as aside:
+        save_pipeline(pipeline, aside)
+        save_schedule(Schedule(best), aside / "switching.yaml")
+        (aside / "calibration.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        (aside / "damages.svg").write_text(damages_svg(search.around_teacher, best), encoding="utf-8")
+    return SwitchingFound(
+        out, pipeline.unet, times, search.around_teacher, tuple(search.rounds), tuple(entrants), content
+    )
+
+
+class _Search:
+    """Measures around the teacher, solves, measures what comes out, and again around that."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        truth: np.ndarray,
+        validation: Bench,
+        validated: np.ndarray,
+        choices: Sequence[Action],
+        times: StepTimes,
+        progress: Progress,
+    ) -> None:
+        self.bench, self.truth, self.choices, self.times, self.progress = bench, truth, choices, times, progress
+        self.validation, self.validated = validation, validated
+        self.rounds: list[Round] = []
+        self._scores: dict[tuple[Action, ...], float] = {}
+        self._around: list[Swaps] = []
+
+    @property
+    def around_teacher(self) -> Swaps:
+        """What each exchange does to the teacher's own runs."""
+        return self._around[0]
+
+    def run(self, teacher: tuple[Action, ...], budget: float) -> None:
+        """Find schedules within a time; raises AsdmError, exit code 3, where there is none."""
+        around, most = teacher, None
+        for number in range(1 + REFINED):
+            with self.progress.bar(f"Measuring every member at every step, {number + 1} of {1 + REFINED}") as bar:
+                self._around.append(self.bench.measure(around, self.choices, self.truth, bar))
+            with self.progress.stage("Solving"):
+                solved = solve(self._around[-1], self.times, budget, most)
+            if solved is None and not self.rounds:
+                raise self._too_small(budget, len(teacher))
+            if solved is None or any(solved.actions == r.found.actions for r in self.rounds):
+                break
+            self._add(solved)
+            best = min(self.rounds, key=lambda r: r.measured)
+            if any(swaps.schedule == best.found.actions for swaps in self._around):
+                break
+            around, most = best.found.actions, max(2, len(teacher) // NEAR)
+
+    def solve_again(self, budget: float) -> None:
+        """Schedules for less time, from what is measured already."""
+        for swaps in self._around:
+            solved = solve(swaps, self.times, budget)
+            if solved is not None and all(solved.actions != r.found.actions for r in self.rounds):
+                self._add(solved)
+
+    def within(
+        self, share: float, full: float, measure: Callable[[tuple[Action, ...]], float]
+    ) -> tuple[tuple[Action, ...], float]:
+        """The best schedule that takes at most a share of `full` seconds as `measure` says, and what that says of it.
+
+        Where one takes more, others are solved for in less. Raises AsdmError with exit code 3 where none is found.
+        """
+        aim, timed = share, dict[tuple[Action, ...], float]()
+        for number in range(1 + MOST_ROUNDS):
+            if number:
+                self.solve_again(aim * full)
+            best = self.best(aim * full)
+            if best in timed:
+                break
+            timed[best] = measured = measure(best)
+            if keeps_in_time(measured, share):
+                return best, measured
+            aim = min(aim * 0.995, share * self.times.run(best) / full / measured)
+        raise over_limit(share, min(timed.values()))
+
+    def best(self, budget: float) -> tuple[Action, ...]:
+        """Of all schedules within a time that were found, and T-Stitch's, the nearest on validation prompts.
+
+        Where none is within it, the fastest.
+        """
+        found = [r.found.actions for r in self.rounds]
+        found += [order for order in self._orders(budget) if order not in found]
+        within = [actions for actions in found if self.times.run(actions) <= budget * (1 + 1e-9)]
+        return min(within, key=self._score) if within else min(found, key=self.times.run)
+
+    def _orders(self, budget: float) -> list[tuple[Action, ...]]:
+        teacher, *others = (choice for choice in self.choices if not choice.skips)
+        steps = len(self._around[0].schedule)
+        orders = (small_first(other, teacher, steps, self.times, budget) for other in others)
+        return [order for order in orders if order is not None]
+
+    def _add(self, found: Found) -> None:
+        with self.progress.stage("Verifying by measurement"):
+            error = self.bench.final_latents(found.actions) - self.truth
+        self.rounds.append(Round(found, float(np.square(error, dtype=np.float64).mean())))
+
+    def _score(self, actions: tuple[Action, ...]) -> float:
+        if actions not in self._scores:
+            error = self.validation.final_latents(actions) - self.validated
+            self._scores[actions] = float(np.square(error, dtype=np.float64).mean())
+        return self._scores[actions]
+
+    def _too_small(self, budget: float, steps: int) -> AsdmError:
+        full = self.times.full(steps)
+        cheapest = min(self.times.seconds[choice] for choice in self.choices if not choice.skips)
+        skipped = max((steps - 1) // 2, 0)
+        least = self.times.outside + (steps - skipped) * cheapest + skipped * self.times.seconds[SKIP]
+        return AsdmError(
+            f"no order of these members takes {budget / full:.4g}x of the teacher's time",
+            f"About latency={least / full:.3f}x can be reached. Allow more, or give a smaller member.",
+            ExitCode.INFEASIBLE,
+        )
+
+
+def _way(actions: Sequence[Action], times: StepTimes, name: str = "calibrated") -> Way:
+    return Way(name, len(actions), times.run(actions), Schedule(tuple(actions)))
+
+
+def _rivals(
+    budget: float,
+    choices: Sequence[Action],
+    times: StepTimes,
+    pipeline: StableDiffusionPipeline,
+    steps: int,
+) -> list[tuple[str, Way]]:
+    """T-Stitch's order of each student, the other way round, and fewer steps of some samplers, in these seconds."""
+    teacher, *others = (choice for choice in choices if not choice.skips)
+    found: list[tuple[str, Way]] = []
+    for other in others:
+        order = small_first(other, teacher, steps, times, budget)
+        if order is not None:
+            count = order.count(other)
+            found.append(("T-Stitch's order", _way(order, times, f"{count} steps of {other.member} first")))
+            found.append(("large first", _way(order[::-1], times, f"{count} steps of {other.member} last")))
+    fewer = min(int((budget * (1 + 1e-9) - times.outside) / times.teacher), steps)
+    own = type(pipeline.scheduler).__name__
+    if fewer > 0:
+        seconds = times.full(fewer)
+        found += [
+            ("fewer steps", Way(f"{fewer} steps of {solver or own}", fewer, seconds, None, solver))
+            for solver in (None, *SOLVERS)
+        ]
+    return found
+
+
+def _reported(
+    ways: Sequence[tuple[str, Way]],
+    shares: Sequence[float],
+    bench: Bench,
+    teacher: Sequence[Action],
+    settings: CalibrateSettings,
+    bar: Any,
+) -> list[Entrant]:
+    judge = Judge(bench.pipeline, bench.prompts, bench.settings, bench.folder, settings.batch)
+    scores = judge.scores([way for _, way in ways], bar)
+    truth = bench.final_latents(teacher)
+    found = []
+    for (role, way), share, score in zip(ways, shares, scores, strict=True):
+        error = None
+        if isinstance(way.rule, Schedule):
+            off = bench.final_latents(way.rule.actions) - truth
+            error = float(np.square(off, dtype=np.float64).mean())
+        found.append(Entrant(role, way, share, error, score))
+    return found
+
+
+def _damages(swaps: Swaps) -> dict[str, list[float | None]]:
+    """The mean squared error of the final latent when one step alone is taken by an option, by option."""
+    found: dict[str, list[float | None]] = {}
+    for (step, option), moved in swaps.moved.items():
+        row = found.setdefault(option.name, [None] * len(swaps.schedule))
+        row[step] = float(np.square(moved, dtype=np.float64).mean())
+    return found
+
+
+def _verdict(entrants: Sequence[Entrant], share: float) -> str:
+    ours, *rivals = entrants
+    said = []
+    stitched = [r for r in rivals if r.role == "T-Stitch's order" and r.latent_error is not None]
+    if stitched and ours.latent_error is not None:
+        nearest = min(stitched, key=lambda r: r.latent_error or 0.0)
+        assert nearest.latent_error is not None
+        more, interval = gain(ours.test, nearest.test)
+        ratio = nearest.latent_error / ours.latent_error if ours.latent_error else float("inf")
+        said.append(
+            f"T-Stitch's order has {ratio:.3g} times the final-latent error in the same time; in pictures the schedule "
+            f"is {more:+.2f} dB (± {interval:.2f}) from it."
+        )
+    fewer = [r for r in rivals if r.role == "fewer steps"]
+    if fewer:
+        strongest = max(fewer, key=lambda r: r.test.mean())
+        more, interval = gain(ours.test, strongest.test)
+        said.append(f"Against {strongest.way.name} it is {more:+.2f} dB (± {interval:.2f}).")
+    if ours.share > share:
+        said.append(f"Its time is {ours.share:.3f}x, over the limit of {share:.3f}x; calibrate on a quiet machine.")
+    return " ".join(said) or "Nothing else fits into this time."

@@ -1,0 +1,416 @@
+"""`distill`: a student trained by its teacher, into a folder like the student's own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from asdm_compress.core.distillation import Distillation, dump_distillation
+from asdm_compress.core.errors import AsdmError, ExitCode
+from asdm_compress.core.files import check_output, check_space, output_file, output_folder
+from asdm_compress.core.processes import PATIENCE
+from asdm_compress.core.provenance import processor_name, versions
+from asdm_compress.core.recipe import dump_recipe
+from asdm_compress.core.units import format_seconds
+from asdm_compress.distillation.batches import Batches, check_share
+from asdm_compress.distillation.cache import LatentCache, Share, cached
+from asdm_compress.distillation.data import open_source
+from asdm_compress.distillation.encoding import Encoder
+from asdm_compress.distillation.experts import idle_experts
+from asdm_compress.distillation.journal import METRICS
+from asdm_compress.distillation.losses import noise_scheduler
+from asdm_compress.distillation.optimisers import check_optimiser
+from asdm_compress.distillation.pairs import FeaturePair, find_pairs, given_pairs
+from asdm_compress.distillation.probe import Probe
+from asdm_compress.distillation.rehearsal import Forecast, rehearse
+from asdm_compress.distillation.selection import add_lora, fold_lora, phases_of, units_around_cuts
+from asdm_compress.distillation.sources import CaptionSource
+from asdm_compress.distillation.trainer import LoopSettings, Outcome, Subjects, Trainer
+from asdm_compress.evaluation.prompts import choose_prompts, understands_scenes
+from asdm_compress.models.quiet import quiet_libraries
+from asdm_compress.models.saving import copy_rest
+from asdm_compress.models.source import LoadOptions
+from asdm_compress.reporting.grid import labelled_grid
+from asdm_compress.sampling.images import decode
+from asdm_compress.sampling.settings import SamplingSettings, check_text_to_image
+from asdm_compress.workflows.card import PYTHON, Origin, write_card
+from asdm_compress.workflows.progress import Progress
+from asdm_compress.workflows.student import RECIPE, StudentAndTeacher, open_student
+from asdm_compress.workflows.training_section import choose_training
+
+_SETTINGS: Final = "settings.yaml"
+_RUN: Final = ".run"
+_PROBE_STEPS: Final = 10
+_SAMPLES: Final = "samples"
+_SHOWN: Final = 4
+_PARALLEL: Final = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
+_MAY_CHANGE: Final = ("learning_rate:", "clip:")  # in a training that goes on
+_HALF: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class DistillSettings:
+    """What a user asks for: `changes` are values of the training by dotted names, which go before preset and recipe.
+
+    `mixed_precision` is accelerate's: no, bf16, fp16, or None for what the launcher says. `trackers` are accelerate's,
+    by name.
+    """
+
+    teacher: str | None = None
+    preset: str | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    loop: LoopSettings = field(default_factory=LoopSettings)
+    mixed_precision: str | None = None
+    trackers: tuple[str, ...] = ()
+    resume: bool = False
+    dry_run: bool = False
+    overwrite: bool = False
+    command: str = PYTHON
+
+
+@dataclass(frozen=True, slots=True)
+class DistillResult:
+    """What a training came to; of a dry run there is the forecast alone."""
+
+    out: Path
+    training: Distillation
+    pairs: tuple[FeaturePair, ...]
+    forecast: Forecast
+    outcome: Outcome | None = None
+    items: int = 0
+    skipped: tuple[tuple[str, str], ...] = ()
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        if self.outcome is None:
+            return [self.forecast.text()]
+        found = self.outcome
+        lines: list[str] = []
+        if found.first and found.last:
+            lines.append(
+                f"Latent error on held-out prompts: {found.first.latent_error:.4g} before, "
+                f"{found.last.latent_error:.4g} after {found.steps} steps (damage {found.first.damage:.4g}, then "
+                f"{found.last.damage:.4g})."
+            )
+        if found.best_step is not None:
+            lines.append(f"The weights are those of step {found.best_step}, the best that a probe has seen.")
+        lines.append(
+            f"Wrote {self.out} after {format_seconds(found.seconds)}: the student, {RECIPE}, {METRICS}; "
+            f"checkpoints are in {self.out}{_RUN}."
+        )
+        return lines
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "out": str(self.out),
+            "training": self.training.model_dump(mode="json"),
+            "pairs": [[pair.student, pair.teacher] for pair in self.pairs],
+            "forecast": self.forecast.as_json(),
+            "items": self.items,
+            "skipped": [list(pair) for pair in self.skipped],
+            "outcome": None if self.outcome is None else asdict(self.outcome),
+        }
+
+
+def run_distill(
+    student: str, out: Path, options: LoadOptions, settings: DistillSettings, progress: Progress
+) -> DistillResult:
+    """Train `student` and write it to `out`; the run's own folder stays beside it, under the name with `.run`.
+
+    Raises AsdmError for bad input, for data that cannot be used, and for a training that diverges. `out` appears whole
+    or not at all; a run that was killed goes on with `resume`.
+    """
+    run = out.with_name(out.name + _RUN)
+    if not settings.dry_run:
+        _check_places(out, run, settings)
+    settings = replace(settings, loop=replace(settings.loop, sharded=is_sharded(settings)))
+    accelerator = make_accelerator(options, settings, run)
+    if accelerator.num_processes == 1 and settings.loop.sharded:
+        progress.note("one process has nothing to share out, so the student is whole")
+        settings = replace(settings, loop=replace(settings.loop, sharded=False))
+    accelerator.wait_for_everyone()  # nobody makes anything before all have looked
+    opened = _open(student, settings.teacher, options, accelerator, progress)
+    training = choose_training(opened.recipe, opened.teacher, settings.preset, settings.changes)
+    teacher = opened.teacher.unet
+    check_optimiser(training.optimiser)
+    if settings.loop.sharded and training.optimiser.name == "adamw-8bit":
+        raise AsdmError("8-bit optimiser states cannot be sharded", "Use --optimiser adamw, or leave out --shard.")
+    check_share(training.batch, accelerator.num_processes)
+    pairs = _pairs(opened, training, progress)
+    phases = phases_of(training, opened.student, teacher)
+    around = units_around_cuts(opened.student, teacher, opened.plan)
+    if training.trains == "lora":
+        add_lora(opened.student, training.lora_rank)
+    noising = noise_scheduler(opened.teacher.scheduler.config)
+    places = ([p.student for p in pairs], [p.teacher for p in pairs])
+    with progress.stage("Estimating memory and time"):
+        forecast = rehearse(
+            opened.student, teacher, noising, training, phases, around, places, settings.loop, accelerator,
+            int(opened.teacher.tokenizer.model_max_length),
+        )  # fmt: skip
+    progress.note(forecast.text())
+    result = DistillResult(out, training, pairs, forecast)
+    if settings.dry_run:
+        return result
+    if accelerator.is_main_process:
+        check_space(run, forecast.checkpoint_bytes * (settings.loop.keep + 1))
+        _prepare_run(run, training, opened, settings)
+    cache = _data(opened, training, accelerator, progress)
+    share = Share(accelerator.process_index, accelerator.num_processes)
+    batches = Batches(cache, training, int(noising.config.num_train_timesteps), share, settings.loop.micro_batch)
+    subjects = Subjects(
+        opened.student, teacher if training.losses.needs_teacher else None, noising, batches, phases,
+        tuple(places[0]), tuple(places[1]), around,
+    )  # fmt: skip
+    outcome, trained = _train(subjects, opened, training, run, accelerator, settings, progress)
+    opened = replace(opened, student=trained)
+    result = replace(result, outcome=outcome, items=len(cache), skipped=tuple(cache.skipped))
+    if accelerator.is_main_process:
+        if training.trains == "lora":
+            fold_lora(opened.student)
+        with progress.stage("Writing"), output_folder(out, settings.overwrite) as aside:
+            _write(aside, opened, result, run, settings, accelerator)
+    accelerator.wait_for_everyone()
+    return result
+
+
+def _open(
+    student: str, teacher: str | None, options: LoadOptions, accelerator: Accelerator, progress: Progress
+) -> StudentAndTeacher:
+    """Student and teacher, the teacher on this process's device and in the precision that it runs in."""
+    with progress.stage("Opening student and teacher"):
+        opened = open_student(student, teacher, options)
+        opened.teacher.to(accelerator.device)
+        if str(accelerator.mixed_precision) in _HALF:
+            with quiet_libraries():
+                opened.teacher.unet.to(_HALF[str(accelerator.mixed_precision)])
+    for note in opened.notes():
+        progress.note(note)
+    check_text_to_image(opened.teacher)
+    return opened
+
+
+def _pairs(opened: StudentAndTeacher, training: Distillation, progress: Progress) -> tuple[FeaturePair, ...]:
+    if not training.losses.feature:
+        return ()
+    student, teacher = opened.student, opened.teacher.unet
+    pairs = (
+        find_pairs(student, teacher, opened.plan, training.losses.features)
+        if training.pairs is None
+        else given_pairs(student, teacher, training.pairs)
+    )
+    progress.note(f"features are compared at {len(pairs)} places: {', '.join(map(str, pairs))}")
+    return pairs
+
+
+def _train(
+    subjects: Subjects,
+    opened: StudentAndTeacher,
+    training: Distillation,
+    run: Path,
+    accelerator: Accelerator,
+    settings: DistillSettings,
+    progress: Progress,
+) -> tuple[Outcome, UNet2DConditionModel]:
+    probe: Probe | None = None
+    paint: Callable[[int], None] = _paint_nothing
+    if training.probe_every and accelerator.is_main_process:
+        with progress.stage("Sampling the teacher for the probe"):
+            probe = _probe(opened.teacher, training)
+        paint = partial(_paint, opened.teacher, probe, run)
+    if settings.trackers:
+        accelerator.init_trackers("distill")
+    with progress.meter("Training") as meter:
+        trainer = Trainer(subjects, training, settings.loop, run, accelerator, probe, meter, paint)
+        outcome = trainer.train()
+    for expert in idle_experts(outcome.expert_use):
+        progress.note(f"the expert {expert} is hardly used")
+    if settings.trackers:
+        accelerator.end_training()
+    return outcome, trainer.student
+
+
+def is_sharded(settings: DistillSettings) -> bool:
+    """Whether each process is to hold a share of the student: on request, or launched with `--use_fsdp`.
+
+    Raises AsdmError for what cannot be shared out.
+    """
+    # The sharding is done here (see `distillation.engine`): accelerate must take this for plain data parallelism.
+    launched = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if not (launched or settings.loop.sharded):
+        return False
+    if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        raise AsdmError("shards are not offloaded to the CPU", "Set fsdp_offload_params to false for the launcher.")
+    if settings.loop.compile:
+        raise AsdmError("a sharded student is not compiled", "Leave out --compile or --shard.")
+    if settings.mixed_precision == "fp16" or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        raise AsdmError("a sharded student is not trained in fp16, whose gradients are scaled", "Use --dtype bf16.")
+    return True
+
+
+def make_accelerator(options: LoadOptions, settings: DistillSettings, folder: Path) -> Accelerator:
+    """accelerate's view of the devices, launched by it or not."""
+    _check_trackers(settings.trackers)
+    try:
+        accelerator = Accelerator(
+            cpu=options.device.type == "cpu",
+            mixed_precision=settings.mixed_precision,
+            log_with=list(settings.trackers) or None,
+            project_dir=folder,
+            step_scheduler_with_optimizer=False,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+    except (ValueError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise AsdmError(f"accelerate cannot train so: {reason}", "See `accelerate config`.") from error
+    kind = str(accelerator.distributed_type.value)
+    if kind not in _PARALLEL:
+        raise AsdmError(
+            f"training with {kind} is not supported",
+            "Launch with data parallelism (DDP), accelerate's plain multi-GPU or multi-CPU mode, or with FSDP.",
+        )
+    return accelerator
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    known, there = (
+        {str(t.value) for t in found} for found in (LoggerType, [LoggerType.ALL, *get_available_trackers()])
+    )
+    for name in names:
+        if name not in known:
+            raise AsdmError(f"unknown tracker {name}", f"Known: {', '.join(sorted(known))}.")
+        if name not in there:
+            raise AsdmError(
+                f"the tracker {name} is not installed",
+                f"Install its package, for example with `pip install {name}`; {METRICS} is written always.",
+                ExitCode.ENVIRONMENT,
+            )
+
+
+def _check_places(out: Path, run: Path, settings: DistillSettings) -> None:
+    check_output(out, settings.overwrite)
+    if run.exists() and not (settings.resume or settings.overwrite):
+        raise AsdmError(
+            f"{run} holds a training that was begun",
+            "Go on with it with --resume, or begin anew with --overwrite.",
+        )
+    if settings.resume and not run.exists():
+        raise AsdmError(f"there is no training to go on with: {run} is not there", "Leave --resume out.")
+
+
+def _prepare_run(run: Path, training: Distillation, opened: StudentAndTeacher, settings: DistillSettings) -> None:
+    """Make the run's folder, or see that the one to go on with is of the same training."""
+    text = "# student {}, teacher {}\n".format(*opened.hashes)
+    text += dump_distillation(training)
+    path = run / _SETTINGS
+    if run.exists() and not settings.resume:
+        shutil.rmtree(run)
+    run.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    before, now = path.read_text(encoding="utf-8").splitlines(), text.splitlines()
+    for old, new in zip_longest(before, now, fillvalue="nothing"):
+        if old != new and not old.strip().startswith(_MAY_CHANGE):
+            raise AsdmError(
+                f"{run} holds another training: it has `{old.strip('# ')}`, this one `{new.strip('# ')}`",
+                "Go on with the same student, teacher and settings; the learning rate and the clipping alone may be "
+                "others. Or begin anew with --overwrite.",
+            )
+    path.write_text(text, encoding="utf-8")
+
+
+def _data(
+    opened: StudentAndTeacher,
+    training: Distillation,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> LatentCache:
+    source = open_source(training.data, understands_scenes(opened.teacher))
+    sampling = SamplingSettings(training.data.sampling_steps, training.data.guidance)
+    encoder = Encoder(opened.teacher, sampling, makes_images=isinstance(source, CaptionSource))
+    share = Share(accelerator.process_index, accelerator.num_processes)
+    with progress.bar("Encoding images and captions") as bar:
+        cache = cached(source, encoder, training.data.on_bad, share, accelerator.wait_for_everyone, bar)
+    if cache.skipped:
+        name, reason = cache.skipped[0]
+        progress.note(f"{len(cache.skipped)} of {len(source)} items are left out; the first is {name}: {reason}")
+    return cache
+
+
+def _probe(teacher: StableDiffusionPipeline, training: Distillation) -> Probe:
+    prompts = choose_prompts(teacher, None, 1, training.probe_prompts).held_out
+    return Probe(teacher, prompts, SamplingSettings(_PROBE_STEPS, training.data.guidance))
+
+
+def _paint_nothing(step: int) -> None:
+    """Without probes there are no pictures."""
+
+
+def _paint(teacher: StableDiffusionPipeline, probe: Probe, run: Path, step: int) -> None:
+    """The probe's first pictures of teacher and student, side by side; they cost the decoding alone."""
+    rows = [
+        (name, decode(teacher, latents[:_SHOWN].to(teacher.device, teacher.vae.dtype)))
+        for name, latents in (("teacher", probe.wanted), (f"student\nstep {step}", probe.found))
+    ]
+    with output_file(run / _SAMPLES / f"step-{step:08d}.png") as aside:
+        labelled_grid(rows, probe.prompts[:_SHOWN]).save(aside)
+
+
+def _write(
+    folder: Path,
+    opened: StudentAndTeacher,
+    result: DistillResult,
+    run: Path,
+    settings: DistillSettings,
+    accelerator: Accelerator,
+) -> None:
+    """The student's folder anew, with the trained UNet, and what it was trained by."""
+    source, student = opened.source, opened.student
+    assert source.path is not None
+    with quiet_libraries():  # which remark on every change of precision
+        student.to(torch.device("cpu"), opened.stored)
+    if source.kind == "pipeline folder":
+        copy_rest(source.path, folder, student, None)
+    with quiet_libraries():
+        student.save_pretrained(folder / "unet" if source.kind == "pipeline folder" else folder)
+    assert result.outcome is not None
+    report = {
+        **asdict(result.outcome),
+        "teacher_weights": opened.hashes[1],
+        "items": result.items,
+        "skipped_items": len(result.skipped),
+        "mixed_precision": str(accelerator.mixed_precision),
+        "processes": accelerator.num_processes,
+        "device": processor_name() if accelerator.device.type == "cpu" else torch.cuda.get_device_name(),
+        "versions": versions(),
+    }
+    recipe = opened.recipe.model_copy(
+        update={
+            "distillation": result.training,
+            "provenance": {**opened.recipe.provenance, "distilled": report},
+        }
+    )
+    (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
+    grids = sorted((run / _SAMPLES).glob("*.png"))
+    if grids:
+        shutil.copyfile(grids[-1], folder / "grid.png")
+    if (run / METRICS).is_file():
+        shutil.copyfile(run / METRICS, folder / METRICS)
+    origin = Origin(opened.teacher_source, settings.command)
+    # The recipe's evidence is of the student before it was trained.
+    told = recipe.model_copy(update={"evidence": None})
+    write_card(folder, result.out.name, origin, told, opened.teacher.unet, student)

@@ -1,0 +1,71 @@
+"""A student folder sent to the hub, where that is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+
+from asdm_compress.core.errors import AsdmError, ExitCode
+from asdm_compress.models.files import first_line
+from asdm_compress.models.loader import carried
+
+INDEX: Final = "model_index.json"
+
+
+def check_hub(repository: str) -> None:
+    """Refuse a repository that nothing could be sent to, before any time is spent.
+
+    Raises AsdmError for a name that is none (exit code 2), and without a network or an account (4).
+    """
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise AsdmError(f"{repository!r} is no name of a repository on the hub", "Write user/name.") from error
+    if repository.count("/") != 1:
+        raise AsdmError(f"{repository!r} is no name of a repository on the hub", "Write user/name.")
+    if constants.HF_HUB_OFFLINE:
+        raise AsdmError("the hub is switched off by HF_HUB_OFFLINE", "Unset it to push.", ExitCode.ENVIRONMENT)
+    if get_token() is None:
+        raise AsdmError("nobody is logged in to the hub here", "Log in with `hf auth login`.", ExitCode.ENVIRONMENT)
+    try:
+        HfApi().whoami()
+    except (HfHubHTTPError, HTTPError, OSError) as error:
+        raise _unreachable(repository, error) from error
+
+
+def push(folder: Path, repository: str) -> str:
+    """Send a folder to a repository on the hub, a new one being private; the commit's address.
+
+    There, the index of a pipeline with a student's UNet names the UNet's own loader: of a repository, diffusers takes
+    no class from elsewhere. Raises AsdmError, exit code 4, for everything that the hub refuses.
+    """
+    api = HfApi()
+    try:
+        if not api.repo_exists(repository):
+            api.create_repo(repository, private=True)
+        commit = api.create_commit(repository, contents(folder), commit_message="Upload a student of asdm-compress")
+    except (HfHubHTTPError, HTTPError, OSError) as error:
+        raise _unreachable(repository, error) from error
+    return str(commit.commit_url)
+
+
+def contents(folder: Path) -> list[CommitOperationAdd]:
+    """Every file of a folder as it is to be in the repository."""
+    operations = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        place = path.relative_to(folder).as_posix()
+        what = carried(path.read_text(encoding="utf-8")).encode() if place == INDEX else path
+        operations.append(CommitOperationAdd(place, what))
+    return operations
+
+
+def _unreachable(repository: str, error: Exception) -> AsdmError:
+    return AsdmError(
+        f"the hub did not take {repository}: {first_line(error)}",
+        "Check the network and `hf auth whoami`; what was written here is complete.",
+        ExitCode.ENVIRONMENT,
+    )

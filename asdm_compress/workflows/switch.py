@@ -1,0 +1,191 @@
+"""`switch`: a teacher and its students as one model, of which every sampling step runs the one that is its."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from asdm_compress.core.errors import AsdmError
+from asdm_compress.core.files import check_output, check_space, output_folder
+from asdm_compress.core.units import format_bytes
+from asdm_compress.inheritance.actions import Action
+from asdm_compress.inheritance.schedule_file import load_schedule
+from asdm_compress.inheritance.timeline import timeline_of
+from asdm_compress.models.loading import open_pipeline, open_unet
+from asdm_compress.models.resolve import resolve
+from asdm_compress.models.saving import save_pipeline
+from asdm_compress.models.source import LoadOptions
+from asdm_compress.profiling.counting import count
+from asdm_compress.sampling.schedulers import make_scheduler
+from asdm_compress.switching.orders import ORDER_GRAMMAR, parse_order
+from asdm_compress.switching.schedules import SwitchingSchedule, noise_of
+from asdm_compress.switching.switched_unet import SwitchedUNet2DConditionModel
+from asdm_compress.workflows.progress import Progress
+
+_FILES: Final = (".yaml", ".yml")
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchSettings:
+    """`order` is written as in `switching.orders`, or the path of a schedule's file; `steps` are those of the
+    scheduler, which is the teacher's own where none is named, and is ignored for a file."""
+
+    order: str
+    steps: int
+    scheduler: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchResult:
+    """What was written: how many of the steps each member takes, and what the members take together and apart."""
+
+    out: Path
+    steps: Mapping[str, int]
+    together: int
+    apart: int
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        counted = ", ".join(f"{count} of {name}" for name, count in self.steps.items())
+        return [
+            f"Steps: {counted}.",
+            f"The members take {format_bytes(self.together)} together, where apart they would take "
+            f"{format_bytes(self.apart)}.",
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "out": str(self.out), "steps": dict(self.steps), "bytes": self.together, "bytes_apart": self.apart,
+        }  # fmt: skip
+
+
+def run_switch(
+    models: Sequence[str],
+    out: Path,
+    options: LoadOptions,
+    settings: SwitchSettings,
+    progress: Progress,
+    overwrite: bool = False,
+) -> SwitchResult:
+    """Write a pipeline folder whose UNet is switched; of the models the first, a whole pipeline, gives the other parts.
+
+    Raises AsdmError for fewer than two models, for members that cannot stand in for one another, and for a schedule
+    that does not fit them.
+    """
+    check_output(out, overwrite)
+    pipeline, members = open_members(models, options, progress, settings.scheduler)
+    for model in models:
+        check_output(out, overwrite, Path(model) if Path(model).exists() else None)
+    with progress.stage("Sharing what the members have in common"):
+        schedule = schedule_of(pipeline, members, settings)
+        switched = SwitchedUNet2DConditionModel.of(members, schedule)
+    together, apart = parameter_bytes([switched]), sum(parameter_bytes([unet]) for unet in members.values())
+    check_space(out, together)
+    write_switched(pipeline, switched, out, progress, overwrite)
+    names = [_what(action, switched) for action in schedule.actions]
+    return SwitchResult(out, {name: names.count(name) for name in dict.fromkeys(names)}, together, apart)
+
+
+def open_members(
+    models: Sequence[str], options: LoadOptions, progress: Progress, scheduler: str | None = None
+) -> tuple[StableDiffusionPipeline, dict[str, UNet2DConditionModel]]:
+    """As `open_models`; raises AsdmError for fewer than two models."""
+    if len(models) < 2:
+        raise AsdmError("switching takes a teacher and at least one other model", "Name a student beside it.")
+    return open_models(models, options, progress, scheduler)
+
+
+def open_models(
+    models: Sequence[str], options: LoadOptions, progress: Progress, scheduler: str | None = None
+) -> tuple[StableDiffusionPipeline, dict[str, UNet2DConditionModel]]:
+    """The first model's pipeline and the UNets of all by name, in one precision: the first one's own, if none is asked
+    for."""
+    members: dict[str, UNet2DConditionModel] = {}
+    pipeline: StableDiffusionPipeline | None = None
+    for model in models:
+        with progress.stage(f"Opening {model}"):
+            source = resolve(model, options)
+            if pipeline is None:
+                pipeline = open_pipeline(source, options)
+                unet = pipeline.unet
+            else:
+                # Stored in another precision, a student would share nothing.
+                unet = open_unet(source, options).to(pipeline.unet.dtype)
+        for note in source.notes:
+            progress.note(note)
+        members[_free_name(Path(model).name or Path(model).resolve().name or model, members)] = unet
+    assert pipeline is not None
+    if scheduler:
+        pipeline.scheduler = make_scheduler(scheduler, pipeline)
+    return pipeline, members
+
+
+def schedule_of(
+    pipeline: StableDiffusionPipeline, members: Mapping[str, UNet2DConditionModel], settings: SwitchSettings
+) -> SwitchingSchedule:
+    """The schedule for a pipeline's sampler; raises AsdmError for one that does not fit the members."""
+    actions: tuple[Action, ...] | None = None
+    steps = settings.steps
+    if Path(settings.order).suffix in _FILES:
+        actions = load_schedule(Path(settings.order)).actions
+        steps = len(actions)
+    elif ":" not in settings.order:
+        raise AsdmError(
+            f"{settings.order!r} is neither an order nor a schedule's file", f"Orders are written like {ORDER_GRAMMAR}."
+        )
+    scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(steps)
+    timeline = timeline_of(scheduler)
+    if actions is None:
+        actions = parse_order(settings.order, by_size(pipeline, members), len(timeline))
+    unknown = [a.member for a in actions if a.member is not None and a.member not in members]
+    if unknown:
+        raise AsdmError(f"the schedule names a member {unknown[0]!r}", f"There are {', '.join(members)}.")
+    return SwitchingSchedule(actions, timeline.timesteps, noise_of(scheduler))
+
+
+def by_size(pipeline: StableDiffusionPipeline, members: Mapping[str, UNet2DConditionModel]) -> list[str]:
+    """The members' names, from the one that computes least to the one that computes most."""
+    tokens = int(pipeline.tokenizer.model_max_length)
+    size = int(pipeline.unet.config["sample_size"])
+    macs = {name: count(unet, 1, size, size, tokens).macs[""].total for name, unet in members.items()}
+    return sorted(macs, key=lambda name: macs[name])
+
+
+def write_switched(
+    pipeline: StableDiffusionPipeline,
+    switched: SwitchedUNet2DConditionModel,
+    out: Path,
+    progress: Progress,
+    overwrite: bool = False,
+) -> None:
+    """Write the pipeline with this UNet in the place of its own."""
+    parts = {**pipeline.components, "unet": switched}
+    whole = type(pipeline)(**parts, requires_safety_checker=pipeline.config.get("requires_safety_checker", False))
+    with progress.stage("Writing"), output_folder(out, overwrite) as aside:
+        save_pipeline(whole, aside)
+
+
+def parameter_bytes(unets: Sequence[UNet2DConditionModel]) -> int:
+    """The bytes of all different tensors."""
+    found = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for unet in unets for p in unet.parameters()}
+    return sum(found.values())
+
+
+def _what(action: Action, switched: SwitchedUNet2DConditionModel) -> str:
+    if action.skips:
+        return "skip"
+    member = action.member or switched.member_names[0]
+    return member if action.is_whole else f"{member}, inheriting"
+
+
+def _free_name(name: str, taken: Mapping[str, Any]) -> str:
+    number, free = 2, name
+    while free in taken or free == "skip":
+        number, free = number + 1, f"{name}-{number}"
+    return free

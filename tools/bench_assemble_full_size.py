@@ -1,0 +1,126 @@
+"""The main job at full size: `assemble` on Stable Diffusion 1.5 with random bf16 weights and 16 calibration triples.
+
+    python tools/bench_assemble_full_size.py                        # alone on the machine
+    python tools/bench_assemble_full_size.py --kill-after 600       # killed then, and started again
+    python tools/bench_assemble_full_size.py --folder ~/full-size   # if it is interrupted, the same again goes on
+
+Damages of random weights mean nothing: this is about time and memory, and that what a killed run has measured is not
+measured again. Writes tools/results/assemble_full_size.json, or with --kill-after assemble_full_size_resumed.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from make_fixtures import DTYPES, make
+from measuring import check_alone
+
+from asdm_compress.core.provenance import processor_name, versions
+
+RESULTS = Path(__file__).parent / "results"
+# Guidance off: a triple is one pass of the UNet. Parts down to units, and none of what is fitted: at full size the
+# normal equations of 3x3 convolutions alone take longer than all of this.
+ARGUMENTS = (
+    "--budget latency=0.7x --guidance 1 --batch 1 --steps 4 --bands 4 --calibration-prompts 4 --calibration-triples 16 "
+    "--probes 1 --held-out-prompts 1 --finest unit --slot none --narrow none --refit none --repeats 2"
+)
+
+
+def main() -> None:
+    """Make the pipeline, run the command, and write what it took."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="sd15")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
+    parser.add_argument("--arguments", default=ARGUMENTS)
+    parser.add_argument("--kill-after", type=float, help="seconds until a first run is killed")
+    parser.add_argument("--width", type=int, default=320, help="the UNet's on its highest level; fewer try this out")
+    parser.add_argument("--folder", type=Path, help="where model and measurements stay; else in a temporary one")
+    asked = parser.parse_args()
+    check_alone()
+    with tempfile.TemporaryDirectory() if asked.folder is None else nullcontext(asked.folder) as folder:
+        model = Path(folder) / asked.model
+        kept = _kept(Path(folder))
+        if not (model / "model_index.json").exists():  # which is written last
+            shutil.rmtree(model, ignore_errors=True)
+            make(asked.model, model, DTYPES[asked.dtype], asked.width)
+        command = [
+            *(sys.executable, "-m", "asdm_compress", "assemble", str(model), "--dtype", asked.dtype, "--json"),
+            *(*asked.arguments.split(), "--out", str(Path(folder) / "student"), "--overwrite"),
+        ]
+        result: dict[str, Any] = {
+            "model": asked.model, "dtype": asked.dtype, "width": asked.width, "arguments": asked.arguments,
+            "device": processor_name(), "threads": torch.get_num_threads(), "versions": versions(),
+        }  # fmt: skip
+        if kept:
+            result["kept_of_interrupted"] = kept
+        if asked.kill_after:
+            result["killed_after_seconds"] = asked.kill_after
+            _run(command, Path(folder), asked.kill_after)
+            result["kept_of_killed"] = _kept(Path(folder))
+        seconds, peak, printed = _run(command, Path(folder))
+    result |= {"seconds": round(seconds, 1), "peak_gb": round(peak / 1e9, 2), "printed": _short(printed)}
+    print(json.dumps({k: v for k, v in result.items() if k != "versions"}), flush=True)
+    if asked.width == 320:
+        name = "assemble_full_size_resumed.json" if asked.kill_after else "assemble_full_size.json"
+        (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _run(command: list[str], folder: Path, kill_after: float | None = None) -> tuple[float, int, dict[str, Any]]:
+    """Seconds, peak resident bytes, and what it printed; or kill it half-way."""
+    began = time.monotonic()
+    environment = {**os.environ, "ASDM_COMPRESS_CACHE": str(folder / "cache")}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    peaks = [0]
+    watcher = threading.Thread(target=_watch, args=(psutil.Process(process.pid), peaks), daemon=True)
+    watcher.start()
+    try:
+        printed, _ = process.communicate(timeout=kill_after)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        return time.monotonic() - began, peaks[0], {}
+    if process.returncode:
+        raise SystemExit(f"the command ended with {process.returncode}: {printed}")
+    return time.monotonic() - began, peaks[0], json.loads(printed)
+
+
+def _watch(process: psutil.Process, peaks: list[int]) -> None:
+    while process.is_running():
+        try:
+            peaks[0] = max(peaks[0], process.memory_info().rss)
+        except psutil.Error:
+            return
+        time.sleep(0.5)
+
+
+def _kept(folder: Path) -> int:
+    """How many damages the cache has."""
+    names: set[str] = set()
+    for path in folder.glob("cache/measurements/*/damages*.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.endswith("}"):
+                names |= set(json.loads(line)["errors"])
+    return len(names)
+
+
+def _short(printed: dict[str, Any]) -> dict[str, Any]:
+    recipe = printed["recipe"]
+    return {part: recipe[part] for part in ("edits", "evidence", "provenance")}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""How long the students of recipes take at full size, beside their teacher, with random weights in bf16.
+
+    python tools/bench_recipes.py               # alone on the machine; then: python tools/make_recipes.py
+    python tools/bench_recipes.py --all         # the recipes that are there, too
+    OMP_NUM_THREADS=1 python tools/bench_recipes.py --processor-time    # where other things are running
+
+For every latency budget it looks for the first rung of `ladder.py` that keeps it. Writes tools/results/recipes.json
+after every measurement; what it has is not measured again, unless `--again`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from ladder import BUDGETS, RUNGS, first_within, plan_of
+from measuring import check_alone
+
+from asdm_compress.assembly.plan import Plan
+from asdm_compress.assembly.surgery import assemble, build, specify
+from asdm_compress.core.provenance import processor_name, versions
+from asdm_compress.core.recipe import bundled_recipes, load_recipe
+from asdm_compress.models.families import FAMILIES
+from asdm_compress.models.loading import load_unet
+from asdm_compress.models.source import LoadOptions
+from asdm_compress.profiling.counting import count_macs
+from asdm_compress.profiling.latency import ForwardPass, median_ratio, time_side_by_side
+from asdm_compress.profiling.profile import ProfileSettings, forward_pass
+
+RESULTS = Path(__file__).parent / "results" / "recipes.json"
+MODELS = ("sd15", "sd21-base")
+TOKENS = 77
+
+
+def main() -> None:
+    """Time the rungs that budgets lead to, and the recipes if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--repeats", type=int, default=5, help="timed passes of a comparison, of each UNet")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--processor-time", action="store_true", help="count only what this process has the core for")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="another file for another machine")
+    parser.add_argument("--all", action="store_true", help="time the recipes that are there, too")
+    parser.add_argument("--again", action="store_true", help="measure anew what is there")
+    arguments = parser.parse_args()
+    if not arguments.processor_time:
+        check_alone()
+    file: Path = arguments.results
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not arguments.again else {}
+    settings = ProfileSettings(text_tokens=TOKENS, repeats=arguments.repeats)
+    bench = _Bench(settings, arguments.device, arguments.processor_time, kept, file)
+    for model in arguments.models:
+        bench.open(model)
+        guesses = [bench.macs(plan_of(rungs)) / bench.macs({}) for rungs in range(len(RUNGS) + 1)]
+        found = first_within(BUDGETS, guesses, lambda rungs: bench.ratio(plan_of(rungs)))
+        bench.result["budgets"][bench.model] = {str(budget): rungs for budget, rungs in found.items()}
+        bench.write()
+        print(model, bench.result["budgets"][model], flush=True)
+        for name, path in bundled_recipes().items() if arguments.all else ():
+            recipe = load_recipe(path)
+            if recipe.base.model == model:
+                bench.ratio(recipe.as_edits(), name)
+
+
+class _Bench:
+    """The teacher of a family beside its students, and what was measured of them."""
+
+    def __init__(
+        self, settings: ProfileSettings, device: str, processor_time: bool, kept: Mapping[str, Any], file: Path
+    ) -> None:
+        self.settings, self.device, self.file = settings, torch.device(device), file
+        self.processor_time = processor_time
+        if processor_time and (torch.get_num_threads() > 1 or self.device.type != "cpu"):
+            raise SystemExit("--processor-time is for one CPU thread (OMP_NUM_THREADS=1): others spin while they wait")
+        self.model = ""
+        self.teacher: UNet2DConditionModel | None = None
+        name = processor_name() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        where = {"device": name, "threads": torch.get_num_threads(), "dtype": "bf16", "batch": settings.batch,
+                 "clock": "processor time" if processor_time else "time"}  # fmt: skip
+        for part, value in where.items():
+            if kept.get(part, value) != value:
+                raise SystemExit(f"{file} has the {part} {kept[part]}, not {value}: give another --results, or --again")
+        self.result: dict[str, Any] = {**where, "versions": versions()}
+        self.result |= {part: kept.get(part, empty) for part, empty in (("budgets", {}), ("rows", []))}
+
+    def open(self, model: str) -> None:
+        self.model = model
+        self.teacher = load_unet(model, LoadOptions(torch.bfloat16, self.device, random_weights=True))
+
+    def macs(self, edits: Mapping[str, str]) -> int:
+        with torch.device("meta"):
+            blank = UNet2DConditionModel(**FAMILIES[self.model].unet_config)
+        spec, size = specify(blank, Plan(edits)), FAMILIES[self.model].image_size // 8
+        return int(count_macs(build(spec.config, spec.edits), 1, size, size, TOKENS)[""].total)
+
+    def ratio(self, edits: Mapping[str, str], recipe: str | None = None) -> float:
+        """The student's time over the teacher's; measured once."""
+        assert self.teacher is not None
+        for row in self.result["rows"]:
+            if row["model"] == self.model and row["edits"] == dict(edits):
+                if recipe and recipe not in row["recipes"]:
+                    row["recipes"].append(recipe)
+                    self.write()
+                return float(row["latency_ratio"])
+        began = time.monotonic()
+        student = assemble(self.teacher, Plan(edits))
+        passes = [forward_pass(unet, self.settings) for unet in (student, self.teacher)]
+        if self.processor_time:
+            turns = _processor_times(passes, self.settings.repeats)
+        else:
+            turns = time_side_by_side(passes, self.settings.repeats, self.device, math.inf)
+        ratio = median_ratio(*turns)
+        macs, whole = self.macs(edits), self.macs({})
+        row = {
+            "model": self.model,
+            "recipes": [recipe] if recipe else [],
+            "latency_ratio": round(ratio, 4),
+            "latency_seconds": [[round(seconds, 4) for seconds in turn] for turn in turns],  # student, teacher
+            "macs": macs,
+            "macs_ratio": round(macs / whole, 4),
+            "parameters": sum(p.numel() for p in student.parameters()),
+            "edits": dict(edits),
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        self.result["rows"].append(row)
+        self.write()
+        print(json.dumps({k: v for k, v in row.items() if k != "edits"}), len(edits), "edits", flush=True)
+        return float(row["latency_ratio"])
+
+    def write(self) -> None:
+        self.file.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+
+
+def _processor_times(passes: Sequence[ForwardPass], repeats: int) -> list[list[float]]:
+    """As `time_side_by_side`, in seconds of the processor, which do not pass while others have the core."""
+    for forward in passes:
+        forward()
+    samples: list[list[float]] = [[] for _ in passes]
+    for _ in range(repeats):
+        for forward, seconds in zip(passes, samples, strict=True):
+            began = time.process_time()
+            forward()
+            seconds.append(time.process_time() - began)
+    return samples
+
+
+if __name__ == "__main__":
+    main()

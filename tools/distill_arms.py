@@ -1,0 +1,169 @@
+"""Who takes part in `bench_distill.py`: the plans, the weights that they start with, and how each is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from rival_plans import BK_PATTERNS
+from safetensors.torch import load_file, save_file
+
+from asdm_compress.assembly.calibration import Calibration, record
+from asdm_compress.assembly.plan import Plan
+from asdm_compress.assembly.plan_fit import fit_plan
+from asdm_compress.assembly.surgery import assemble
+from asdm_compress.core.defaults import CALIBRATION_PROMPTS
+from asdm_compress.core.distillation import MINI_PRESET, Distillation, changed, load_preset, rate_for
+from asdm_compress.core.edits import conv_spec
+from asdm_compress.core.recipe import find_recipe, load_recipe
+from asdm_compress.evaluation.prompts import choose_prompts
+from asdm_compress.sampling.settings import SamplingSettings
+
+PLANS = Path(__file__).parent / "results" / "assembly.json"  # what the searches of bench_assembly.py have found
+BUDGETS = (0.7, 0.5)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A student's plan, its weights at the start, how it is trained, and whether the teacher makes the images."""
+
+    name: str
+    plan: Plan
+    start: Callable[[], UNet2DConditionModel]
+    training: Distillation
+    captions_only: bool = False
+
+
+class Arms:
+    """The arms at each budget; fitted students are kept in `folder` by plan."""
+
+    def __init__(
+        self, pipeline: StableDiffusionPipeline, ours: Distillation, folder: Path, rivals_rate: float | None = None
+    ) -> None:
+        self.pipeline, self.teacher, self.ours, self.folder = pipeline, pipeline.unet, ours, folder
+        self.rivals_rate = rivals_rate
+        self._calibration: Calibration | None = None
+
+    def recovery(self, budget: float) -> Iterator[Arm]:
+        """Ours, BK-SDM's pattern nearest to the budget and its recipe, LAPTOP-Diff's, and random weights."""
+        ours = our_plan(budget)
+        yield Arm("ours", ours, lambda: self.fitted(ours), self.at_rate_for(self.ours, budget, "ours"))
+        bk = "bk-sdm-base" if budget >= 0.65 else "bk-sdm-tiny"
+        pattern = BK_PATTERNS[bk]
+        yield Arm("bk-sdm", pattern, lambda: assemble(self.teacher, pattern), self.like("bk-sdm-v1", None, bk))
+        maker = "drop-only knapsack"
+        rival = searched_plan(budget, maker)
+        yield Arm("laptop", rival, lambda: assemble(self.teacher, rival), self.like("laptop", budget, maker))
+        at_random = changed(self.ours, {"trains": "all"})
+        yield Arm("random weights", ours, lambda: _reinitialised(assemble(self.teacher, ours)), at_random)
+
+    def parts(self, budget: float) -> Iterator[Arm]:
+        """Ours with one part left out, or put in; at the larger budget that of the order of training alone.
+
+        Only there the cut is small enough for the experts to train first.
+        """
+        ours, training = our_plan(budget), self.at_rate_for(self.ours, budget, "ours")
+
+        def start() -> UNet2DConditionModel:
+            return self.fitted(ours)
+
+        if budget == BUDGETS[0]:
+            yield Arm("all from the start", ours, start, changed(training, {"trains": "all"}))
+            return
+        single, bare = (Plan({s: make(e) for s, e in ours.edits.items()}) for make in (_one_kernel, _nothing))
+        yield Arm("one kernel for all timesteps", single, lambda: self.fitted(single), training)
+        yield Arm("nothing in the slots", bare, lambda: self.fitted(bare), training)
+        # That far from its teacher it is trained at the preset's own rate.
+        yield Arm("no closed-form start", ours, lambda: assemble(self.teacher, ours), self.ours)
+        left_out: dict[str, dict[str, Any]] = {
+            "features not normalised": {"losses.normalise": False},
+            "no features": {"losses.feature": 0},
+            "no timestep weights": {"losses.weighting": "none"},
+            "min-SNR": {"losses.weighting": "min-snr"},
+            "task loss too": {"losses.task": 1},
+            "one caption in ten left out": {"losses.caption_dropout": 0.1},
+            "trajectory loss too": {"losses.trajectory": 0.1},
+        }
+        for name, changes in left_out.items():
+            yield Arm(name, ours, start, changed(training, changes))
+        yield Arm("image-free", ours, start, training, captions_only=True)
+        swapped = changed(training, {"losses.random_conditioning": 5.0})
+        yield Arm("image-free, random conditioning", ours, start, swapped, captions_only=True)
+
+    def like(self, preset: str, budget: float | None, maker: str) -> Distillation:
+        """Another's losses with the steps, data and optimiser that everybody has, and the rate by the same rule."""
+        losses = load_preset(preset).losses
+        theirs = self.ours.model_copy(update={"losses": losses, "preset": preset, "trains": "all"})
+        return changed(self.at_rate_for(theirs, budget, maker), {"optimiser.learning_rate": self.rivals_rate})
+
+    def at_rate_for(self, training: Distillation, budget: float | None, maker: str) -> Distillation:
+        """With the learning rate for the damage that the maker's student has before it is trained."""
+        damage = _row(budget, maker)["damage"]
+        return changed(training, {"optimiser.learning_rate": rate_for(training.optimiser.learning_rate, damage)})
+
+    def fitted(self, plan: Plan) -> UNet2DConditionModel:
+        """The student of a plan with everything fitted in closed form, as `assemble` makes it."""
+        student = assemble(self.teacher, plan)
+        text = json.dumps(dict(plan.edits), sort_keys=True)
+        path = self.folder / f"student-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
+        if not path.is_file():
+            weights = fit_plan(self.teacher, plan, self._recorded(), refit="full")
+            student = assemble(self.teacher, plan, weights)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: t.contiguous() for name, t in student.state_dict().items()}, path)
+        student.load_state_dict(load_file(path))
+        return student
+
+    def _recorded(self) -> Calibration:
+        if self._calibration is None:
+            prompts = choose_prompts(self.pipeline, None, CALIBRATION_PROMPTS, 1).calibration
+            self._calibration = record(self.pipeline, prompts, SamplingSettings())
+        return self._calibration
+
+
+def mini_training(steps: int, batch: int, items: int) -> Distillation:
+    """The bundled model's preset for so many steps, images a step, and images in all; one step in twenty warms up."""
+    preset = load_preset(MINI_PRESET)
+    warmup = min(preset.optimiser.warmup_steps, steps // 20)
+    return changed(preset, {"steps": steps, "batch": batch, "data.size": items, "optimiser.warmup_steps": warmup})
+
+
+def our_plan(budget: float) -> Plan:
+    """What our search found for a budget: the bundled recipe where there is one."""
+    if budget == 0.7:
+        return Plan(load_recipe(find_recipe("mini-sd-latency-0.7x")).as_edits())
+    return searched_plan(budget, "ours")
+
+
+def searched_plan(budget: float, maker: str) -> Plan:
+    """A plan of `bench_assembly.py`, whose student's measured latency kept the budget."""
+    return Plan(_row(budget, maker)["edits"])
+
+
+def _row(budget: float | None, maker: str) -> dict[str, Any]:
+    rows = json.loads(PLANS.read_text(encoding="utf-8"))["rows"]
+    found: dict[str, Any] = next(row for row in rows if (row["budget"], row["maker"]) == (budget, maker))
+    return found
+
+
+def _one_kernel(edit: str) -> str:
+    return edit.split("*", maxsplit=1)[0] if conv_spec(edit) is not None else edit
+
+
+def _nothing(edit: str) -> str:
+    return "drop" if conv_spec(edit) is not None else edit
+
+
+def _reinitialised(student: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Random weights; those of slots stay at zero, as they start."""
+    torch.manual_seed(0)
+    for module in student.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return student

@@ -1,0 +1,1 @@
+"""README and guides: their tables and figures, written from `tools/results/`."""

@@ -1,0 +1,83 @@
+"""What the bench of distillation has found, in words and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from documents.figures import decibels, percent, results, small, source, table
+
+MEASURES: Final = ("psnr", "frechet", "student_right", "latent_error")
+
+
+def distill_recovery() -> str:
+    """Where every arm begins and ends, and how soon ours is there."""
+    found = results("distill")
+    lines = []
+    for budget, rows in found["recovery"].items():
+        verdict = found["verdicts"].get(budget, {})
+        for row in rows:
+            first, last = row["curve"][0], row["curve"][-1]
+            soon = verdict.get(f"share of the steps to where {row['name']} ends", {}).get("psnr", "")
+            lines.append(
+                [
+                    budget,
+                    row["name"],
+                    f"{decibels(first['psnr'])} → {decibels(last['psnr'])}",
+                    f"{first['frechet']:.2f} → {last['frechet']:.2f}",
+                    f"{last['student_right']} of {last['pairs']} (teacher {last['teacher_right']})",
+                    soon if soon == "" else "never" if soon is None else percent(soon),
+                ]
+            )
+    titles = ("budget", "student", "PSNR", "Fréchet distance", "captions right", "ours has that PSNR after")
+    return table(titles, lines) + "\n\n" + _how(found)
+
+
+def distill_parts() -> str:
+    """What ours comes to without a part of it."""
+    found = results("distill")
+    lines = []
+    for budget, rows in found["parts"].items():
+        whole = [row for row in found["recovery"].get(budget, []) if row["name"] == "ours"]
+        for row in (*whole, *rows):
+            last = row["curve"][-1]
+            lines.append(
+                [budget, row["name"], small(last["damage"]), small(last["latent_error"]), decibels(last["psnr"])]
+            )
+    return table(("budget", "training", "damage, held out", "error of the latents", "PSNR"), lines)
+
+
+def distill_overhead() -> str:
+    """The trainer against a bare loop."""
+    found = results("distill")["overhead"]
+    return (
+        f"the trainer takes {found['trainer']:.2f} steps in the time of {found['bare loop']:.2f} of a bare loop of the "
+        f"same passes, {percent(found['share'])} ({source('distill', 'bench_distill')})"
+    )
+
+
+def distill_full_size() -> str:
+    """Steps of full-size Stable Diffusion."""
+    found: Mapping[str, Any] = results("distill")["full_size"]
+    rows: Sequence[Mapping[str, Any]] = found["rows"]
+    lines = [
+        [
+            str(row["batch"]),
+            f"{row['seconds_per_step']:.1f} s",
+            f"{row['images_per_second']:.3f}",
+            f"{row['images_per_second_without_cache']:.3f}",
+            f"{row['peak_gib']:.1f} GiB",
+            f"{row['expected_gib']:.1f} GiB",
+        ]
+        for row in rows
+    ]
+    titles = ("batch", "step", "images per second", "without the cache", "peak memory", "foretold")
+    return table(titles, lines) + f"\n\n{found['model']} in {found['dtype']}, {found['device']}."
+
+
+def _how(found: Mapping[str, Any]) -> str:
+    training = found["training"]
+    return (
+        f"{training['steps']} steps of {training['batch']} images out of {training['data']['size']}, judged on "
+        f"{found['prompts']} held-out captions ({source('distill', 'bench_distill')})."
+    )

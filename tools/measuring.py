@@ -1,0 +1,161 @@
+"""One way to measure, for all benches: in turns, alone on the machine, with intervals, into one results format.
+
+A bench is
+
+    with measured("experts", __doc__) as bench:      # refuses while something else is running
+        turns = in_turns({"plain": f, "routed": g}, repeats=9)
+        bench.add({"case": 1, "routed_ratio": turns.ratio("routed", "plain")})
+
+and leaves `tools/results/experts.json`: the machine, the command, how busy others were meanwhile, and the rows. A row
+holds plain values and figures, each figure `{"value", "low", "high", "n", "method"}` with its 95 % interval.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+import torch
+
+from asdm_compress.core.provenance import processor_name, versions
+from asdm_compress.evaluation import intervals
+from asdm_compress.evaluation.record import Estimate
+from asdm_compress.profiling.latency import time_side_by_side
+
+RESULTS: Final = Path(__file__).parent / "results"
+FORMAT: Final = 1
+# Cores that other processes may use; more than a quiet system's own.
+MOST_LOAD: Final = 0.15
+_LISTENING: Final = 2.0  # seconds
+BESIDE_LOAD: Final = "BENCH_BESIDE_LOAD"
+
+
+def fingerprint(device: torch.device | None = None) -> dict[str, Any]:
+    """What figures hold for: processor or accelerator, cores, memory, threads, system, versions."""
+    device = device or torch.device("cpu")
+    on_card = device.type == "cuda"
+    card = torch.cuda.get_device_properties(device) if on_card else None
+    return {
+        "device": processor_name() if card is None else card.name,
+        "device_memory_gib": None if card is None else round(card.total_memory / 2**30, 1),
+        "processor": processor_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cuda": torch.version.cuda if on_card else None,
+        "versions": versions(),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """Seconds of several passes, turn by turn."""
+
+    seconds: Mapping[str, list[float]]
+
+    def median(self, name: str) -> Estimate:
+        """Of one pass."""
+        return intervals.median(self.seconds[name])
+
+    def ratio(self, name: str, base: str) -> Estimate:
+        """The median over turns of one pass's time over another's in the same turn."""
+        return intervals.median_ratio(self.seconds[base], self.seconds[name])
+
+
+def in_turns(passes: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device | None = None) -> Turns:
+    """Time passes in turns, so that a slow moment of the machine meets all; each runs once before, uncounted."""
+    samples = time_side_by_side(list(passes.values()), repeats, device or torch.device("cpu"))
+    return Turns(dict(zip(passes, samples, strict=True)))
+
+
+class LoadMeter:
+    """How many cores other processes have used since it was made. Other containers count where the system tells."""
+
+    def __init__(self) -> None:
+        self._began, self._busy, self._own = self._now()
+
+    def others(self) -> float:
+        """Cores, on average."""
+        now, busy, own = self._now()
+        return max(0.0, (busy - self._busy) - (own - self._own)) / max(now - self._began, 1e-9)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        mine = own.user + own.system + own.children_user + own.children_system
+        # Guests are counted as user time too.
+        return time.perf_counter(), sum(times) - idle - getattr(times, "guest", 0.0), mine
+
+
+def check_alone(seconds: float = _LISTENING) -> float:
+    """Listen a while; leave the program where others use the machine, unless `BENCH_BESIDE_LOAD=1` says it is meant."""
+    meter = LoadMeter()
+    time.sleep(seconds)
+    load = meter.others()
+    if load > MOST_LOAD and os.environ.get(BESIDE_LOAD) != "1":
+        raise SystemExit(
+            f"other processes use {load:.2f} cores: timings beside them say nothing. Wait until they are done, or set "
+            f"{BESIDE_LOAD}=1 to measure all the same; the results will say so."
+        )
+    return load
+
+
+@dataclass(slots=True)
+class Bench:
+    """The rows of a bench under way; every added row is printed, and all are written."""
+
+    name: str
+    about: str
+    device: torch.device
+    folder: Path = RESULTS
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    meter: LoadMeter = field(default_factory=LoadMeter)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Keep a row; figures among its values are written with their intervals."""
+        self.rows.append({key: plain(value) for key, value in row.items()})
+        print(json.dumps(self.rows[-1]), flush=True)
+
+    def content(self) -> dict[str, Any]:
+        """The results file."""
+        return {
+            "format": FORMAT,
+            "bench": self.name,
+            "about": self.about.strip().splitlines()[0],
+            "command": shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+            "machine": fingerprint(self.device),
+            "other_load_cores": round(self.meter.others(), 3),
+            "rows": self.rows,
+        }
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON holds it: figures as objects, floats to six digits."""
+    if isinstance(value, Estimate):
+        return {key: plain(part) for key, part in value.model_dump().items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+@contextmanager
+def measured(
+    name: str, about: str | None, device: torch.device | None = None, folder: Path = RESULTS, alone: bool = True
+) -> Iterator[Bench]:
+    """A bench whose results are written to `folder` when it ends well; `alone` refuses while others use the machine."""
+    if alone:
+        check_alone()
+    bench = Bench(name, about or name, device or torch.device("cpu"), folder)
+    yield bench
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(bench.content(), indent=1) + "\n", encoding="utf-8")
