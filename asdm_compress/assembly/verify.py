@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from statistics import median
 from typing import Final
@@ -15,7 +15,7 @@ from asdm_compress.assembly.calibration import Calibration
 from asdm_compress.assembly.damage import Damage, measure_plan
 from asdm_compress.assembly.in_time import Clock, InTime, search_in_time
 from asdm_compress.assembly.option_fit import OPTION_MOMENTS, absorber
-from asdm_compress.assembly.options import Option, teacher_costs
+from asdm_compress.assembly.options import Finest, Option, is_coarse_enough, teacher_costs
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.plan_fit import RefitChoice, fit_plan
 from asdm_compress.assembly.search import TIME_LIMIT_SECONDS, Interaction, Pairs, Solution, solve
@@ -37,10 +37,15 @@ class Attempt:
 
     How much of the errors' scalar products it believes: they hold for small errors, and come from few samples. And
     whether it may use what is fitted in the cut places, which can do worse on unseen prompts than one-shot damages say.
+
+    A `plain` attempt takes edits by what they damage before anything makes up for it (`Search.plain_damages`), perhaps
+    units and larger parts alone: what a whole plan's refit makes up for is then found out by its fit.
     """
 
     belief: float
     with_weights: bool = True
+    plain: bool = False
+    units_alone: bool = False
 
 
 # Made in this order until one is measured as predicted.
@@ -50,6 +55,12 @@ ATTEMPTS: Final = (
     Attempt(0.5),
     Attempt(0.0, with_weights=False),
     Attempt(0.0),
+)
+# Made always. The first is the knapsack of LAPTOP-Diff (2404.11098); its plans come out well once they are refitted.
+PLAIN_ATTEMPTS: Final = (
+    Attempt(0.0, with_weights=False, plain=True, units_alone=True),
+    Attempt(0.0, with_weights=False, plain=True),
+    Attempt(1.0, with_weights=False, plain=True),
 )
 LEAST_ATTEMPTS: Final = 2
 NEIGHBOUR_PATIENCE: Final = 2.0  # seconds of a search for one of them
@@ -80,7 +91,11 @@ class Verified:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """Everything that a verified search is made with. `limits` are the user's."""
+    """Everything that a verified search is made with. `limits` are the user's.
+
+    `damages` are of edits with what is fitted for each, `plain_damages` of those that only take out, without: none
+    where nothing is refitted, since they would be the same.
+    """
 
     teacher: UNet2DConditionModel
     profile: Profile
@@ -91,6 +106,7 @@ class Search:
     calibration: Calibration
     refit: RefitChoice = "none"
     neighbours_seconds: float = NEIGHBOURS_SECONDS
+    plain_damages: Mapping[str, Damage] = field(default_factory=dict)
 
     def fit(self, plan: Plan, calibration: Calibration) -> SlotWeights:
         """The weights of a plan fitted on some moments."""
@@ -101,7 +117,11 @@ class Search:
         if attempt.with_weights:
             return self
         left = [option for option in self.options if not has_weights(option.edit)]
-        return replace(self, options=left) if len(left) < len(self.options) else None
+        if not attempt.plain:
+            return replace(self, options=left) if len(left) < len(self.options) else None
+        smallest: Finest = "unit" if attempt.units_alone else "sub-unit"
+        left = [o for o in left if o.name in self.plain_damages and is_coarse_enough(o.site, smallest)]
+        return replace(self, options=left, damages=self.plain_damages) if left else None
 
     def without(self, name: str) -> Search:
         """The same search without one option."""
@@ -193,12 +213,13 @@ def _attempts(
     found: list[_Found] = []
     refused: AsdmError | None = None
     limits = {with_weights: tuple(search.limits) for with_weights in (False, True)}
-    for number, attempt in enumerate(ATTEMPTS, start=1):
+    settled = False
+    for number, attempt in enumerate((*ATTEMPTS, *PLAIN_ATTEMPTS), start=1):
         here = search.suited_to(attempt)
-        if here is None:
+        if here is None or (settled and not attempt.plain):
             continue
         try:
-            in_time = search_in_time(_solver(here, pairs, attempt.belief), clock, limits[attempt.with_weights])
+            in_time = search_in_time(_solver(here, attempt, pairs), clock, limits[attempt.with_weights])
         except AsdmError as error:
             if error.exit_code != ExitCode.INFEASIBLE:
                 raise
@@ -211,9 +232,8 @@ def _attempts(
         others = _factors(search, found, pairs)
         predicted = search.predicted(solution.options, pairs) * (median(others) if others else 1.0)
         found.append(_Found(attempt, in_time, measured, seconds))
-        if number >= LEAST_ATTEMPTS and abs(measured - predicted) <= DAMAGE_TOLERANCE * predicted:
-            break
-        if attempt.with_weights and number < len(ATTEMPTS):
+        settled |= number >= LEAST_ATTEMPTS and abs(measured - predicted) <= DAMAGE_TOLERANCE * predicted
+        if attempt.with_weights and not settled and number < len(ATTEMPTS):
             pairs |= _measure_pairs(search, solution.options, pairs, fitting, measuring)
     return found, refused
 
@@ -246,7 +266,7 @@ def _neighbours(
         without = max(untried, key=lambda o: weighs[o.name]).name
         tried.add((plan, without))
         since = time.monotonic()
-        solver = _solver(here.without(without), pairs, best.attempt.belief, NEIGHBOUR_PATIENCE)
+        solver = _solver(here.without(without), best.attempt, pairs, NEIGHBOUR_PATIENCE)
         try:
             in_time = search_in_time(solver, clock, best.in_time.solved_for)
         except AsdmError as error:
@@ -273,9 +293,10 @@ def _factors(search: Search, found: Sequence[_Found], pairs: Pairs) -> list[floa
 
 
 def _solver(
-    search: Search, pairs: Pairs, belief: float, patience: float = TIME_LIMIT_SECONDS
+    search: Search, attempt: Attempt, pairs: Pairs, patience: float = TIME_LIMIT_SECONDS
 ) -> Callable[[Sequence[Limit]], Solution]:
-    return lambda limits: search.solve(limits, pairs, belief, patience)
+    known = {} if attempt.plain else pairs  # which hold for edits with what is fitted for them
+    return lambda limits: search.solve(limits, known, attempt.belief, patience)
 
 
 def _measure_pairs(
