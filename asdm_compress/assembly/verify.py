@@ -47,6 +47,15 @@ class Attempt:
     plain: bool = False
     units_alone: bool = False
 
+    @property
+    def sums(self) -> str:
+        """Which plans it sums what up of, where that is not every plan and what edits damage once fitted."""
+        if self.with_weights:
+            return ""
+        among = "whole units and layers" if self.units_alone else "parts"
+        before = ", before anything makes up for it" if self.plain else ""
+        return f"{before}, among plans that only take {among} out"
+
 
 # Made in this order until one is measured as predicted.
 ATTEMPTS: Final = (
@@ -71,7 +80,8 @@ class Verified:
     """A solution, the student built from it, and what the student costs as measured (latency) and counted (the rest).
 
     `solved_for` are the limits that the solution's proof holds for: others than the user's where a first plan
-    measured slower or faster than predicted. Its damage holds the terms of pairs, of which `pairs` were looked at.
+    measured slower or faster than predicted, and for the plans and damages of the `attempt` that led to it. Its damage
+    holds the terms of pairs, of which `pairs` were looked at.
     `predicted_damage` is the sum of damages and pair terms times the factor by which the other plans searched were
     measured to be off, and `measured_damage` that of the whole plan on prompts that were kept out of its fit. The
     student and `slot_weights` are fitted to all prompts.
@@ -87,6 +97,7 @@ class Verified:
     predicted_damage: float
     measured_damage: float
     pairs: int
+    attempt: Attempt = ATTEMPTS[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +183,9 @@ def search_verified(search: Search) -> Verified:
     The search takes one-shot errors to add up (`Damage.interaction`). Where the plan's measured damage is not what that
     says, the pairs of edits that weigh most are fitted and measured together, and the search is made again with what
     they add and less belief in the rest; sums are taken times what other plans were off by. Some searches only take
-    out (see `ATTEMPTS`). Then the best plan's neighbours are tried (see `_neighbours`). Of all plans found on the way,
-    the one of least measured damage is returned, fitted anew to all prompts. Raises AsdmError with exit code 3 when no
+    out (see `ATTEMPTS`), and some of these know nothing of refits (see `PLAIN_ATTEMPTS`). Then the best plan's
+    neighbours are tried (see `_neighbours`). Of all plans found on the way, the one of least measured damage is
+    returned, fitted anew to all prompts. Raises AsdmError with exit code 3 when no
     plan meets the limits, or none is measured to within the rounds of `search_in_time`.
     """
     fitting, measuring = search.calibration.parts()
@@ -199,6 +211,7 @@ def search_verified(search: Search) -> Verified:
         predicted_damage=search.predicted(solution.options, pairs) * (median(off) if off else 1.0),
         measured_damage=best.measured,
         pairs=solution.pairs,
+        attempt=best.attempt,
     )
 
 
