@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from asdm_compress.core.recipe import load_recipe
-from documents.figures import decibels, minutes, percent, results, share, small, source, table, value
+from documents.figures import RESULTS, decibels, minutes, percent, results, share, small, source, table, value
 
 MINI_SD: Final = Path(__file__).parents[2] / "asdm_compress" / "models" / "mini_sd"
 RECIPES: Final = Path(__file__).parents[2] / "recipes"
@@ -216,15 +216,20 @@ def applied_setting() -> str:
 
 def latency_recipes() -> str:
     """The recipes that ship for Stable Diffusion at shares of its latency."""
-    rows = {json.dumps(row["edits"], sort_keys=True): row for row in results("recipes")["rows"]}
-    lines = []
+    lines, rows = [], {}
+    for path in sorted(RESULTS.glob("recipes*.json")):
+        measured = results(path.stem)
+        rows |= {
+            (r["model"], json.dumps(r["edits"], sort_keys=True)): (r, measured["device"]) for r in measured["rows"]
+        }
     for path in sorted(
         RECIPES.glob("sd*-latency-*.yaml"), key=lambda path: (path.stem.split("-latency-")[0], -float(path.stem[-4:-1]))
     ):
-        edits = load_recipe(path).as_edits()
-        row = rows[json.dumps(dict(edits), sort_keys=True)]
-        lines.append([f"`{path.stem}`", len(edits), share(row["latency_ratio"]), share(row["macs_ratio"])])
-    return table(("recipe", "edits", "latency", "MACs"), lines)
+        recipe = load_recipe(path)
+        edits = recipe.as_edits()
+        row, device = rows[recipe.base.model, json.dumps(dict(edits), sort_keys=True)]
+        lines.append([f"`{path.stem}`", len(edits), share(row["latency_ratio"]), share(row["macs_ratio"]), device])
+    return table(("recipe", "edits", "latency", "MACs", "measured on"), lines)
 
 
 def programs() -> str:
