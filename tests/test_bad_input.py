@@ -92,6 +92,12 @@ CASES = {
         ("apply", "good.yaml", "cut.safetensors"), ("cut.safetensors is truncated", "copy the file")
     ),
     "a file cut short, of a folder": Case(("generate", "cut", "a cat"), (f"{WEIGHTS} is truncated",)),
+    "a part that is copied is cut short": Case(
+        ("apply", "good.yaml", "cut"), (f"vae/{WEIGHTS} is truncated", "copy the file")
+    ),
+    "a part that is copied holds what is no number": Case(
+        ("apply", "good.yaml", "nan-text"), ("text_encoder/model.safetensors", "not all finite numbers: ", "norm.bias")
+    ),
     "a header of nonsense": Case(("export", "garbage.safetensors"), ("garbage.safetensors is truncated or no",)),
     "an empty file": Case(("profile", "empty.safetensors"), ("empty.safetensors is empty",)),
     "a recipe for another family": Case(
@@ -164,6 +170,11 @@ def place(tmp_path_factory, unet, pipeline):
     shutil.copytree(MINI_SD_FOLDER, folder / "cut")
     path = folder / "cut" / "vae" / WEIGHTS
     path.write_bytes(path.read_bytes()[:50_000])
+    shutil.copytree(MINI_SD_FOLDER, folder / "nan-text")
+    path = folder / "nan-text" / "text_encoder" / "model.safetensors"
+    text = load_file(path)
+    next(value for name, value in text.items() if name.endswith("final_layer_norm.bias"))[0] = math.nan
+    save_file(text, path, metadata={"format": "pt"})
     (folder / "sdxl").mkdir()
     index = {"_class_name": "StableDiffusionXLPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
     (folder / "sdxl" / "model_index.json").write_text(json.dumps(index))

@@ -11,7 +11,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from asdm_compress.assembly.calibration import measure_band_weights, record
-from asdm_compress.assembly.damage import SKETCH, compare_predictions, measure_damages, measure_plan, sketch
+from asdm_compress.assembly.damage import (
+    SKETCH,
+    compare_predictions,
+    measure_damages,
+    measure_plan,
+    predictions,
+    sketch,
+)
 from asdm_compress.assembly.options import find_options
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.store import measurement_folder, recorded, weights_hash
@@ -83,6 +90,8 @@ def test_no_edit_does_no_damage_and_a_student_does_its_plans(unet, calibration):
     assert measure_plan(unet, Plan(), calibration).total == 0
     plan = Plan({"mid_block": "drop", "up_blocks.2.layers.1": "drop"})
     student = assemble(unet, plan)
+    kept = predictions(unet, calibration)
+    assert measure_plan(unet, plan, calibration, None, kept) == measure_plan(unet, plan, calibration)
     assert compare_predictions(unet, student, calibration).total == pytest.approx(
         measure_plan(unet, plan, calibration).total, rel=1e-5
     )

@@ -97,7 +97,8 @@ def test_the_command_runs_under_a_launcher_and_speaks_once(tmp_path):
     assert not any(".transformer_blocks." in edit["site"] for edit in printed["recipe"]["edits"])
     assert "6 triples, 2 bands" in printed["recipe"]["provenance"]["calibration"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "out"]
-    assert sorted(p.name for p in tmp_path.glob("c/measurements/*/damages*")) == ["damages.1.jsonl", "damages.jsonl"]
+    kept = sorted(p.name for p in tmp_path.glob("c/measurements/*/damages*"))
+    assert kept == ["damages_unfitted.1.jsonl", "damages_unfitted.jsonl"]
 
 
 def test_an_error_of_one_process_ends_all_with_one_message(tmp_path):

@@ -122,7 +122,7 @@ def test_a_measured_budget_becomes_a_recipe_that_says_what_it_is(tmp_path, cli):
         "budgets": {"sd21-base": {"0.7": 5}}, "rows": [row], "device": "a machine", "threads": 3, "batch": 2,
         "clock": "time",
     }  # fmt: skip
-    write_measured(measured, tmp_path)
+    write_measured(measured, tmp_path, "recipes_of_ours.json")
     path = tmp_path / "sd21-latency-0.7x.yaml"
     found = describe(path)
     assert found.recipe.as_edits() == edits
@@ -130,6 +130,7 @@ def test_a_measured_budget_becomes_a_recipe_that_says_what_it_is(tmp_path, cli):
     shown = cli("recipes", "show", str(path)).stdout
     for said in (
         "0.695 of the teacher's time, on a machine (CPU threads: 3)",
+        "tools/results/recipes_of_ours.json",
         "DAMAGE: NOT MEASURED",
         "assemble YOUR-MODEL",
     ):

@@ -265,6 +265,8 @@ def test_a_calibration_of_two_parts_keeps_prompts_apart(calibration):
     assert texts.isdisjoint({tuple(t.flatten().tolist()) for t in measured.inputs.texts[:, 1]})
     alone = replace(calibration, prompts=torch.zeros_like(calibration.prompts))
     assert alone.parts() == (alone, alone)
+    unfitted = replace(calibration, held_out=False)
+    assert all(len(part) == len(calibration) for part in unfitted.parts())
 
 
 def test_other_starts_are_of_kept_kernels_or_of_the_right_size(unet):

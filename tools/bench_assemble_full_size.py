@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from typing import Any
 
 import psutil
 import torch
+import yaml
 from make_fixtures import DTYPES, make
 from measuring import check_alone
 
@@ -58,7 +60,7 @@ def main() -> None:
             shutil.rmtree(model, ignore_errors=True)
             make(asked.model, model, DTYPES[asked.dtype], asked.width)
         command = [
-            *(sys.executable, "-m", "asdm_compress", "assemble", str(model), "--dtype", asked.dtype, "--json"),
+            *(sys.executable, "-m", "asdm_compress", "assemble", str(model), "--dtype", asked.dtype),
             *(*asked.arguments.split(), "--out", str(Path(folder) / "student"), "--overwrite"),
         ]
         result: dict[str, Any] = {
@@ -71,31 +73,39 @@ def main() -> None:
             result["killed_after_seconds"] = asked.kill_after
             _run(command, Path(folder), asked.kill_after)
             result["kept_of_killed"] = _kept(Path(folder))
-        seconds, peak, printed = _run(command, Path(folder))
-    result |= {"seconds": round(seconds, 1), "peak_gb": round(peak / 1e9, 2), "printed": _short(printed)}
+        seconds, peak, stages = _run(command, Path(folder))
+        recipe = yaml.safe_load((Path(folder) / "student" / "recipe.yaml").read_text(encoding="utf-8"))
+        result |= {"damages": _kept(Path(folder)), "seconds": round(seconds, 1), "stages": stages}
+    result |= {"peak_gb": round(peak / 1e9, 2), **{part: recipe[part] for part in ("edits", "evidence", "provenance")}}
     print(json.dumps({k: v for k, v in result.items() if k != "versions"}), flush=True)
     if asked.width == 320:
         name = "assemble_full_size_resumed.json" if asked.kill_after else "assemble_full_size.json"
         (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def _run(command: list[str], folder: Path, kill_after: float | None = None) -> tuple[float, int, dict[str, Any]]:
-    """Seconds, peak resident bytes, and what it printed; or kill it half-way."""
+def _run(command: list[str], folder: Path, kill_after: float | None = None) -> tuple[float, int, dict[str, float]]:
+    """Seconds, peak resident bytes, and the seconds of its stages; or kill it half-way."""
     began = time.monotonic()
     environment = {**os.environ, "ASDM_COMPRESS_CACHE": str(folder / "cache")}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     peaks = [0]
     watcher = threading.Thread(target=_watch, args=(psutil.Process(process.pid), peaks), daemon=True)
     watcher.start()
     try:
-        printed, _ = process.communicate(timeout=kill_after)
+        _, said = process.communicate(timeout=kill_after)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
         process.communicate()
         return time.monotonic() - began, peaks[0], {}
     if process.returncode:
-        raise SystemExit(f"the command ended with {process.returncode}: {printed}")
-    return time.monotonic() - began, peaks[0], json.loads(printed)
+        raise SystemExit(f"the command ended with {process.returncode}: {said}")
+    return time.monotonic() - began, peaks[0], _stages(said)
+
+
+def _stages(said: str) -> dict[str, float]:
+    """What the command's progress says that each of its stages took."""
+    found = re.findall(r"✓ (.+?) ━+ (\d+):(\d+):(\d+)", said)
+    return {title: 3600 * float(hours) + 60 * float(minutes) + float(rest) for title, hours, minutes, rest in found}
 
 
 def _watch(process: psutil.Process, peaks: list[int]) -> None:
@@ -115,11 +125,6 @@ def _kept(folder: Path) -> int:
             if line.endswith("}"):
                 names |= set(json.loads(line)["errors"])
     return len(names)
-
-
-def _short(printed: dict[str, Any]) -> dict[str, Any]:
-    recipe = printed["recipe"]
-    return {part: recipe[part] for part in ("edits", "evidence", "provenance")}
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
     python tools/bench_recipes.py               # alone on the machine; then: python tools/make_recipes.py
     python tools/bench_recipes.py --all         # the recipes that are there, too
     OMP_NUM_THREADS=1 python tools/bench_recipes.py --processor-time    # where other things are running
+    python tools/bench_recipes.py --models sd21-base --results tools/results/recipes_sd21.json    # on another machine
 
 For every latency budget it looks for the first rung of `ladder.py` that keeps it. Writes tools/results/recipes.json
-after every measurement; what it has is not measured again, unless `--again`.
+after every measurement; what it has is not measured again, unless `--again`. A file is of one machine; the recipes come
+from all of `tools/results/recipes*.json`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ from asdm_compress.core.edits import DROP
 from asdm_compress.models.families import FAMILIES, architecture
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-MEASURED = Path(__file__).parent / "results" / "recipes.json"
+# One of every machine that families were measured on.
+MEASURED = sorted((Path(__file__).parent / "results").glob("recipes*.json"))
 BASE = {
     **{f"down_blocks.{i}.layers.1": DROP for i in range(3)},
     "down_blocks.3.resnets.1": DROP,
@@ -43,7 +44,7 @@ The first {rungs} of the {all} rungs of tools/ladder.py, which says where their 
 local it is); the middle and the deepest level, as BK-SDM-Small and -Tiny; the transformers of the highest resolution,
 where SDXL (2307.01952) has none.
 Latency: {ratio:.3f} of the teacher's {clock}, on {device} (CPU threads: {threads}), bf16, batch {batch}, 512 px, random
-weights (tools/bench_recipes.py, tools/results/recipes.json). On another machine it is another: time it there.
+weights (tools/bench_recipes.py, tools/results/{file}). On another machine it is another: time it there.
 DAMAGE: NOT MEASURED, on no pre-trained weights: none were at hand. Compare pictures before using a student, and expect
 to distil one of a small budget. For a plan by what edits do to your own checkpoint, on your own machine:
 asdm-compress assemble YOUR-MODEL --budget latency={budget}x"""
@@ -73,12 +74,12 @@ def main() -> None:
     for depths in ((1, 2, 2, 2), (1, 1, 2, 2), (1, 1, 1, 2)):
         for version, family in GENERATIONS.items():
             _write(f"shallow-{'-'.join(map(str, depths))}-{version}", family, shallow(depths), SHALLOW_SOURCE)
-    if MEASURED.exists():
-        write_measured(json.loads(MEASURED.read_text(encoding="utf-8")), RECIPES)
+    for path in MEASURED:
+        write_measured(json.loads(path.read_text(encoding="utf-8")), RECIPES, path.name)
 
 
-def write_measured(measured: Mapping[str, Any], folder: Path) -> None:
-    """Our recipe for every budget that a rung was measured to keep."""
+def write_measured(measured: Mapping[str, Any], folder: Path, file: str) -> None:
+    """Our recipe for every budget that a rung was measured to keep, as `file` says."""
     for family, budgets in measured["budgets"].items():
         for budget, rungs in budgets.items():
             edits = plan_of(rungs)
@@ -86,6 +87,7 @@ def write_measured(measured: Mapping[str, Any], folder: Path) -> None:
             source = LADDER_SOURCE.format(
                 rungs=rungs, all=len(RUNGS), ratio=row["latency_ratio"], device=measured["device"],
                 threads=measured["threads"], clock=measured["clock"], batch=measured["batch"], budget=budget,
+                file=file,
             )  # fmt: skip
             name = f"{FAMILY_NAMES[family]}-latency-{budget}x"
             _write(name, family, edits, source, [f"latency={budget}x"], folder)

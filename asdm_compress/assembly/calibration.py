@@ -43,7 +43,8 @@ class Calibration:
     """N moments of sampling runs: `inputs`, and of each the band, (N,), from 0 (most noise) on, and the prompt, (N,).
 
     A band's weight is the share of the final latent's error that an equal relative error there causes. `boundaries` are
-    the timesteps half-way between the last step of a band and the first of the next.
+    the timesteps half-way between the last step of a band and the first of the next. `held_out` is whether damages are
+    measured on other moments than what is fitted: without a fit that would only measure on fewer.
     """
 
     inputs: GuidedInputs
@@ -51,6 +52,7 @@ class Calibration:
     prompts: Tensor
     band_weights: tuple[float, ...]
     boundaries: tuple[float, ...]
+    held_out: bool = True
 
     def __len__(self) -> int:
         return len(self.bands)
@@ -63,8 +65,10 @@ class Calibration:
     def parts(self) -> tuple[Calibration, Calibration]:
         """The moments to fit on, and those of other prompts to measure on; of under three prompts, all for both.
 
-        One prompt in six is measured on, of few prompts one in three.
+        One prompt in six is measured on, of few prompts one in three, and all where none are to be held out.
         """
+        if not self.held_out:
+            return self, self
         every = 6 if int(self.prompts.max()) >= 11 else 3
         measured = self.prompts % every == every - 1
         if not measured.any():

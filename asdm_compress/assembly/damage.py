@@ -137,24 +137,37 @@ def _damages(names: Sequence[str], known: Mapping[int, Any], calibration: Calibr
 
 @torch.no_grad()
 def measure_plan(
-    unet: UNet2DConditionModel, plan: Plan, calibration: Calibration, slot_weights: SlotWeights | None = None
+    unet: UNet2DConditionModel,
+    plan: Plan,
+    calibration: Calibration,
+    slot_weights: SlotWeights | None = None,
+    reference: torch.Tensor | None = None,
 ) -> Damage:
-    """The damage of a whole plan."""
-    return compare_predictions(unet, edited(unet, plan, slot_weights), calibration)
+    """The damage of a whole plan. For several, `reference` (see `predictions`) spares the teacher's passes."""
+    return compare_predictions(unet, edited(unet, plan, slot_weights), calibration, reference)
 
 
 @torch.no_grad()
 def compare_predictions(
-    teacher: UNet2DConditionModel, student: UNet2DConditionModel, calibration: Calibration
+    teacher: UNet2DConditionModel,
+    student: UNet2DConditionModel,
+    calibration: Calibration,
+    reference: torch.Tensor | None = None,
 ) -> Damage:
-    """The damage of any UNet that takes the same inputs as the teacher."""
+    """The damage of any UNet that takes the same inputs as the teacher, whose predictions `reference` is if given."""
     energy, errors = [], []
-    for first in range(0, len(calibration), CHUNK):
-        part = calibration.part(first, first + CHUNK)
-        reference = _predict(teacher, part)
-        energy.append(_squares(reference))
-        errors.append(_squares(_predict(student, part) - reference))
+    for first, last in chunks_of(calibration):
+        part = calibration.part(first, last)
+        expected = _predict(teacher, part) if reference is None else reference[first:last]
+        energy.append(_squares(expected))
+        errors.append(_squares(_predict(student, part) - expected))
     return summarise(np.concatenate(errors), np.concatenate(energy), calibration)
+
+
+@torch.no_grad()
+def predictions(unet: UNet2DConditionModel, calibration: Calibration) -> torch.Tensor:
+    """The guided predictions for all moments, (N, C, H, W)."""
+    return torch.cat([_predict(unet, calibration.part(first, last)) for first, last in chunks_of(calibration)])
 
 
 def summarise(errors: np.ndarray, energy: np.ndarray, calibration: Calibration) -> Damage:

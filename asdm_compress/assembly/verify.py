@@ -10,9 +10,10 @@ from statistics import median
 from typing import Final
 
 from diffusers import UNet2DConditionModel
+from torch import Tensor
 
 from asdm_compress.assembly.calibration import Calibration
-from asdm_compress.assembly.damage import Damage, measure_plan
+from asdm_compress.assembly.damage import Damage, measure_plan, predictions
 from asdm_compress.assembly.in_time import Clock, InTime, search_in_time
 from asdm_compress.assembly.option_fit import OPTION_MOMENTS, absorber
 from asdm_compress.assembly.options import Finest, Option, is_coarse_enough, teacher_costs
@@ -168,6 +169,15 @@ class Search:
 
 
 @dataclass(frozen=True, slots=True)
+class _Moments:
+    """What plans are fitted on, what they are measured on, and what the teacher predicts for the latter."""
+
+    fitting: Calibration
+    measuring: Calibration
+    reference: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class _Found:
     """What one attempt led to: a plan in time, and its damage fitted without the prompts that it is measured on."""
 
@@ -189,13 +199,14 @@ def search_verified(search: Search) -> Verified:
     plan meets the limits, or none is measured to within the rounds of `search_in_time`.
     """
     fitting, measuring = search.calibration.parts()
+    moments = _Moments(fitting, measuring, predictions(search.teacher, measuring))
     clock = Clock(search.teacher, search.profile, search.limits, search.settings)
     pairs: dict[frozenset[str], float] = {}
-    found, refused = _attempts(search, clock, pairs, fitting, measuring)
+    found, refused = _attempts(search, clock, pairs, moments)
     if not found:
         assert refused is not None
         raise refused
-    _neighbours(search, clock, found, pairs, fitting, measuring)
+    _neighbours(search, clock, found, pairs, moments)
     best = min(found, key=lambda f: f.measured)
     solution = best.in_time.solution
     off = _factors(search, [f for f in found if f is not best], pairs)
@@ -219,8 +230,7 @@ def _attempts(
     search: Search,
     clock: Clock,
     pairs: dict[frozenset[str], float],
-    fitting: Calibration,
-    measuring: Calibration,
+    moments: _Moments,
 ) -> tuple[list[_Found], AsdmError | None]:
     """The plans of the attempts, and why the first that led to none did not. What pairs add is put into `pairs`."""
     found: list[_Found] = []
@@ -241,13 +251,13 @@ def _attempts(
         limits[attempt.with_weights], solution = in_time.solved_for, in_time.solution
         if any(solution.plan == f.in_time.solution.plan for f in found):
             continue
-        measured, seconds = _fitted_damage(search, solution.plan, fitting, measuring)
+        measured, seconds = _fitted_damage(search, solution.plan, moments)
         others = _factors(search, found, pairs)
         predicted = search.predicted(solution.options, pairs) * (median(others) if others else 1.0)
         found.append(_Found(attempt, in_time, measured, seconds))
         settled |= number >= LEAST_ATTEMPTS and abs(measured - predicted) <= DAMAGE_TOLERANCE * predicted
         if attempt.with_weights and not settled and number < len(ATTEMPTS):
-            pairs |= _measure_pairs(search, solution.options, pairs, fitting, measuring)
+            pairs |= _measure_pairs(search, solution.options, pairs, moments)
     return found, refused
 
 
@@ -256,8 +266,7 @@ def _neighbours(
     clock: Clock,
     found: list[_Found],
     pairs: Pairs,
-    fitting: Calibration,
-    measuring: Calibration,
+    moments: _Moments,
 ) -> None:
     """Try plans without one edit of the best plan so far, and add them to `found`, for `neighbours_seconds` at most.
 
@@ -289,14 +298,15 @@ def _neighbours(
         solution = in_time.solution
         if any(solution.plan == f.in_time.solution.plan for f in found):
             continue
-        found.append(_Found(best.attempt, in_time, *_fitted_damage(search, solution.plan, fitting, measuring)))
+        found.append(_Found(best.attempt, in_time, *_fitted_damage(search, solution.plan, moments)))
         longest = max(longest, time.monotonic() - since)
 
 
-def _fitted_damage(search: Search, plan: Plan, fitting: Calibration, measuring: Calibration) -> tuple[float, float]:
+def _fitted_damage(search: Search, plan: Plan, moments: _Moments) -> tuple[float, float]:
     """The damage of a plan on other moments than it is fitted on, and the seconds that this took."""
     began = time.monotonic()
-    damage = measure_plan(search.teacher, plan, measuring, search.fit(plan, fitting)).total
+    weights = search.fit(plan, moments.fitting)
+    damage = measure_plan(search.teacher, plan, moments.measuring, weights, moments.reference).total
     return damage, time.monotonic() - began
 
 
@@ -316,20 +326,19 @@ def _measure_pairs(
     search: Search,
     options: Sequence[Option],
     known: Mapping[frozenset[str], float],
-    fitting: Calibration,
-    measuring: Calibration,
+    moments: _Moments,
 ) -> dict[frozenset[str], float]:
     """What those pairs add, fitted and measured together, whose errors' scalar products are the largest."""
     damages = search.damages
     candidates = [(a, b) for a, b in combinations(options, 2) if frozenset((a.name, b.name)) not in known]
     candidates.sort(key=lambda pair: abs(damages[pair[0].name].interaction(damages[pair[1].name])), reverse=True)
     found = {}
-    fitting = fitting.thinned(OPTION_MOMENTS)  # as single edits are
+    fitting = moments.fitting.thinned(OPTION_MOMENTS)  # as single edits are
     for a, b in candidates[:PAIRS_PER_ROUND]:
         both = Plan({a.site: a.edit, b.site: b.edit})
         units = [unit for unit, _ in filter(None, (absorber(search.teacher, o) for o in (a, b)))]
         weights = fit_plan(search.teacher, both, fitting, refit=search.refit, refit_at=units)
-        together = measure_plan(search.teacher, both, measuring, weights).total
+        together = measure_plan(search.teacher, both, moments.measuring, weights, moments.reference).total
         one, other = damages[a.name].total, damages[b.name].total
         # The later fit can make up for the earlier edit, but not for more than there is: many such terms would else sum
         # up to less than nothing.

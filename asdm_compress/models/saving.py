@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from asdm_compress.models.files import variant_of
+from asdm_compress.models.files import choose_weights, variant_of
 from asdm_compress.models.quiet import quiet_libraries
 from asdm_compress.models.streaming import Entry, TensorReader, reading, write_safetensors, write_sharded
 
@@ -56,6 +56,18 @@ def save_unet(unet: UNet2DConditionModel, entries: Sequence[Entry], folder: Path
     write_sharded(folder, entries, layout.shard_bytes, layout.variant)
 
 
+def check_rest(source: Path, allow_pickle: bool = False) -> None:
+    """Raise AsdmError where a pipeline folder's weights other than its UNet's are damaged, or are no numbers.
+
+    They are read one at a time; whoever copies files does not look into them.
+    """
+    for part in sorted(_parts(source)):
+        if choose_weights(path.name for path in part.iterdir())[0]:
+            with reading(part, allow_pickle) as reader:
+                for name in reader.names():
+                    reader.get(name)  # which looks at its numbers
+
+
 def copy_rest(
     source: Path,
     folder: Path,
@@ -69,9 +81,9 @@ def copy_rest(
     there twice, only those are copied that would be read; with a `dtype` they are converted, one at a time.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    index: dict[str, Any] = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+    index, parts = _index(source), _parts(source)
     for part in sorted(source.iterdir()):
-        if part.is_dir() and part.name != "unet" and isinstance(index.get(part.name), list):
+        if part in parts:
             _copy_part(part, folder / part.name, dtype, layout.variant)
         elif part.is_file() and part.suffix in _KEPT and part.name not in _MEASURED:
             shutil.copyfile(part, folder / part.name)
@@ -79,6 +91,18 @@ def copy_rest(
     index["unet"] = [library, type(unet).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _open_in_fp32(folder)
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return index
+
+
+def _parts(source: Path) -> set[Path]:
+    """The folders of a pipeline's parts but its UNet's."""
+    index = _index(source)
+    named = {source / name for name, what in index.items() if isinstance(what, list) and name != "unet"}
+    return {folder for folder in named if folder.is_dir()}
 
 
 def _copy_part(source: Path, folder: Path, dtype: torch.dtype | None, named: str | None) -> None:

@@ -28,7 +28,7 @@ from asdm_compress.models.lazy import lazy_unet
 from asdm_compress.models.loading import open_pipeline, open_unet
 from asdm_compress.models.quiet import quiet_libraries
 from asdm_compress.models.resolve import resolve
-from asdm_compress.models.saving import PLAIN, FileLayout, copy_rest, save_pipeline, save_unet
+from asdm_compress.models.saving import PLAIN, FileLayout, check_rest, copy_rest, save_pipeline, save_unet
 from asdm_compress.models.single_file import write_rest
 from asdm_compress.models.source import LoadOptions, Source
 from asdm_compress.models.streaming import Entry
@@ -144,6 +144,9 @@ def _stream(recipe: Recipe, source: Source, writing: Writing, options: LoadOptio
     """Write a student whose every tensor is one of the teacher's, one at a time."""
     if source.family is not None:
         raise AsdmError(f"{source.name} has random weights: there is nothing to apply a recipe to")
+    if source.kind == "pipeline folder":
+        assert source.path is not None
+        check_rest(source.path, options.allow_pickle)
     with lazy_unet(source, options) as lazy:
         teacher = lazy.unet
         check_fit(recipe, teacher, source.name)

@@ -9,7 +9,7 @@ from typing import get_args
 
 from diffusers import StableDiffusionPipeline
 
-from asdm_compress.assembly.damage import measure_plan
+from asdm_compress.assembly.damage import measure_plan, predictions
 from asdm_compress.assembly.frontier import (
     FILE_NAME,
     IMAGES_FOLDER,
@@ -155,6 +155,7 @@ def _with_images(
     for i, image in enumerate(reference.images):
         image.save(folder / IMAGES_FOLDER / f"teacher-{i:02d}.png")
     points = []
+    predicted = predictions(teacher, measuring)
     with progress.bar("Building, fitting and sampling every plan") as bar:
         for number, point in enumerate(found.points):
             plan = Plan({entry.site: entry.edit for entry in point.edits})
@@ -162,7 +163,7 @@ def _with_images(
             student = assemble(teacher, plan, weights)
             runs = sample(with_unet(pipeline, student), prompts, unseen)
             update = {
-                "measured_damage": measure_plan(teacher, plan, measuring, weights).total,
+                "measured_damage": measure_plan(teacher, plan, measuring, weights, predicted).total,
                 "measured_latency": measured_ratio(teacher, student, measured.shape),
                 "images": _images(number, prompts, unseen.seed, reference, runs, folder),
             }

@@ -160,7 +160,8 @@ def measure(
         pipeline.scheduler = make_scheduler(settings.scheduler, pipeline)
     check_one_evaluation_per_step(pipeline.scheduler, sampling.steps)
     prompts = choose_prompts(pipeline, settings.prompts, settings.calibration_prompts, settings.held_out_prompts)
-    if specs or settings.narrow or settings.refit != "none":
+    is_fitted = bool(specs or settings.narrow or settings.refit != "none")
+    if is_fitted:
         check_prompts(len(prompts.calibration))
     shape = replace(settings.profile, text_tokens=int(pipeline.tokenizer.model_max_length))
     processes.wait()  # until the others are still
@@ -175,13 +176,14 @@ def measure(
             ),
             processes,
         ).to(pipeline.device)
+    calibration = replace(calibration, held_out=is_fitted)
     processes.wait()
     with progress.stage("Timing convolutions in slots and narrower modules"):
         options = processes.on_main(lambda: _options(teacher, costs, limits, shape, settings))
     with progress.bar("Fitting and measuring the damage of every edit") as bar:
         refit = settings.refit == "full"
         plain_store = folder / "damages.jsonl"
-        store = folder / "damages_refitted.jsonl" if refit else plain_store
+        store = folder / f"damages{'_refitted' if refit else '' if is_fitted else '_unfitted'}.jsonl"
         damages = measure_options(teacher, options, calibration, store, bar, refit, processes)
     plain: dict[str, Damage] = {}
     if refit:

@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from asdm_compress.core.recipe import load_recipe
 from documents.figures import decibels, minutes, percent, results, share, small, source, table, value
 
 MINI_SD: Final = Path(__file__).parents[2] / "asdm_compress" / "models" / "mini_sd"
-RECIPES: Final = Path(__file__).parents[2] / "recipes"
 OURS: Final = "ours"
 # Cuts of others with what stays solved anew by us are no rivals.
 REFITTED: Final = ("with our refit", "refitted", "ours")
@@ -192,39 +190,6 @@ def experts() -> str:
         f"{max(by_time):.3f} of its time ({near} of {len(rows)} within 3 %), routed by the features "
         f"{min(by_features):.2f} to {max(by_features):.2f}."
     )
-
-
-def applied() -> str:
-    """What `apply` takes at full size."""
-    rows = results("apply")["rows"]
-    return table(
-        ("model", "recipe", "student", "peak memory", "seconds", "copying the student"),
-        [
-            [
-                r["model"], f"`{r['recipe']}`", f"{r['student_gb']:.2f} GB", f"{r['peak_gb']:.2f} GB",
-                f"{r['seconds']:.1f} s", f"{r['copy_seconds']:.1f} s",
-            ]
-            for r in rows
-        ],
-    )  # fmt: skip
-
-
-def applied_setting() -> str:
-    """What of the peak is not the student's."""
-    return f"importing torch and diffusers takes {results('apply')['imports_gb']:.2f} GB of the peak"
-
-
-def latency_recipes() -> str:
-    """The recipes that ship for Stable Diffusion at shares of its latency."""
-    rows = {json.dumps(row["edits"], sort_keys=True): row for row in results("recipes")["rows"]}
-    lines = []
-    for path in sorted(
-        RECIPES.glob("sd*-latency-*.yaml"), key=lambda path: (path.stem.split("-latency-")[0], -float(path.stem[-4:-1]))
-    ):
-        edits = load_recipe(path).as_edits()
-        row = rows[json.dumps(dict(edits), sort_keys=True)]
-        lines.append([f"`{path.stem}`", len(edits), share(row["latency_ratio"]), share(row["macs_ratio"])])
-    return table(("recipe", "edits", "latency", "MACs"), lines)
 
 
 def programs() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import nn
 
 from matrix.outcome import Check, Outcome, largest, share
 from matrix.subjects import Subject, predict
@@ -48,6 +49,9 @@ def int8(subject: Subject) -> Outcome:
 
     unet = subject.fresh()
     quantize_(unet, Int8WeightOnlyConfig())
+    linear = [module for module in unet.modules() if isinstance(module, nn.Linear)]
+    # Of a layer that is left as it is, the weight is a plain parameter.
+    assert linear and all(type(module.weight) is not nn.Parameter for module in linear), "not all layers are in int8"
     found, expected = predict(unet, subject.inputs), predict(subject.unet, subject.inputs)
     return Outcome(share(found, expected), relative=True)
 
