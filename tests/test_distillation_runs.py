@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.errors import AsdmError
-from asdm_compress.core.recipe import Base, EditEntry, Recipe, dump_recipe, load_recipe
+from asdm_compress.core.recipe import Base, Costs, EditEntry, Evidence, Recipe, dump_recipe, load_recipe
 from asdm_compress.distillation.checkpoints import Checkpoints
 from asdm_compress.distillation.state import TrainingState
 from asdm_compress.distillation.trainer import LoopSettings
@@ -29,10 +29,16 @@ from asdm_compress.models.families import architecture
 from asdm_compress.models.loading import load_pipeline
 from asdm_compress.models.saving import save_pipeline
 from asdm_compress.models.source import LoadOptions
-from asdm_compress.workflows.distill import DistillSettings, run_distill
+from asdm_compress.workflows.distill import run_distill
 from asdm_compress.workflows.progress import Silent
+from asdm_compress.workflows.training_run import DistillSettings
 
 EDITS = {"mid_block": "drop", "up_blocks.1.attentions.1": "conv1x1*4@timestep", "down_blocks.1.layers.1": "drop"}
+COSTS = Costs(latency=1.0, macs=1, params=1)
+EVIDENCE = Evidence(  # of a small cut, after which the experts train first
+    teacher=COSTS, predicted=COSTS, measured=COSTS, measured_latency_ratio=1.0, solved_for=["latency=0.7x"],
+    predicted_damage=0.001, measured_damage=0.001, held_out_damage=0.001, damage_bound=0.001, proven_optimal=True,
+)  # fmt: skip
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 SMALL = [
     "--teacher", "teacher", "--data-size", "24", "--steps", "8", "--batch", "4", "--probe-every", "0",
@@ -56,6 +62,7 @@ def place(pipeline, tmp_path_factory):
         asdm_recipe=1,
         base=Base(model="teacher", architecture=architecture(unet)),
         edits=[EditEntry(site=site, edit=edit) for site, edit in EDITS.items()],
+        evidence=EVIDENCE,
     )
     (folder / "student" / "recipe.yaml").write_text(dump_recipe(recipe))
     result = distill(folder, "whole", "--json")

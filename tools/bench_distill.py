@@ -124,7 +124,7 @@ class Bench:
         pairs = find_pairs(student, self.teacher, arm.plan, training.losses.features) if training.losses.feature else ()
         noising = noise_scheduler(self.pipeline.scheduler.config)
         batches = Batches(self.cache(arm), training, int(noising.config.num_train_timesteps))
-        phases = phases_of(training, student, self.teacher)
+        phases = phases_of(training, student, arm.damage)
         around = units_around_cuts(student, self.teacher, arm.plan)
         ours, theirs = tuple(p.student for p in pairs), tuple(p.teacher for p in pairs)
         return Subjects(student, self.teacher, noising, batches, phases, ours, theirs, around)
