@@ -23,6 +23,7 @@ from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.recipe import Base, Costs, EditEntry, Evidence, Recipe, dump_recipe, load_recipe
 from asdm_compress.distillation.checkpoints import Checkpoints
+from asdm_compress.distillation.probe import relative_error
 from asdm_compress.distillation.state import TrainingState
 from asdm_compress.distillation.trainer import LoopSettings
 from asdm_compress.models.families import architecture
@@ -236,6 +237,16 @@ def test_a_probe_keeps_the_best(place):
     parameters = sum(t.numel() for t in trained(place, "probed").values())
     assert forecast["memory_bytes"]["weights"] == 4 * parameters
     assert forecast["memory_bytes"]["total"] > 16 * parameters
+
+
+def test_one_picture_that_turned_out_another_does_not_decide_which_weights_are_best():
+    wanted = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    near, nearer = 1.02 * wanted, 1.0001 * wanted
+    nearer[0] = -wanted[0]
+    assert (nearer - wanted).square().sum() > 100 * (near - wanted).square().sum()
+    assert relative_error(nearer, wanted) < relative_error(near, wanted)
+    assert relative_error(near, wanted) == pytest.approx(0.02**2, rel=1e-4)
+    assert 0 < relative_error(wanted, wanted) < 1e-11
 
 
 def run(folder, monkeypatch, student="student", out="new", **values):
