@@ -260,6 +260,19 @@ def run(folder, monkeypatch, student="student", out="new", **values):
     return run_distill(student, Path(out), LoadOptions(), settings, Silent())
 
 
+def test_a_training_that_harms_gives_back_what_it_was_given(place, monkeypatch):
+    changes = {
+        "optimiser.learning_rate": 0.1, "optimiser.schedule": "constant", "optimiser.warmup_steps": 0, "trains": "all",
+        "probe_every": 4, "probe_prompts": 2,
+    }  # fmt: skip
+    result = run(place, monkeypatch, out="harmed", changes=changes)
+    assert result.outcome.last.latent_error > result.outcome.first.latent_error
+    assert result.outcome.best_step == 0
+    before, after = trained(place, "student"), trained(place, "harmed")
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+    assert "The weights are those from before the training" in "\n".join(result.lines())
+
+
 def test_a_dry_run_forecasts_and_writes_nothing(place, monkeypatch):
     result = run(place, monkeypatch, out="dry", dry_run=True)
     memory = result.forecast.memory

@@ -83,7 +83,9 @@ class DistillResult:
                 f"{found.last.latent_error:.4g} after {found.steps} steps (damage {found.first.damage:.4g}, then "
                 f"{found.last.damage:.4g})."
             )
-        if found.best_step is not None:
+        if found.best_step == 0:
+            lines.append("The weights are those from before the training: no probe has seen better ones.")
+        elif found.best_step is not None:
             lines.append(f"The weights are those of step {found.best_step}, the best that a probe has seen.")
         lines.append(
             f"Wrote {self.out} after {format_seconds(found.seconds)}: the student, {RECIPE}, {METRICS}; "
