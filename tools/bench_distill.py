@@ -32,7 +32,7 @@ import yaml
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from distill_arms import BUDGETS, Arm, Arms, mini_training
-from measuring import check_alone
+from measuring import LoadMeter, check_alone
 
 from asdm_compress.core.distillation import Distillation, changed
 from asdm_compress.core.files import cache_folder
@@ -195,13 +195,16 @@ def main() -> None:
         print(json.dumps({"budget": budget, "name": arm.name, **kept(rows[-1])}), flush=True)
         _write(result, arguments.out)
     if arguments.overhead_steps and "overhead" not in result:
-        result["overhead"] = bench.overhead(arguments.overhead_steps)
+        meter = LoadMeter()
+        found = bench.overhead(arguments.overhead_steps)
+        result["overhead"] = {**found, "other_load_cores": round(meter.others(), 2)}
         print(json.dumps({"overhead": result["overhead"]}), flush=True)
     if arguments.full_size and "full_size" not in result:
         # In a process of its own, whose memory is measured.
+        meter = LoadMeter()
         command = [sys.executable, str(Path(__file__).with_name("distill_full_size.py"))]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        result["full_size"] = json.loads(done.stdout)
+        result["full_size"] = {**json.loads(done.stdout), "other_load_cores": round(meter.others(), 2)}
         print(json.dumps({"full_size": result["full_size"]["rows"]}), flush=True)
     _write(result, arguments.out)
     print(json.dumps(result["verdicts"], indent=1))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from documents.figures import decibels, percent, results, small, source, table
+
+_QUIET: Final = 0.15  # cores that other programs may use beside a timing, as `measuring.py` has it
 
 
 def distill_recovery() -> str:
@@ -61,7 +63,7 @@ def distill_overhead() -> str:
     found = results("distill")["overhead"]
     return (
         f"the trainer takes {found['trainer']:.2f} steps in the time of {found['bare loop']:.2f} of a bare loop of the "
-        f"same passes, {percent(found['share'])} ({source('distill', 'bench_distill')})"
+        f"same passes, {percent(found['share'])}{_beside(found)} ({source('distill', 'bench_distill')})"
     )
 
 
@@ -81,7 +83,13 @@ def distill_full_size() -> str:
         for row in rows
     ]
     titles = ("batch", "step", "images per second", "without the cache", "peak memory", "foretold")
-    return table(titles, lines) + f"\n\n{found['model']} in {found['dtype']}, {found['device']}."
+    return table(titles, lines) + f"\n\n{found['model']} in {found['dtype']}, {found['device']}{_beside(found)}."
+
+
+def _beside(found: Mapping[str, Any]) -> str:
+    """That others used the machine meanwhile, where they did."""
+    load = found.get("other_load_cores", 0.0)
+    return f", while other programs used {load:.1f} cores" if load > _QUIET else ""
 
 
 def _kept(row: Mapping[str, Any]) -> Mapping[str, Any]:
