@@ -26,9 +26,12 @@ from asdm_compress.distillation.experts import ExpertUse, idle_experts
 from asdm_compress.distillation.features import FeatureUNet
 from asdm_compress.distillation.losses import Batch, loss_terms, row_weights, weighted_sum
 from asdm_compress.distillation.pairs import check_student, find_pairs, given_pairs
-from asdm_compress.distillation.selection import choose_parameters, phases_of, units_around_cuts
+from asdm_compress.distillation.selection import SMALL_CUT, choose_parameters, phases_of, units_around_cuts
 from asdm_compress.distillation.trajectory import rollout
 from asdm_compress.models.expert_conv import Moment, MultiExpertConv2d
+from asdm_compress.models.loading import load_unet
+from asdm_compress.models.source import LoadOptions
+from asdm_compress.workflows.training_section import damage_before
 
 PLAN = Plan({"mid_block": "drop", "up_blocks.1.attentions.1": "conv1x1*4@timestep", "down_blocks.1.layers.1": "drop"})
 LOSSES = Losses(task=1, output=0.5, feature=0.1, normalise=True)
@@ -323,13 +326,9 @@ def test_batches_are_cut_evenly():
 def test_what_trains(tiny):
     student = assemble(tiny, PLAN)
     settings = Distillation(steps=100)
-    assert [(p.trains, p.first, p.last) for p in phases_of(settings, student, tiny)] == [
-        ("experts", 0, 20), ("all", 20, 100),
-    ]  # fmt: skip
     without = assemble(tiny, Plan({"mid_block": "drop"}))
-    assert [p.trains for p in phases_of(settings, without, tiny)] == ["all"]
     with pytest.raises(AsdmError, match="no slots"):
-        phases_of(settings.model_copy(update={"trains": "experts"}), without, tiny)
+        phases_of(settings.model_copy(update={"trains": "experts"}), without, 0.001)
     experts = choose_parameters(student, "experts", ())
     assert {n.split(".slot.")[0] for n, _ in experts} == {"up_blocks.1.attentions.1"}
     assert sum(p.requires_grad for p in student.parameters()) == len(experts)
@@ -340,6 +339,32 @@ def test_what_trains(tiny):
         "up_blocks.1.resnets.1", "up_blocks.1.attentions.1", "up_blocks.1.resnets.2",  # the slot and its neighbours
     }  # fmt: skip
     assert len(choose_parameters(student, "all", ())) == len(list(student.parameters()))
+
+
+def test_after_a_cut_of_small_damage_the_experts_train_first(tiny):
+    settings = Distillation(steps=100)
+    student, without = assemble(tiny, PLAN), assemble(tiny, Plan({"mid_block": "drop"}))
+
+    def order(student, damage, **changes):
+        return [(p.trains, p.first, p.last) for p in phases_of(settings.model_copy(update=changes), student, damage)]
+
+    assert order(student, 0.001) == [("experts", 0, 20), ("all", 20, 100)]
+    assert order(student, 0.001, experts_share=0.5) == [("experts", 0, 50), ("all", 50, 100)]
+    assert order(student, 0.001, experts_share=0.0) == [("all", 0, 100)]
+    for damage in (SMALL_CUT, 1.0, None):  # None: nobody has measured it
+        assert order(student, damage) == [("all", 0, 100)]
+    assert order(without, 0.001) == [("all", 0, 100)]
+    assert order(student, 1.0, trains="experts") == [("experts", 0, 100)]
+
+
+def test_the_damage_is_what_assemble_has_recorded():
+    """Of the bundled student, which keeps little more than a third of the parameters and hardly any damage."""
+    recipe = load_recipe(find_recipe("mini-sd-latency-0.7x"))
+    assert recipe.evidence.measured.params < 0.5 * recipe.evidence.teacher.params
+    assert damage_before(recipe) == recipe.evidence.held_out_damage < SMALL_CUT
+    student = assemble(load_unet("mini-sd", LoadOptions()), Plan(recipe.as_edits()))
+    assert [p.trains for p in phases_of(Distillation(), student, damage_before(recipe))] == ["experts", "all"]
+    assert damage_before(recipe.model_copy(update={"evidence": None})) is None
 
 
 @pytest.mark.parametrize(

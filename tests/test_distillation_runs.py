@@ -21,18 +21,25 @@ from safetensors.torch import load_file
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.errors import AsdmError
-from asdm_compress.core.recipe import Base, EditEntry, Recipe, dump_recipe, load_recipe
+from asdm_compress.core.recipe import Base, Costs, EditEntry, Evidence, Recipe, dump_recipe, load_recipe
 from asdm_compress.distillation.checkpoints import Checkpoints
+from asdm_compress.distillation.probe import relative_error
 from asdm_compress.distillation.state import TrainingState
 from asdm_compress.distillation.trainer import LoopSettings
 from asdm_compress.models.families import architecture
 from asdm_compress.models.loading import load_pipeline
 from asdm_compress.models.saving import save_pipeline
 from asdm_compress.models.source import LoadOptions
-from asdm_compress.workflows.distill import DistillSettings, run_distill
+from asdm_compress.workflows.distill import run_distill
 from asdm_compress.workflows.progress import Silent
+from asdm_compress.workflows.training_run import DistillSettings
 
 EDITS = {"mid_block": "drop", "up_blocks.1.attentions.1": "conv1x1*4@timestep", "down_blocks.1.layers.1": "drop"}
+COSTS = Costs(latency=1.0, macs=1, params=1)
+EVIDENCE = Evidence(  # of a small cut, after which the experts train first
+    teacher=COSTS, predicted=COSTS, measured=COSTS, measured_latency_ratio=1.0, solved_for=["latency=0.7x"],
+    predicted_damage=0.001, measured_damage=0.001, held_out_damage=0.001, damage_bound=0.001, proven_optimal=True,
+)  # fmt: skip
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 SMALL = [
     "--teacher", "teacher", "--data-size", "24", "--steps", "8", "--batch", "4", "--probe-every", "0",
@@ -56,6 +63,7 @@ def place(pipeline, tmp_path_factory):
         asdm_recipe=1,
         base=Base(model="teacher", architecture=architecture(unet)),
         edits=[EditEntry(site=site, edit=edit) for site, edit in EDITS.items()],
+        evidence=EVIDENCE,
     )
     (folder / "student" / "recipe.yaml").write_text(dump_recipe(recipe))
     result = distill(folder, "whole", "--json")
@@ -231,6 +239,16 @@ def test_a_probe_keeps_the_best(place):
     assert forecast["memory_bytes"]["total"] > 16 * parameters
 
 
+def test_one_picture_that_turned_out_another_does_not_decide_which_weights_are_best():
+    wanted = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    near, nearer = 1.02 * wanted, 1.0001 * wanted
+    nearer[0] = -wanted[0]
+    assert (nearer - wanted).square().sum() > 100 * (near - wanted).square().sum()
+    assert relative_error(nearer, wanted) < relative_error(near, wanted)
+    assert relative_error(near, wanted) == pytest.approx(0.02**2, rel=1e-4)
+    assert 0 < relative_error(wanted, wanted) < 1e-11
+
+
 def run(folder, monkeypatch, student="student", out="new", **values):
     """In this process, for what ends before or soon after the first step."""
     AcceleratorState._reset_state(True)  # which holds the precision of the training before
@@ -240,6 +258,19 @@ def run(folder, monkeypatch, student="student", out="new", **values):
     values = {"teacher": "teacher", "mixed_precision": "no", **values}
     settings = DistillSettings(changes=changes, **values)
     return run_distill(student, Path(out), LoadOptions(), settings, Silent())
+
+
+def test_a_training_that_harms_gives_back_what_it_was_given(place, monkeypatch):
+    changes = {
+        "optimiser.learning_rate": 0.1, "optimiser.schedule": "constant", "optimiser.warmup_steps": 0, "trains": "all",
+        "probe_every": 4, "probe_prompts": 2,
+    }  # fmt: skip
+    result = run(place, monkeypatch, out="harmed", changes=changes)
+    assert result.outcome.last.latent_error > result.outcome.first.latent_error
+    assert result.outcome.best_step == 0
+    before, after = trained(place, "student"), trained(place, "harmed")
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+    assert "The weights are those from before the training" in "\n".join(result.lines())
 
 
 def test_a_dry_run_forecasts_and_writes_nothing(place, monkeypatch):

@@ -6,8 +6,9 @@
 
 Every arm has the same images, batches, steps and optimiser, and a learning rate by the same rule from the damage that
 it starts with (`rate_for`): published rates are for UNets a hundred times as large. The curves are of averaged weights
-on held-out prompts. After each arm tools/results/distill.json and distill.svg are written; a run goes on where one with
-the same settings has stopped.
+on held-out prompts. As in `asdm-compress distill`, what an arm ends with are the weights of the best probe, that before
+training included; its prompts are others than those whose pictures are judged. After each arm
+tools/results/distill.json and distill.svg are written; a run goes on where one with the same settings has stopped.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import yaml
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from distill_arms import BUDGETS, Arm, Arms, mini_training
-from measuring import check_alone
+from measuring import LoadMeter, check_alone
 
 from asdm_compress.core.distillation import Distillation, changed
 from asdm_compress.core.files import cache_folder
@@ -59,20 +60,22 @@ from asdm_compress.workflows.assemble import with_unet
 RESULTS = Path(__file__).parent / "results"
 SAMPLING = SamplingSettings(25, 5.0, seed=70_000)
 HELD_OUT_SEED = 4_242
+PROBE_PROMPTS = 16
 IMAGE_FREE_SHARE = 8  # of so many items the teacher makes one: sampling is what it costs
 
 
 @dataclass
 class Judge(Probe):
-    """A probe that also reads the pictures; `curve` keeps what it has found, by calls."""
+    """A probe that also reads pictures, of prompts of its own; `curve` keeps what it has found, by calls."""
 
     pipeline: StableDiffusionPipeline
     count: int
     curve: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.captions = sample_captions(self.count, HELD_OUT_SEED)
-        super().__init__(self.pipeline, [c.text for c in self.captions][:16], replace(SAMPLING, steps=10))
+        captions = sample_captions(self.count + PROBE_PROMPTS, HELD_OUT_SEED)
+        self.captions, choosing = captions[: self.count], captions[self.count :]
+        super().__init__(self.pipeline, [c.text for c in choosing], replace(SAMPLING, steps=10))
         self.pictures = sample(self.pipeline, [c.text for c in self.captions], SAMPLING)
         self.features = scene_features(to_tensor(self.pictures.images))
 
@@ -124,7 +127,7 @@ class Bench:
         pairs = find_pairs(student, self.teacher, arm.plan, training.losses.features) if training.losses.feature else ()
         noising = noise_scheduler(self.pipeline.scheduler.config)
         batches = Batches(self.cache(arm), training, int(noising.config.num_train_timesteps))
-        phases = phases_of(training, student, self.teacher)
+        phases = phases_of(training, student, arm.damage)
         around = units_around_cuts(student, self.teacher, arm.plan)
         ours, theirs = tuple(p.student for p in pairs), tuple(p.teacher for p in pairs)
         return Subjects(student, self.teacher, noising, batches, phases, ours, theirs, around)
@@ -139,11 +142,12 @@ class Bench:
         training = changed(training, {"probe_every": every})
         loop = LoopSettings(save_every=10**9, log_every=min(10, every))
         with tempfile.TemporaryDirectory() as folder:
-            Trainer(self.subjects(arm, training), training, loop, Path(folder), self.accelerator, judge).train()
+            trainer = Trainer(self.subjects(arm, training), training, loop, Path(folder), self.accelerator, judge)
+            kept = trainer.train().best_step
         steps = [0, *range(every, training.steps + 1, every)]
         steps += [training.steps] if steps[-1] != training.steps else []
         curve = [{"step": step, **row} for step, row in zip(steps, judge.curve, strict=True)]
-        return {"seconds": round(time.monotonic() - began, 1), "curve": curve}
+        return {"seconds": round(time.monotonic() - began, 1), "kept": kept, "curve": curve}
 
     def overhead(self, steps: int) -> dict[str, float]:
         """Steps per second of the trainer, and of a bare loop of the same passes on one batch that lies ready.
@@ -188,16 +192,19 @@ def main() -> None:
             continue
         points = arguments.points if section == "recovery" else 1  # what a part is worth shows in the end
         rows.append({"name": arm.name, **bench.run(arm, points)})
-        print(json.dumps({"budget": budget, "name": arm.name, **rows[-1]["curve"][-1]}), flush=True)
+        print(json.dumps({"budget": budget, "name": arm.name, **kept(rows[-1])}), flush=True)
         _write(result, arguments.out)
     if arguments.overhead_steps and "overhead" not in result:
-        result["overhead"] = bench.overhead(arguments.overhead_steps)
+        meter = LoadMeter()
+        found = bench.overhead(arguments.overhead_steps)
+        result["overhead"] = {**found, "other_load_cores": round(meter.others(), 2)}
         print(json.dumps({"overhead": result["overhead"]}), flush=True)
     if arguments.full_size and "full_size" not in result:
         # In a process of its own, whose memory is measured.
+        meter = LoadMeter()
         command = [sys.executable, str(Path(__file__).with_name("distill_full_size.py"))]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        result["full_size"] = json.loads(done.stdout)
+        result["full_size"] = {**json.loads(done.stdout), "other_load_cores": round(meter.others(), 2)}
         print(json.dumps({"full_size": result["full_size"]["rows"]}), flush=True)
     _write(result, arguments.out)
     print(json.dumps(result["verdicts"], indent=1))
@@ -266,23 +273,28 @@ def _write(result: dict[str, Any], out: Path) -> None:
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How far ours is from the teacher, and at what share of the steps it has reached where each rival ends."""
-    curves = {row["name"]: row["curve"] for row in rows}
-    if "ours" not in curves:
+    """How far ours is from the teacher, and at what share of the steps it has reached what each rival keeps."""
+    named = {row["name"]: row for row in rows}
+    if "ours" not in named:
         return {}
-    ours = curves["ours"]
-    last = ours[-1]
+    ours, last = named["ours"]["curve"], kept(named["ours"])
     found: dict[str, Any] = {
         "points below the teacher": 100 * (last["teacher_right"] - last["student_right"]) / last["pairs"]
     }
-    for name, curve in curves.items():
+    for name, row in named.items():
         if name == "ours":
             continue
-        end = curve[-1]
+        end = kept(row)
         found[f"share of the steps to where {name} ends"] = {
             measure: _share_to_reach(ours, measure, end[measure], sign)
             for measure, sign in (("psnr", 1), ("frechet", -1), ("student_right", 1), ("latent_error", -1))
         }
+    return found
+
+
+def kept(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The point of an arm's curve whose weights it ends with."""
+    found: Mapping[str, Any] = next(point for point in row["curve"] if point["step"] == row["kept"])
     return found
 
 

@@ -21,9 +21,11 @@ from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.defaults import CALIBRATION_PROMPTS
 from asdm_compress.core.distillation import MINI_PRESET, Distillation, changed, load_preset, rate_for
 from asdm_compress.core.edits import conv_spec
-from asdm_compress.core.recipe import find_recipe, load_recipe
+from asdm_compress.core.recipe import Recipe, find_recipe, load_recipe
+from asdm_compress.distillation.selection import SMALL_CUT
 from asdm_compress.evaluation.prompts import choose_prompts
 from asdm_compress.sampling.settings import SamplingSettings
+from asdm_compress.workflows.training_section import damage_before
 
 PLANS = Path(__file__).parent / "results" / "assembly.json"  # what the searches of bench_assembly.py have found
 BUDGETS = (0.7, 0.5)
@@ -31,12 +33,16 @@ BUDGETS = (0.7, 0.5)
 
 @dataclass(frozen=True)
 class Arm:
-    """A student's plan, its weights at the start, how it is trained, and whether the teacher makes the images."""
+    """A student's plan, its weights at the start, how it is trained, and whether the teacher makes the images.
+
+    `damage` is the student's before training, which decides whether its experts train first.
+    """
 
     name: str
     plan: Plan
     start: Callable[[], UNet2DConditionModel]
     training: Distillation
+    damage: float | None = None
     captions_only: bool = False
 
 
@@ -52,8 +58,8 @@ class Arms:
 
     def recovery(self, budget: float) -> Iterator[Arm]:
         """Ours, BK-SDM's pattern nearest to the budget and its recipe, LAPTOP-Diff's, and random weights."""
-        ours = our_plan(budget)
-        yield Arm("ours", ours, lambda: self.fitted(ours), self.at_rate_for(self.ours, budget, "ours"))
+        ours, damage = our_plan(budget), our_damage(budget)
+        yield Arm("ours", ours, lambda: self.fitted(ours), at_rate_for(self.ours, damage), damage)
         bk = "bk-sdm-base" if budget >= 0.65 else "bk-sdm-tiny"
         pattern = BK_PATTERNS[bk]
         yield Arm("bk-sdm", pattern, lambda: assemble(self.teacher, pattern), self.like("bk-sdm-v1", None, bk))
@@ -64,18 +70,22 @@ class Arms:
         yield Arm("random weights", ours, lambda: _reinitialised(assemble(self.teacher, ours)), at_random)
 
     def parts(self, budget: float) -> Iterator[Arm]:
-        """Ours with one part left out, or put in; at the larger budget that of the order of training alone.
-
-        Only there the cut is small enough for the experts to train first.
-        """
-        ours, training = our_plan(budget), self.at_rate_for(self.ours, budget, "ours")
+        """Ours with one part left out, or put in; of a small cut the order of training and the images alone."""
+        ours, damage = our_plan(budget), our_damage(budget)
+        training = at_rate_for(self.ours, damage)
 
         def start() -> UNet2DConditionModel:
             return self.fitted(ours)
 
-        if budget == BUDGETS[0]:
+        def image_free() -> Arm:
+            return Arm("image-free", ours, start, training, damage, captions_only=True)
+
+        if damage < SMALL_CUT:
             yield Arm("all from the start", ours, start, changed(training, {"trains": "all"}))
+            yield Arm("experts alone", ours, start, changed(training, {"trains": "experts"}))
+            yield image_free()
             return
+        yield Arm("experts first", ours, start, training, damage=0.0)
         single, bare = (Plan({s: make(e) for s, e in ours.edits.items()}) for make in (_one_kernel, _nothing))
         yield Arm("one kernel for all timesteps", single, lambda: self.fitted(single), training)
         yield Arm("nothing in the slots", bare, lambda: self.fitted(bare), training)
@@ -92,7 +102,7 @@ class Arms:
         }
         for name, changes in left_out.items():
             yield Arm(name, ours, start, changed(training, changes))
-        yield Arm("image-free", ours, start, training, captions_only=True)
+        yield image_free()
         swapped = changed(training, {"losses.random_conditioning": 5.0})
         yield Arm("image-free, random conditioning", ours, start, swapped, captions_only=True)
 
@@ -100,12 +110,8 @@ class Arms:
         """Another's losses with the steps, data and optimiser that everybody has, and the rate by the same rule."""
         losses = load_preset(preset).losses
         theirs = self.ours.model_copy(update={"losses": losses, "preset": preset, "trains": "all"})
-        return changed(self.at_rate_for(theirs, budget, maker), {"optimiser.learning_rate": self.rivals_rate})
-
-    def at_rate_for(self, training: Distillation, budget: float | None, maker: str) -> Distillation:
-        """With the learning rate for the damage that the maker's student has before it is trained."""
-        damage = _row(budget, maker)["damage"]
-        return changed(training, {"optimiser.learning_rate": rate_for(training.optimiser.learning_rate, damage)})
+        trained = at_rate_for(theirs, _row(budget, maker)["damage"])
+        return changed(trained, {"optimiser.learning_rate": self.rivals_rate})
 
     def fitted(self, plan: Plan) -> UNet2DConditionModel:
         """The student of a plan with everything fitted in closed form, as `assemble` makes it."""
@@ -134,11 +140,27 @@ def mini_training(steps: int, batch: int, items: int) -> Distillation:
     return changed(preset, {"steps": steps, "batch": batch, "data.size": items, "optimiser.warmup_steps": warmup})
 
 
+def at_rate_for(training: Distillation, damage: float) -> Distillation:
+    """With the learning rate for the damage that a student has before it is trained."""
+    return changed(training, {"optimiser.learning_rate": rate_for(training.optimiser.learning_rate, damage)})
+
+
 def our_plan(budget: float) -> Plan:
     """What our search found for a budget: the bundled recipe where there is one."""
-    if budget == 0.7:
-        return Plan(load_recipe(find_recipe("mini-sd-latency-0.7x")).as_edits())
-    return searched_plan(budget, "ours")
+    recipe = _bundled(budget)
+    return searched_plan(budget, "ours") if recipe is None else Plan(recipe.as_edits())
+
+
+def our_damage(budget: float) -> float:
+    """What was measured on that plan's student on held-out prompts, before any training."""
+    recipe = _bundled(budget)
+    damage: float | None = _row(budget, "ours")["damage"] if recipe is None else damage_before(recipe)
+    assert damage is not None
+    return damage
+
+
+def _bundled(budget: float) -> Recipe | None:
+    return load_recipe(find_recipe("mini-sd-latency-0.7x")) if budget == 0.7 else None
 
 
 def searched_plan(budget: float, maker: str) -> Plan:

@@ -94,7 +94,7 @@ def _row(teacher: UNet2DConditionModel, plan: Plan, batch: int, encoding: float)
     with tempfile.TemporaryDirectory() as folder:
         cache = _noise(Path(folder), teacher)
         batches = Batches(cache, training, int(noising.config.num_train_timesteps))
-        subjects = Subjects(student, teacher, noising, batches, phases_of(training, student, teacher), *places)
+        subjects = Subjects(student, teacher, noising, batches, phases_of(training, student, None), *places)
         Trainer(subjects, training, loop, Path(folder) / "run", accelerator, report=report).train()
     seconds = min(after - before for before, after in pairwise(ended))
     trained = sum(p.numel() for p in student.parameters())

@@ -119,7 +119,8 @@ def distill(
     given = _settings(setting or [])
     with output.stage("Starting torch"):
         load = o.load_options(device, "fp32", threads)
-        from asdm_compress.workflows.distill import DistillSettings, run_distill
+        from asdm_compress.workflows.distill import run_distill
+        from asdm_compress.workflows.training_run import DistillSettings
 
     from asdm_compress.distillation.trainer import LoopSettings
 

@@ -15,11 +15,13 @@ from asdm_compress.sampling.run import SamplingRun
 from asdm_compress.sampling.settings import SamplingSettings, encode
 
 BANDS = 8
+_LEAST_ERROR = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """`latent_error` is ‖z_S − z_T‖² / ‖z_T‖² of the final latents at the same prompts and seeds.
+    """`latent_error` is ‖z_S − z_T‖² / ‖z_T‖² of the final latents at the same prompts and seeds, its geometric mean
+    over the prompts as a PSNR takes it: of a near student's plain mean one picture that turns out another is the whole.
 
     `damage` is the relative squared error of the guided prediction at moments of the teacher's own runs.
     """
@@ -57,8 +59,7 @@ class Probe:
                 damage = compare_predictions(teacher, student, self.moments).total
         finally:
             student.train(was_training)
-        error = (self.found - self.wanted).double().square().mean()
-        return ProbeResult(float(error / self.wanted.double().square().mean()), float(damage))
+        return ProbeResult(relative_error(self.found, self.wanted), float(damage))
 
     @torch.no_grad()
     def _run(self, unet: UNet2DConditionModel) -> Tensor:
@@ -67,3 +68,9 @@ class Probe:
             run.advance()
         latents: Tensor = run.latents
         return latents.float()
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """‖found − wanted‖² / ‖wanted‖² of each row, their geometric mean; rows that are equal count as 1e-12."""
+    errors, energies = ((t.double().square().flatten(1).sum(dim=1)) for t in (found - wanted, wanted))
+    return float((errors / energies).clamp(min=_LEAST_ERROR).log().mean().exp())

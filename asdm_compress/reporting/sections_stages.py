@@ -236,7 +236,10 @@ def training_section(stages: Stages) -> Section | None:
     wanted = stages.recipe.distillation if stages.recipe else None
     preset = f", preset {wanted.preset}" if wanted is not None and wanted.preset else ""
     steps = max(line["step"] for line in (*training.probes, *training.losses))
-    lead = f"{steps:,} steps{preset}. Latent error is ‖z_S − z_T‖² / ‖z_T‖² of final latents at the same seeds."
+    lead = (
+        f"{steps:,} steps{preset}. Latent error is ‖z_S − z_T‖² / ‖z_T‖² of final latents at the same seeds, its "
+        "geometric mean over the prompts."
+    )
     return Section("training", "Distillation", lead, tuple(tables), tuple(drawings))
 
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
+from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from asdm_compress.core.distillation import Distillation, dump_distillation
-from asdm_compress.core.errors import AsdmError, ExitCode
-from asdm_compress.core.files import check_output, check_space, output_file, output_folder
-from asdm_compress.core.processes import PATIENCE
+from asdm_compress.core.distillation import Distillation
+from asdm_compress.core.errors import AsdmError
+from asdm_compress.core.files import check_space, output_file, output_folder
 from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.core.recipe import dump_recipe
 from asdm_compress.core.units import format_seconds
@@ -37,7 +32,7 @@ from asdm_compress.distillation.probe import Probe
 from asdm_compress.distillation.rehearsal import Forecast, rehearse
 from asdm_compress.distillation.selection import add_lora, fold_lora, phases_of, units_around_cuts
 from asdm_compress.distillation.sources import CaptionSource
-from asdm_compress.distillation.trainer import LoopSettings, Outcome, Subjects, Trainer
+from asdm_compress.distillation.trainer import Outcome, Subjects, Trainer
 from asdm_compress.evaluation.prompts import choose_prompts, understands_scenes
 from asdm_compress.models.quiet import quiet_libraries
 from asdm_compress.models.saving import copy_rest
@@ -45,39 +40,23 @@ from asdm_compress.models.source import LoadOptions
 from asdm_compress.reporting.grid import labelled_grid
 from asdm_compress.sampling.images import decode
 from asdm_compress.sampling.settings import SamplingSettings, check_text_to_image
-from asdm_compress.workflows.card import PYTHON, Origin, write_card
+from asdm_compress.workflows.card import Origin, write_card
 from asdm_compress.workflows.progress import Progress
 from asdm_compress.workflows.student import RECIPE, StudentAndTeacher, open_student
-from asdm_compress.workflows.training_section import choose_training
+from asdm_compress.workflows.training_run import (
+    DistillSettings,
+    check_places,
+    is_sharded,
+    make_accelerator,
+    prepare_run,
+)
+from asdm_compress.workflows.training_section import choose_training, damage_before
 
-_SETTINGS: Final = "settings.yaml"
 _RUN: Final = ".run"
 _PROBE_STEPS: Final = 10
 _SAMPLES: Final = "samples"
 _SHOWN: Final = 4
-_PARALLEL: Final = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
-_MAY_CHANGE: Final = ("learning_rate:", "clip:")  # in a training that goes on
 _HALF: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class DistillSettings:
-    """What a user asks for: `changes` are values of the training by dotted names, which go before preset and recipe.
-
-    `mixed_precision` is accelerate's: no, bf16, fp16, or None for what the launcher says. `trackers` are accelerate's,
-    by name.
-    """
-
-    teacher: str | None = None
-    preset: str | None = None
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    loop: LoopSettings = field(default_factory=LoopSettings)
-    mixed_precision: str | None = None
-    trackers: tuple[str, ...] = ()
-    resume: bool = False
-    dry_run: bool = False
-    overwrite: bool = False
-    command: str = PYTHON
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +83,9 @@ class DistillResult:
                 f"{found.last.latent_error:.4g} after {found.steps} steps (damage {found.first.damage:.4g}, then "
                 f"{found.last.damage:.4g})."
             )
-        if found.best_step is not None:
+        if found.best_step == 0:
+            lines.append("The weights are those from before the training: no probe has seen better ones.")
+        elif found.best_step is not None:
             lines.append(f"The weights are those of step {found.best_step}, the best that a probe has seen.")
         lines.append(
             f"Wrote {self.out} after {format_seconds(found.seconds)}: the student, {RECIPE}, {METRICS}; "
@@ -135,7 +116,7 @@ def run_distill(
     """
     run = out.with_name(out.name + _RUN)
     if not settings.dry_run:
-        _check_places(out, run, settings)
+        check_places(out, run, settings)
     settings = replace(settings, loop=replace(settings.loop, sharded=is_sharded(settings)))
     accelerator = make_accelerator(options, settings, run)
     if accelerator.num_processes == 1 and settings.loop.sharded:
@@ -150,7 +131,7 @@ def run_distill(
         raise AsdmError("8-bit optimiser states cannot be sharded", "Use --optimiser adamw, or leave out --shard.")
     check_share(training.batch, accelerator.num_processes)
     pairs = _pairs(opened, training, progress)
-    phases = phases_of(training, opened.student, teacher)
+    phases = phases_of(training, opened.student, damage_before(opened.recipe))
     around = units_around_cuts(opened.student, teacher, opened.plan)
     if training.trains == "lora":
         add_lora(opened.student, training.lora_rank)
@@ -167,7 +148,7 @@ def run_distill(
         return result
     if accelerator.is_main_process:
         check_space(run, forecast.checkpoint_bytes * (settings.loop.keep + 1))
-        _prepare_run(run, training, opened, settings)
+        prepare_run(run, training, opened.hashes, settings)
     cache = _data(opened, training, accelerator, progress)
     share = Share(accelerator.process_index, accelerator.num_processes)
     batches = Batches(cache, training, int(noising.config.num_train_timesteps), share, settings.loop.micro_batch)
@@ -241,96 +222,6 @@ def _train(
     if settings.trackers:
         accelerator.end_training()
     return outcome, trainer.student
-
-
-def is_sharded(settings: DistillSettings) -> bool:
-    """Whether each process is to hold a share of the student: on request, or launched with `--use_fsdp`.
-
-    Raises AsdmError for what cannot be shared out.
-    """
-    # The sharding is done here (see `distillation.engine`): accelerate must take this for plain data parallelism.
-    launched = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if not (launched or settings.loop.sharded):
-        return False
-    if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
-        raise AsdmError("shards are not offloaded to the CPU", "Set fsdp_offload_params to false for the launcher.")
-    if settings.loop.compile:
-        raise AsdmError("a sharded student is not compiled", "Leave out --compile or --shard.")
-    if settings.mixed_precision == "fp16" or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
-        raise AsdmError("a sharded student is not trained in fp16, whose gradients are scaled", "Use --dtype bf16.")
-    return True
-
-
-def make_accelerator(options: LoadOptions, settings: DistillSettings, folder: Path) -> Accelerator:
-    """accelerate's view of the devices, launched by it or not."""
-    _check_trackers(settings.trackers)
-    try:
-        accelerator = Accelerator(
-            cpu=options.device.type == "cpu",
-            mixed_precision=settings.mixed_precision,
-            log_with=list(settings.trackers) or None,
-            project_dir=folder,
-            step_scheduler_with_optimizer=False,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        )
-    except (ValueError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise AsdmError(f"accelerate cannot train so: {reason}", "See `accelerate config`.") from error
-    kind = str(accelerator.distributed_type.value)
-    if kind not in _PARALLEL:
-        raise AsdmError(
-            f"training with {kind} is not supported",
-            "Launch with data parallelism (DDP), accelerate's plain multi-GPU or multi-CPU mode, or with FSDP.",
-        )
-    return accelerator
-
-
-def _check_trackers(names: Sequence[str]) -> None:
-    known, there = (
-        {str(t.value) for t in found} for found in (LoggerType, [LoggerType.ALL, *get_available_trackers()])
-    )
-    for name in names:
-        if name not in known:
-            raise AsdmError(f"unknown tracker {name}", f"Known: {', '.join(sorted(known))}.")
-        if name not in there:
-            raise AsdmError(
-                f"the tracker {name} is not installed",
-                f"Install its package, for example with `pip install {name}`; {METRICS} is written always.",
-                ExitCode.ENVIRONMENT,
-            )
-
-
-def _check_places(out: Path, run: Path, settings: DistillSettings) -> None:
-    check_output(out, settings.overwrite)
-    if run.exists() and not (settings.resume or settings.overwrite):
-        raise AsdmError(
-            f"{run} holds a training that was begun",
-            "Go on with it with --resume, or begin anew with --overwrite.",
-        )
-    if settings.resume and not run.exists():
-        raise AsdmError(f"there is no training to go on with: {run} is not there", "Leave --resume out.")
-
-
-def _prepare_run(run: Path, training: Distillation, opened: StudentAndTeacher, settings: DistillSettings) -> None:
-    """Make the run's folder, or see that the one to go on with is of the same training."""
-    text = "# student {}, teacher {}\n".format(*opened.hashes)
-    text += dump_distillation(training)
-    path = run / _SETTINGS
-    if run.exists() and not settings.resume:
-        shutil.rmtree(run)
-    run.mkdir(parents=True, exist_ok=True)
-    if not path.is_file():
-        path.write_text(text, encoding="utf-8")
-        return
-    before, now = path.read_text(encoding="utf-8").splitlines(), text.splitlines()
-    for old, new in zip_longest(before, now, fillvalue="nothing"):
-        if old != new and not old.strip().startswith(_MAY_CHANGE):
-            raise AsdmError(
-                f"{run} holds another training: it has `{old.strip('# ')}`, this one `{new.strip('# ')}`",
-                "Go on with the same student, teacher and settings; the learning rate and the clipping alone may be "
-                "others. Or begin anew with --overwrite.",
-            )
-    path.write_text(text, encoding="utf-8")
 
 
 def _data(

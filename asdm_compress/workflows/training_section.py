@@ -67,12 +67,17 @@ def choose_training(
         base = recipe.distillation.model_copy(update={"expected": None, "pairs": pairs})
     else:
         base = load_preset(MINI_PRESET if understands_scenes(teacher) else DEFAULT_PRESET)
-        base = _at_rate_for(base, None if recipe.evidence is None else recipe.evidence.held_out_damage)
+        base = _at_rate_for(base, damage_before(recipe))
     training = changed(base, dict(changes))
     names = [str(kind.value) for kind in SchedulerType if kind.value != "piecewise_constant"]
     if training.optimiser.schedule not in names:
         raise AsdmError(f"unknown schedule {training.optimiser.schedule!r}", f"Known: {', '.join(names)}.")
     return training
+
+
+def damage_before(recipe: Recipe) -> float | None:
+    """The damage that `assemble` measured on its student on held-out prompts; None of a recipe that nobody measured."""
+    return None if recipe.evidence is None else recipe.evidence.held_out_damage
 
 
 def _at_rate_for(training: Distillation, damage: float | None) -> Distillation:

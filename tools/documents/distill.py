@@ -7,44 +7,55 @@ from typing import Any, Final
 
 from documents.figures import decibels, percent, results, small, source, table
 
-MEASURES: Final = ("psnr", "frechet", "student_right", "latent_error")
+_QUIET: Final = 0.15  # cores that other programs may use beside a timing, as `measuring.py` has it
 
 
 def distill_recovery() -> str:
-    """Where every arm begins and ends, and how soon ours is there."""
+    """Where every arm begins, what it ends with, and how soon ours is there."""
     found = results("distill")
     lines = []
     for budget, rows in found["recovery"].items():
         verdict = found["verdicts"].get(budget, {})
         for row in rows:
-            first, last = row["curve"][0], row["curve"][-1]
+            first, last = row["curve"][0], _kept(row)
             soon = verdict.get(f"share of the steps to where {row['name']} ends", {}).get("psnr", "")
             lines.append(
                 [
                     budget,
                     row["name"],
-                    f"{decibels(first['psnr'])} → {decibels(last['psnr'])}",
-                    f"{first['frechet']:.2f} → {last['frechet']:.2f}",
-                    f"{last['student_right']} of {last['pairs']} (teacher {last['teacher_right']})",
+                    f"{small(first['damage'])} → {small(row['curve'][-1]['damage'])}",
+                    f"{decibels(first['psnr'])} → {decibels(row['curve'][-1]['psnr'])}",
+                    f"{first['frechet']:.2f} → {row['curve'][-1]['frechet']:.2f}",
+                    f"step {row['kept']}: {decibels(last['psnr'])}, {last['student_right']} of {last['pairs']} right",
                     soon if soon == "" else "never" if soon is None else percent(soon),
                 ]
             )
-    titles = ("budget", "student", "PSNR", "Fréchet distance", "captions right", "ours has that PSNR after")
+    titles = (
+        "budget", "student", "damage", "PSNR", "Fréchet distance", "weights that are kept",
+        "ours is at that PSNR after",
+    )  # fmt: skip
     return table(titles, lines) + "\n\n" + _how(found)
 
 
 def distill_parts() -> str:
-    """What ours comes to without a part of it."""
+    """What ours comes to without a part of it, at the last step."""
     found = results("distill")
     lines = []
     for budget, rows in found["parts"].items():
         whole = [row for row in found["recovery"].get(budget, []) if row["name"] == "ours"]
         for row in (*whole, *rows):
-            last = row["curve"][-1]
+            first, last = row["curve"][0], row["curve"][-1]
             lines.append(
-                [budget, row["name"], small(last["damage"]), small(last["latent_error"]), decibels(last["psnr"])]
+                [
+                    budget,
+                    row["name"],
+                    *(
+                        f"{show(first[measure])} → {show(last[measure])}"
+                        for measure, show in (("damage", small), ("latent_error", small), ("psnr", decibels))
+                    ),
+                ]
             )
-    return table(("budget", "training", "damage, held out", "error of the latents", "PSNR"), lines)
+    return table(("budget", "training", "damage", "error of the latents", "PSNR"), lines)
 
 
 def distill_overhead() -> str:
@@ -52,7 +63,7 @@ def distill_overhead() -> str:
     found = results("distill")["overhead"]
     return (
         f"the trainer takes {found['trainer']:.2f} steps in the time of {found['bare loop']:.2f} of a bare loop of the "
-        f"same passes, {percent(found['share'])} ({source('distill', 'bench_distill')})"
+        f"same passes, {percent(found['share'])}{_beside(found)} ({source('distill', 'bench_distill')})"
     )
 
 
@@ -72,12 +83,26 @@ def distill_full_size() -> str:
         for row in rows
     ]
     titles = ("batch", "step", "images per second", "without the cache", "peak memory", "foretold")
-    return table(titles, lines) + f"\n\n{found['model']} in {found['dtype']}, {found['device']}."
+    return table(titles, lines) + f"\n\n{found['model']} in {found['dtype']}, {found['device']}{_beside(found)}."
+
+
+def _beside(found: Mapping[str, Any]) -> str:
+    """That others used the machine meanwhile, where they did."""
+    load = found.get("other_load_cores", 0.0)
+    return f", while other programs used {load:.1f} cores" if load > _QUIET else ""
+
+
+def _kept(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The point of a curve whose weights the arm ends with."""
+    found: Mapping[str, Any] = next(point for point in row["curve"] if point["step"] == row["kept"])
+    return found
 
 
 def _how(found: Mapping[str, Any]) -> str:
     training = found["training"]
+    teacher = found["recovery"]["0.5x"][0]["curve"][0]
     return (
-        f"{training['steps']} steps of {training['batch']} images out of {training['data']['size']}, judged on "
-        f"{found['prompts']} held-out captions ({source('distill', 'bench_distill')})."
+        f"From the first to the last of {training['steps']} steps of {training['batch']} images out of "
+        f"{training['data']['size']}, on {found['prompts']} held-out captions and seeds, of which the teacher gets "
+        f"{teacher['teacher_right']} wholly right ({source('distill', 'bench_distill')})."
     )
