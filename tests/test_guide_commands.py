@@ -1,4 +1,4 @@
-"""Every command that README and the guides show is run, in one folder, one after the other.
+"""Every command that README, the guides and --help show is run, in one folder, one after the other.
 
 As it is written there, with options added that make it cheap: few prompts, few steps, a coarse search. Where a command
 stands for any model, student or folder, it gets one. What cannot be run here is named with the reason, and is parsed by
@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from stand_ins import save_clip
 from write_documents import DOCUMENTS
 
+from asdm_compress.cli.examples import BEGIN, EXAMPLES
 from asdm_compress.cli.main import app
 
 COMMAND = re.compile(r"(?:\.venv/bin/)?asdm-compress ([a-z][^`\n&]*)")
@@ -28,7 +29,7 @@ STANDS_FOR = {
     "recipe.yaml": "mini-light/recipe.yaml",
 }  # fmt: skip
 # Prose may name a command without its arguments.
-NAMED_ONLY = {"distill …", "export", "optimize --members"}
+NAMED_ONLY = {"distill …", "apply", "export", "optimize --members"}
 NOT_RUN = {
     "apply bk-sdm-base-v1": "needs a checkpoint of the size of Stable Diffusion 1.x",
     "apply bk-sdm-base-v1 MODEL": "the same",
@@ -41,7 +42,7 @@ SEARCH = (
 )
 CHEAPER = {
     "assemble": f"{SEARCH} --held-out-prompts 2 --neighbours 0",
-    "apply": "--steps 2 --calibration-prompts 2",
+    "apply": "--slot-start zero",
     "calibrate": f"{SAMPLING} {PROMPTS} --no-corrections --curve 0",
     "optimize": f"{SAMPLING} {PROMPTS}",
     "generate": SAMPLING,
@@ -55,10 +56,11 @@ ORDER = ("assemble", "apply", "calibrate", "switch", "optimize")
 
 
 def shown() -> list[str]:
-    """The commands of all documents, those first that leave what others need; of like ones the first."""
+    """The commands of all documents and of --help, those first that leave what others need; of like ones the first."""
     found: dict[tuple[str, ...], str] = {}
-    for path in DOCUMENTS:
-        for match in COMMAND.findall(path.read_text(encoding="utf-8")):
+    texts = [path.read_text(encoding="utf-8") for path in DOCUMENTS]
+    for text in (*texts, *BEGIN, *EXAMPLES.values()):
+        for match in COMMAND.findall(text):
             line = match.split(" #")[0].strip()
             if line not in NAMED_ONLY:
                 without_place = re.sub(r" (--out|-o) \S+", "", line)
