@@ -20,8 +20,8 @@ def rivals_setting() -> str:
     return (
         f"{setup['steps']} steps of {sampler} at guidance {setup['guidance']:g}, one image, "
         f"{found['machine']['threads']} thread of {found['machine']['processor']}; all chosen on "
-        f"{setup['validation_prompts']} validation prompts, judged on {setup['test_prompts']} held-out captions and seeds; "
-        f"{named} ({source('rivals', 'bench_rivals')})"
+        f"{setup['validation_prompts']} validation prompts, judged on {setup['test_prompts']} held-out captions and "
+        f"seeds; {named} ({source('rivals', 'bench_rivals')})"
     )
 
 
@@ -39,12 +39,7 @@ def rivals() -> str:
         here = [row for row in rows if row["budget"] == budget]
         inside = sorted((row for row in here if "psnr" in row), key=lambda row: -value(row["psnr"]))
         lines += [[f"{budget:g}x", *_reached(row)] for row in inside]
-        lines += [
-            [f"{budget:g}x", _name(row), f"none of {row['tried']}; its fastest: {row['fastest']}"]
-            + [f"at best {share(row['fastest_share'])}", "", "", "", ""]
-            for row in here
-            if "psnr" not in row and "fastest" in row
-        ]
+        lines += [[f"{budget:g}x", *_too_slow(row)] for row in here if "psnr" not in row and "fastest" in row]
     titles = (
         "budget",
         "method",
@@ -88,6 +83,11 @@ def _reached(row: Mapping[str, Any]) -> list[str]:
         _right(row),
         nearer,
     ]
+
+
+def _too_slow(row: Mapping[str, Any]) -> list[str]:
+    setting = f"none of {row['tried']}; its fastest: {row['fastest']}"
+    return [_name(row), setting, f"at best {share(row['fastest_share'])}", "", "", "", ""]
 
 
 def _name(row: Mapping[str, Any]) -> str:
