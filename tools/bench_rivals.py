@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import RESULTS, Bench, LoadMeter, check_alone, in_turns, plain
+from measuring import RESULTS, Bench, check_alone, in_turns, plain
 from PIL.Image import Image
 from rival_packages import PACKAGES, Setting, every_setting, package_versions, refusals
 
@@ -243,7 +243,7 @@ def main() -> None:
         check_alone()
     names = ("scheduler", "steps", "guidance", "calibration_prompts", "validation_prompts", "test_prompts")
     setup = {name: getattr(arguments, name) for name in names}
-    bench = Bench("rivals", ABOUT, torch.device("cpu"), RESULTS, [], LoadMeter())
+    bench = Bench("rivals", ABOUT, torch.device("cpu"))
     kept = Kept(RESULTS / "rivals.json", bench, setup, arguments.fresh, not arguments.quick)
     contest = Contest(arguments, kept)
     contest.try_caches()
