@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from asdm_compress.cli.examples import EXAMPLES
 from asdm_compress.profiling.profile import load_profile
 
 COMMANDS = (
@@ -29,6 +30,9 @@ def test_help_is_complete_and_imports_no_torch():
     assert result.returncode == 0, result.stderr
     assert all(command in result.stdout for command in COMMANDS)
     assert "--budget" in result.stdout
+    assert "To begin:" in result.stdout
+    # Every command but the group of recipes, which has commands of its own.
+    assert result.stdout.count("Example: asdm-compress") == len(COMMANDS) - 1 == len(EXAMPLES)
 
 
 def test_version_and_missing_command(cli):

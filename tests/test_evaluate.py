@@ -150,7 +150,7 @@ def test_what_is_done_is_not_done_again_and_two_processes_find_the_same(followed
     processes have shared.
     """
     settings = EvaluateSettings("mini-sd", changes=SMALL, repeats=0, batch=2, keep_images=2)
-    student, chunk, done = str(followed / "student" / "unet"), workflow._chunk, []
+    student, chunk, done = str(followed / "student" / "unet"), workflow.measure_pairs, []
 
     def stopping(*arguments):
         if done:
@@ -158,7 +158,7 @@ def test_what_is_done_is_not_done_again_and_two_processes_find_the_same(followed
         done.append(arguments[3])
         return chunk(*arguments)
 
-    monkeypatch.setattr(workflow, "_chunk", stopping)
+    monkeypatch.setattr(workflow, "measure_pairs", stopping)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tmp_path / "out", settings, student)
     assert not (tmp_path / "out").exists()
@@ -173,7 +173,7 @@ def test_what_is_done_is_not_done_again_and_two_processes_find_the_same(followed
         done.append(arguments[3])
         return chunk(*arguments)
 
-    monkeypatch.setattr(workflow, "_chunk", counted)
+    monkeypatch.setattr(workflow, "measure_pairs", counted)
     ours = plain_figures(evaluate(tmp_path / "out", settings, student))
     assert done == [range(2), range(2, 4)]
     assert sorted(p.name for p in (tmp_path / "out" / "images" / "model").iterdir()) == ["000000.png", "000001.png"]

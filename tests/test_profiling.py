@@ -133,8 +133,15 @@ def test_profiles_are_saved_and_read_and_refused_for_other_settings(unet, mini_p
         AsdmError, match="dtype: float32 in the profile, bfloat16 here; batch: 2 in the profile, 1 here"
     ):
         check_fingerprint(other, mini_profile.fingerprint)
-    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 9'))
+    whole = path.read_text()
+    path.write_text(whole.replace('"schema_version": 1', '"schema_version": 9'))
     with pytest.raises(AsdmError, match="schema version 9"):
+        load_profile(path)
+    path.write_text(whole.replace('"batch": 2', '"batch": "two"', 1))
+    with pytest.raises(AsdmError, match=r"profile\.json: fingerprint\.batch: .*integer"):
+        load_profile(path)
+    path.write_text("[]")
+    with pytest.raises(AsdmError, match="schema version None"):
         load_profile(path)
 
 

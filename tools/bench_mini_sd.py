@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 import torch
+from measuring import Bench, measured
 from mini_sd.reader import degrade
 
-from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.evaluation.distances import frechet_distance
 from asdm_compress.evaluation.fidelity import to_tensor
 from asdm_compress.evaluation.quality import accuracy_by_count, scene_features
@@ -29,7 +29,6 @@ from asdm_compress.scenes.draw import draw_scenes
 from asdm_compress.scenes.reader import load_reader
 from asdm_compress.scenes.world import Scene, sample_scene
 
-RESULTS = Path(__file__).parent / "results" / "mini_sd.json"
 TEST_SEED = 77
 GUIDANCE_SEED = 78  # the guidance scale is chosen on other captions than those that are reported
 
@@ -40,6 +39,13 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=100, help="held-out captions per number of objects")
     parser.add_argument("--guidances", type=float, nargs="+", default=[2.0, 3.0, 4.5, 6.0, 8.0])
     arguments = parser.parse_args()
+    # Nothing is timed: other work on the machine does not matter.
+    with measured("mini_sd", __doc__, alone=False) as bench:
+        measure(bench, arguments)
+
+
+def measure(bench: Bench, arguments: argparse.Namespace) -> None:
+    """What the reader reads, and what the model draws."""
     pipeline, reader = load_pipeline("mini-sd", LoadOptions()), load_reader()
     scenes, captions = _scenes(TEST_SEED, arguments.captions)
     drawn = draw_scenes(scenes)
@@ -48,7 +54,7 @@ def main() -> None:
     reconstructed = torch.cat(decoded)
     rng = np.random.default_rng(TEST_SEED)
     degraded = torch.cat([degrade(part, rng) for part in drawn.split(20)])
-    results: dict[str, object] = {
+    bench.facts |= {
         "captions_per_object_count": arguments.captions,
         "reader_accuracy": {
             "rendered": _accuracy(reader.accuracy(drawn, captions), captions),
@@ -67,7 +73,7 @@ def main() -> None:
     images = _images(pipeline, captions, float(best), seed=900_000)
     flags = reader.accuracy(images, captions)
     real, floor = scene_features(drawn), scene_features(reconstructed)
-    results |= {
+    bench.facts |= {
         "guidance_accuracy": by_scale,
         "guidance": float(best),
         "sampler": "DPMSolverMultistepScheduler, 25 steps",
@@ -76,12 +82,8 @@ def main() -> None:
             "samples_to_rendered": frechet_distance(scene_features(images), real),
             "vae_reconstructions_to_rendered": frechet_distance(floor, real),
         },
-        "device": processor_name(),
-        "versions": versions(),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results, indent=1))
+    print(json.dumps(bench.facts, indent=1))
 
 
 def _scenes(seed: int, count: int) -> tuple[list[Scene], list[Caption]]:

@@ -8,19 +8,16 @@ and without any refit as torch-pruning would leave it; damages on prompts that n
 
 from __future__ import annotations
 
-import json
 from math import exp, log
-from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
+from measuring import Bench, measured
 
 from asdm_compress.assembly.calibration import record
 from asdm_compress.assembly.damage import chunks_of, measure_plan
 from asdm_compress.assembly.narrowing import InnerSums, collecting, narrowed_state, taylor_importance
 from asdm_compress.assembly.plan import Plan
-from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.models.loading import load_pipeline
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.models.walk import finish, start, steps_of
@@ -28,13 +25,18 @@ from asdm_compress.models.widths import Inner, inner_widths
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.scenes.captions import sample_captions
 
-RESULTS = Path(__file__).parent / "results" / "narrowing.json"
 SHARE, EDIT = 0.5, "narrow0.5"
 SEEN, UNSEEN = 64, 24
 
 
-@torch.no_grad()
 def main() -> None:
+    """Nothing is timed: other work on the machine does not matter."""
+    with measured("narrowing", __doc__, alone=False) as bench:
+        measure(bench)
+
+
+@torch.no_grad()
+def measure(bench: Bench) -> None:
     """Narrow every module in every way."""
     pipeline = load_pipeline("mini-sd", LoadOptions())
     pipeline.set_progress_bar_config(disable=True)
@@ -52,7 +54,6 @@ def main() -> None:
         with collecting(unet, sums, calibration, first):
             finish(steps, start(unet, *calibration.part(first, last).rows()))
     taylor = taylor_importance(unet, list(inner), calibration)
-    rows: list[dict[str, Any]] = []
     for path, here in inner.items():
         module = unet.get_submodule(path)
         choices = {"size": _size(module, here), "taylor": taylor[path], "reconstruction": None}
@@ -60,15 +61,14 @@ def main() -> None:
         for name, importance in choices.items():
             weights = {path: narrowed_state(module, SHARE, sums[path], importance)}
             damages[name] = measure_plan(unet, Plan({path: EDIT}), unseen, weights).total
-        rows.append({"site": path, **damages})
-        print(json.dumps(rows[-1]), flush=True)
+        bench.add({"site": path, **damages})
+    rows = bench.rows
     names = [name for name in rows[0] if name != "site"]
     summary = {name: exp(fmean(log(row[name]) for row in rows)) for name in names}
     best = {name: sum(row[name] == min(row[n] for n in names) for row in rows) for name in names}
-    print(json.dumps({"geometric_mean": summary, "best_at": best}))
-    content = {"share": SHARE, "prompts": SEEN, "unseen_prompts": UNSEEN, "geometric_mean": summary, "best_at": best}
-    content |= {"device": processor_name(), "versions": versions(), "rows": rows}
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(summary, best)
+    bench.facts |= {"share": SHARE, "prompts": SEEN, "unseen_prompts": UNSEEN}
+    bench.facts |= {"geometric_mean": summary, "best_at": best}
 
 
 def _size(module: torch.nn.Module, inner: Inner) -> torch.Tensor:

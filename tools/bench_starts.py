@@ -7,11 +7,9 @@ BK-SDM-base's removals on `mini-sd`, a convolution in every hole, no training; o
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
-from typing import Any
 
+from measuring import Bench, measured
 from rival_plans import BK_PATTERNS
 
 from asdm_compress.assembly.calibration import record
@@ -21,7 +19,6 @@ from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.plan_fit import fit_plan
 from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.defaults import CALIBRATION_PROMPTS
-from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.evaluation.quality import assess
 from asdm_compress.models.edits import SlotWeights
 from asdm_compress.models.loading import load_pipeline
@@ -31,7 +28,6 @@ from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.scenes.captions import sample_captions
 from asdm_compress.workflows.assemble import with_unet
 
-RESULTS = Path(__file__).parent / "results" / "starts.json"
 PROMPTS = 24
 SETTINGS, UNSEEN = SamplingSettings(), SamplingSettings(seed=80_000)
 SHAPES = ("conv1x1", "conv1x1*8@timestep", "separable3x3*8@timestep", "conv3x3-rank16*8@timestep", "conv3x3",
@@ -39,6 +35,13 @@ SHAPES = ("conv1x1", "conv1x1*8@timestep", "separable3x3*8@timestep", "conv3x3-r
 
 
 def main() -> None:
+    """Alone on the machine: fits are timed too."""
+    with measured("starts", __doc__) as bench:
+        bench.facts["prompts"] = PROMPTS
+        measure(bench)
+
+
+def measure(bench: Bench) -> None:
     """Measure every start."""
     pipeline = load_pipeline("mini-sd", LoadOptions())
     pipeline.set_progress_bar_config(disable=True)
@@ -48,22 +51,14 @@ def main() -> None:
     calibration = record(pipeline, seen, SETTINGS)
     others = record(pipeline, [c.text for c in captions], UNSEEN, band_weights=calibration.band_weights)
     pictures = sample(pipeline, [c.text for c in captions], UNSEEN)
-    rows: list[dict[str, Any]] = []
 
     def keep(start: str, edit: str, weights: SlotWeights, seconds: float | None = None) -> None:
         plan = Plan(dict.fromkeys(BK_PATTERNS["bk-sdm-base"].edits, edit))
         student = assemble(teacher, plan, weights)
         quality = assess(pictures, sample(with_unet(pipeline, student), [c.text for c in captions], UNSEEN), captions)
         damage = measure_plan(teacher, plan, others, weights).total
-        row = {
-            "start": start,
-            "edit": edit,
-            "damage": damage,
-            "psnr": quality.as_json()["psnr"],
-            "fit_seconds": seconds,
-        }
-        rows.append(row)
-        print(json.dumps(row), flush=True)
+        psnr = quality.as_json()["psnr"]
+        bench.add({"start": start, "edit": edit, "damage": damage, "psnr": psnr, "fit_seconds": seconds})
 
     keep("hole", "drop", {})
     shown = "conv3x3*8@timestep"
@@ -75,8 +70,6 @@ def main() -> None:
         began = time.perf_counter()
         weights = fit_plan(teacher, Plan(dict.fromkeys(pattern.edits, edit)), calibration)
         keep("fitted", edit, weights, round(time.perf_counter() - began, 1))
-    content = {"prompts": PROMPTS, "device": processor_name(), "versions": versions(), "rows": rows}
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,15 +12,14 @@ All damages are on prompts that nothing was fitted on.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from measuring import Bench, measured
 from rival_plans import BK_PATTERNS
 from torch import Tensor
 
@@ -32,7 +31,6 @@ from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.plan_fit import fit_plan
 from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.defaults import CALIBRATION_PROMPTS
-from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.evaluation.quality import assess
 from asdm_compress.models.edits import SlotWeights
 from asdm_compress.models.expert_conv import Moment
@@ -44,13 +42,19 @@ from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.scenes.captions import sample_captions
 from asdm_compress.workflows.assemble import with_unet
 
-RESULTS = Path(__file__).parent / "results" / "targets.json"
 EDIT = "conv3x3*8@timestep"
 PROMPTS, UNSEEN = 24, SamplingSettings(seed=80_000)
 ROUNDS, BATCH = 12, 64
 
 
 def main() -> None:
+    """Alone on the machine: fits are timed too."""
+    with measured("targets", __doc__) as bench:
+        bench.facts |= {"edit": EDIT, "prompts": PROMPTS}
+        measure(bench)
+
+
+def measure(bench: Bench) -> None:
     """Fit for every target and measure."""
     pipeline = load_pipeline("mini-sd", LoadOptions())
     pipeline.set_progress_bar_config(disable=True)
@@ -61,14 +65,12 @@ def main() -> None:
     others = record(pipeline, [c.text for c in captions], UNSEEN, band_weights=calibration.band_weights)
     pictures = sample(pipeline, [c.text for c in captions], UNSEEN)
     plan = Plan(dict.fromkeys(BK_PATTERNS["bk-sdm-base"].edits, EDIT))
-    rows: list[dict[str, Any]] = []
 
     def keep(target: str, student: UNet2DConditionModel, damage: float, began: float) -> None:
         seconds = round(time.perf_counter() - began, 1)
         images = sample(with_unet(pipeline, student), [c.text for c in captions], UNSEEN)
         quality = assess(pictures, images, captions)
-        rows.append({"target": target, "damage": damage, "psnr": quality.as_json()["psnr"], "fit_seconds": seconds})
-        print(json.dumps(rows[-1]), flush=True)
+        bench.add({"target": target, "damage": damage, "psnr": quality.as_json()["psnr"], "fit_seconds": seconds})
 
     began = time.perf_counter()
     fits: dict[str, SlotWeights] = {"own part": _own_parts(teacher, plan, calibration)}
@@ -82,9 +84,7 @@ def main() -> None:
     began = time.perf_counter()
     kept = _refine(teacher, student, _trained_names(student, fits["in order, refitted"]), calibration)
     keep("block", student, compare_predictions(teacher, student, others).total, began)
-    rows[-1]["blocks"] = kept
-    content = {"edit": EDIT, "prompts": PROMPTS, "device": processor_name(), "versions": versions(), "rows": rows}
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    bench.rows[-1]["blocks"] = kept
 
 
 def _own_parts(teacher: UNet2DConditionModel, plan: Plan, calibration: Calibration) -> SlotWeights:

@@ -6,8 +6,9 @@ A bench is
         turns = in_turns({"plain": f, "routed": g}, repeats=9)
         bench.add({"case": 1, "routed_ratio": turns.ratio("routed", "plain")})
 
-and leaves `tools/results/experts.json`: the machine, the command, how busy others were meanwhile, and the rows. A row
-holds plain values and figures, each figure `{"value", "low", "high", "n", "method"}` with its 95 % interval.
+and leaves `tools/results/experts.json`: the machine, the command, how busy others were meanwhile, what the bench has
+put into `bench.facts`, and the rows. A row holds plain values and figures, each figure `{"value", "low", "high", "n",
+"method"}` with its 95 % interval.
 """
 
 from __future__ import annotations
@@ -114,13 +115,14 @@ def check_alone(seconds: float = _LISTENING) -> float:
 
 @dataclass(slots=True)
 class Bench:
-    """The rows of a bench under way; every added row is printed, and all are written."""
+    """The rows of a bench under way, and `facts` that are of no row; every added row is printed, and all is written."""
 
     name: str
     about: str
     device: torch.device
     folder: Path = RESULTS
     rows: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
     meter: LoadMeter = field(default_factory=LoadMeter)
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -137,6 +139,7 @@ class Bench:
             "command": shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
             "machine": fingerprint(self.device),
             "other_load_cores": round(self.meter.others(), 3),
+            **self.facts,
             "rows": self.rows,
         }
 

@@ -97,7 +97,10 @@ def assemble(
 ) -> None:
     """Cut a model to a budget with the least damage, provably, and write the student with its evidence.
 
-    Under `accelerate launch` several processes share the measurements of damages.
+    Modules are taken out, narrowed, or replaced by small convolutions, and what stays is solved anew; nothing is
+    trained (`distill` does that). The folder opens in diffusers after `import asdm_compress`. Measurements are kept on
+    disk, so that another budget takes a part of the time, and a run that was cut off goes on. Under `accelerate launch`
+    several processes share the measurements of damages.
     """
     limits = parse_budget(budget or [])
     schedule = parse_budget([inherit]) if inherit else ()

@@ -58,7 +58,12 @@ def calibrate(
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
-    """Find which features every sampling step inherits, for a time budget, and try the schedule against its rivals."""
+    """Find which features every sampling step inherits, for a time budget, and try the schedule against its rivals.
+
+    To inherit is to take what an earlier step has computed, or a forecast from several, and to leave out all that only
+    led there. The schedule changes no weight: it is for one sampler, number of steps and guidance, and is used by
+    `generate --inherit` and `asdm_compress.inheriting`. One goal is needed: --budget, --min-psnr or --min-ssim.
+    """
     limits = parse_budget(budget) if budget else ()
     check_output(out, overwrite)
     output = Output(quiet, as_json)

@@ -43,13 +43,15 @@ def distill(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the optimiser.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images per step, over all devices.")] = None,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="At most so many images at once on a device.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="The highest of the schedule.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate of the schedule.")] = None,
     schedule: Annotated[str | None, typer.Option(help="constant, cosine, linear, … as diffusers has them.")] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help="Steps in which the learning rate rises.")] = None,
     optimiser: Annotated[str | None, typer.Option(help="adamw, adamw-fused or adamw-8bit.")] = None,
-    clip: Annotated[float | None, typer.Option(help="The most of the gradient's norm.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of the averaged weights.")] = None,
-    task: Annotated[float | None, typer.Option(help="Weight of the task loss.")] = None,
+    task: Annotated[
+        float | None, typer.Option(help="Weight of the task loss, against the noise that was added.")
+    ] = None,
     output_weight: Annotated[
         float | None, typer.Option("--output", help="Weight of the loss against the teacher's prediction.")
     ] = None,
@@ -58,16 +60,21 @@ def distill(
         str | None, typer.Option(help="Where features are compared: blocks, borders or self-attention.")
     ] = None,
     normalise: Annotated[
-        bool | None, typer.Option("--normalise/--no-normalise", help="Each feature's loss by the teacher's energy.")
+        bool | None,
+        typer.Option(
+            "--normalise/--no-normalise", help="Divide each feature's loss by the energy of the teacher's feature."
+        ),
     ] = None,
-    weighting: Annotated[str | None, typer.Option(help="Of timesteps: none, min-snr or truncated.")] = None,
+    weighting: Annotated[str | None, typer.Option(help="Weighting of timesteps: none, min-snr or truncated.")] = None,
     trajectory: Annotated[float | None, typer.Option(help="Weight of the loss of short rollouts.")] = None,
     trajectory_steps: Annotated[int | None, typer.Option(min=1, help="Steps of such a rollout.")] = None,
     caption_dropout: Annotated[float | None, typer.Option(help="Share of the rows without their caption.")] = None,
     random_conditioning: Annotated[
         float | None, typer.Option(help="Rate of swapped captions, 5 for example; 0 is none.")
     ] = None,
-    trains: Annotated[str | None, typer.Option(help="all, experts, around-cuts, lora, or auto.")] = None,
+    trains: Annotated[
+        str | None, typer.Option(help="all, experts (what is in the slots), around-cuts, lora, or auto.")
+    ] = None,
     experts_share: Annotated[
         float | None, typer.Option(help="Share of the steps that trains the slots alone, before all trains (auto).")
     ] = None,
@@ -111,7 +118,11 @@ def distill(
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
-    """Train a student to do what its teacher does; on many devices under `accelerate launch -m asdm_compress`."""
+    """Train a student to do what its teacher does; on many devices under `accelerate launch -m asdm_compress`.
+
+    Everything is in the recipe's distillation section, or in a preset; the options here change single values of it.
+    --dry-run prints memory and duration first. Checkpoints lie in OUT.run, and --resume goes on from the last one.
+    """
     if dtype not in _PRECISIONS:
         raise AsdmError(f"unknown dtype {dtype!r}", f"Use {', '.join(_PRECISIONS)}.")
     first = is_main_process()

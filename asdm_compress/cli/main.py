@@ -16,6 +16,7 @@ from asdm_compress.cli.console import fail
 from asdm_compress.cli.distill import distill
 from asdm_compress.cli.doctor import doctor
 from asdm_compress.cli.evaluate import evaluate
+from asdm_compress.cli.examples import BEGIN, EXAMPLES
 from asdm_compress.cli.export import export
 from asdm_compress.cli.frontier import frontier
 from asdm_compress.cli.generate import generate
@@ -31,17 +32,24 @@ from asdm_compress.core.processes import started_processes
 app = typer.Typer(
     name="asdm-compress",
     help="Make a Stable Diffusion UNet fit a budget: faster and smaller with the least loss, proven by measurement.",
+    epilog="\n\n".join(BEGIN),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (
-    *(profile, frontier, assemble, apply, distill, calibrate, switch, optimize),
-    *(generate, evaluate, report, export, lora, doctor),
-):
-    app.command()(command)
-app.add_typer(recipes)
+# In the order in which they are used.
+PANELS = {
+    "Make a lighter UNet": (profile, assemble, frontier, apply, distill),
+    "Spend less on every image": (calibrate, switch, optimize),
+    "Look at the result": (generate, evaluate, report),
+    "Take it elsewhere, and help": (export, lora, doctor),
+}
+for panel, commands in PANELS.items():
+    for command in commands:
+        example = f"Example: {EXAMPLES[command.__name__]}"
+        app.command(rich_help_panel=panel, epilog=example)(command)
+app.add_typer(recipes, rich_help_panel="Make a lighter UNet")
 
 SHARED = ("assemble", "distill", "evaluate")  # the commands that a launcher may start in several processes
 

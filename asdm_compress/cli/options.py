@@ -18,7 +18,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="[MODEL]",
-        help="mini-sd (bundled), sd15, sd21-base, sd21, a diffusers folder, a .safetensors or .ckpt file, or a hub id.",
+        help="mini-sd (bundled), sd15, sd21-base, sd21, a diffusers folder, a .safetensors or .ckpt file, or a hub id "
+        "that is in the local cache.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU where there is one.")]
@@ -31,7 +32,7 @@ PredictionType = Annotated[
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read pickle files that can run code. Only for files you trust.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")]

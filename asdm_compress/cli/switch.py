@@ -37,7 +37,7 @@ def switch(
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
-    """Make one model of a teacher and its students, of which every sampling step runs the one that is its."""
+    """Make one model of a teacher and its students, and say which of them takes which sampling step."""
     check_output(out, overwrite)
     output = Output(quiet, as_json)
     with output.stage("Starting torch"):

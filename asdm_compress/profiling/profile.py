@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any, Final, Literal
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from asdm_compress.core.checked_json import read_record
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.provenance import content_hash, processor_name, versions
 from asdm_compress.models.families import architecture
@@ -109,19 +109,7 @@ class Profile(_Record):
 
 def load_profile(path: Path) -> Profile:
     """Read a `profile.json`; raises AsdmError for one that is damaged or of another schema version."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AsdmError(f"{path} cannot be read: {error}") from error
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise AsdmError(
-            f"{path} has schema version {content.get('schema_version')}, this program reads {SCHEMA_VERSION}",
-            "Make the profile again.",
-        )
-    try:
-        return Profile.model_validate(content)
-    except ValidationError as error:
-        raise AsdmError(f"{path} is no profile: {error.errors()[0]['msg']}", "Make the profile again.") from error
+    return read_record(path, Profile, SCHEMA_VERSION, "Make the profile again.")
 
 
 @dataclass(frozen=True, slots=True)
