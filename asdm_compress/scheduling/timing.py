@@ -30,6 +30,9 @@ from asdm_compress.scheduling.menu import (
 
 REPEATS: Final = 9
 LOOP: Final = 6  # steps of a timed loop
+# Seconds after which kinds of steps are no longer timed. There are dozens of loops, and of too few turns none may be
+# undisturbed for one of them, on which then every predicted time is wrong.
+PATIENCE: Final = 120.0
 LEAST: Final = 1e-3  # of the base's time, where a difference drowns in noise
 _BEFORE: Final = 2  # of them that compute everything, so that there is something to forecast from
 
@@ -160,7 +163,7 @@ def time_kinds(
         (action,) = with_corrections([menu.example(kind)])
         loops.append(loop(action, steps, {(step, name): correction for step in range(_BEFORE, steps)}))
     # Other work on the machine only ever adds time, and differences of disturbed times would say nothing.
-    base, *samples = (min(seconds) for seconds in time_side_by_side(loops, repeats, pipeline.device))
+    base, *samples = (min(seconds) for seconds in time_side_by_side(loops, repeats, pipeline.device, PATIENCE))
     each = [max(seconds - base, LEAST * base) / (steps - _BEFORE) for seconds in samples]
     found = dict(zip(kinds, each, strict=False))
     outside = max(base - _BEFORE * found[EVERYTHING.kind], 0.0)
