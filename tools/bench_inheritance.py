@@ -22,6 +22,8 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
@@ -58,7 +60,7 @@ from asdm_compress.scheduling.rollouts import Judge, Score, gain
 from asdm_compress.scheduling.search import DynamicProgram, find_front
 from asdm_compress.scheduling.timing import time_runs
 from asdm_compress.scheduling.ways import SOLVERS, Way, fewer_steps, uniform_caches
-from asdm_compress.workflows.calibrate import CalibrateSettings, measured_shares, prepare, split_prompts
+from asdm_compress.workflows.calibrate import CalibrateSettings, prepare, split_prompts
 from asdm_compress.workflows.calibrated import schedule_of
 from asdm_compress.workflows.progress import Silent
 
@@ -133,7 +135,7 @@ class Bench:
 
     def keep(self, budget: float, role: str, way: Way, plan: Plan | None = None) -> None:
         """Time a way beside the full run, and look at its pictures of the test prompts."""
-        share = measured_shares([way], self.pipeline, self.settings, self.one)[0]
+        share, wall = self.timed(way)
         pictures = self.test.pictures_of(way)
         psnr, ssim = compare_pairs(pictures, self.test.pictures)
         self.scores[role] = Score(tuple(psnr), tuple(ssim))
@@ -141,7 +143,8 @@ class Bench:
         row = {
             "sampler": self.sampler, "steps": self.steps, "budget": budget, "role": role, "way": way.name,
             "predicted_share": way.seconds / self.choosing.every_times.full_run if way.seconds else None,
-            "share": share, **self.scores[role].as_json(), "right": right, "full_right": self.full_right,
+            "share": share, "wall_share": wall, **self.scores[role].as_json(),
+            "right": right, "full_right": self.full_right,
             "frechet_to_full": frechet_distance(scene_features(to_tensor(pictures)), self.features),
         }  # fmt: skip
         if plan is not None:
@@ -152,6 +155,26 @@ class Bench:
         self.shown[role] = (share, pictures[:6])
         self.rows.append(row)
         print(json.dumps(row), flush=True)
+
+    def timed(self, way: Way) -> tuple[float, float]:
+        """A way's share of the full run's time in turns with it: of its thread's processor time, and on the clock.
+
+        On a machine of one's own the two are the same. With several threads both are what the clock says.
+        """
+        ways = (Way("full", self.steps, 0.0), way)
+        loops = [w.loop(self.pipeline, self.one, self.settings.sampling) for w in ways]
+        alone = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        taken: list[tuple[float, float]] = []
+        for turn in range(self.settings.repeats + 1):
+            marks = [(alone(), time.perf_counter())]
+            for loop in loops:
+                loop()
+                marks.append((alone(), time.perf_counter()))
+            full, own = ([b - a for a, b in zip(*pair, strict=True)] for pair in pairwise(marks))
+            if turn:  # the first one warms up
+                taken.append((own[0] / full[0], own[1] / full[1]))
+        processor, wall = (median(ratios) for ratios in zip(*taken, strict=True))
+        return processor, wall
 
     def macs(self, schedule: Schedule) -> dict[str, int]:
         """The planned and the executed MACs of a run for one image."""
@@ -204,7 +227,7 @@ class Bench:
         """The schedule for a share of the time; as `calibrate` does, searched again where it takes more when timed."""
         plan = choose_schedule(self.choosing, goal, share)
         for _ in range(MOST_ROUNDS):
-            taken = measured_shares([plan.way], self.pipeline, self.settings, self.one)[0]
+            taken = self.timed(plan.way)[0]
             if taken <= share * SLACK:
                 break
             aim = share * plan.way.seconds / self.choosing.every_times.full_run / taken
@@ -215,7 +238,7 @@ class Bench:
     def share(self, way: Way) -> float:
         """The measured time of a way whose time is not predicted; measured once."""
         if way.name not in self.known_shares:
-            self.known_shares[way.name] = measured_shares([way], self.pipeline, self.settings, self.one)[0]
+            self.known_shares[way.name] = self.timed(way)[0]
         return self.known_shares[way.name]
 
     def best_cuts(self, ways: Sequence[Way], count: int = 3) -> list[int]:

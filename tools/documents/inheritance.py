@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 from typing import Any, Final
 
 from documents.figures import decibels, percent, results, share, source, table
@@ -43,11 +44,13 @@ def inheritance_setting() -> str:
     """On what it was measured."""
     found = results("inheritance")
     settings, machine, load = found["settings"], found["machine"], found["other_load_cores"].values()
-    pairs = found["rows"][0]["pairs"]
+    timed = [row for row in found["rows"] if "wall_share" in row]
+    pairs, clock = timed[0]["pairs"], median(abs(row["wall_share"] / row["share"] - 1) for row in timed)
     return (
         f"{pairs} test prompts and seeds, chosen on {settings['prompts']} others, one image at a time on "
-        f"{machine['threads']} thread(s) of {machine['device']}, each time the median ratio of {settings['repeats']} "
-        f"runs in turns with the full run, while other processes used up to {max(load):.1f} cores "
+        f"{machine['threads']} thread of {machine['device']}, each time the median ratio of the thread's processor "
+        f"time in {settings['repeats']} runs in turns with the full run; other processes used up to "
+        f"{max(load):.1f} cores meanwhile, and on the clock the ratios differ by {percent(clock)} in the median "
         f"({source(*BENCH)})"
     )
 
