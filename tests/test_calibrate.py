@@ -36,7 +36,7 @@ from asdm_compress.sampling.settings import SamplingSettings, encode
 from asdm_compress.scenes.captions import sample_captions
 from asdm_compress.scheduling.check_steps import check_steps
 from asdm_compress.scheduling.fits import Fitter, only_fitted
-from asdm_compress.scheduling.goals import Goal, too_small
+from asdm_compress.scheduling.goals import COHERENCES, RESTARTS, Choosing, Goal, too_small
 from asdm_compress.scheduling.measure import measure_surrogate, sampler_timeline
 from asdm_compress.scheduling.menu import (
     EVERYTHING,
@@ -52,7 +52,7 @@ from asdm_compress.scheduling.menu import (
 from asdm_compress.scheduling.responses import REACH, Responses
 from asdm_compress.scheduling.rollouts import Judge, Score, gain
 from asdm_compress.scheduling.search import DynamicProgram, find_front, improved
-from asdm_compress.scheduling.surrogate import Surrogate
+from asdm_compress.scheduling.surrogate import COHERENT, Surrogate
 from asdm_compress.scheduling.timing import KindTimes, Loop
 from asdm_compress.scheduling.ways import Way, cheapest_cache, fewer_steps, uniform_caches
 from asdm_compress.workflows.calibrate import (
@@ -187,6 +187,28 @@ def test_exchanges_lower_the_joint_damage_and_keep_the_time(unet):
     assert found[0] == EVERYTHING
     assert times.share(found) <= 0.5 * (1 + 1e-6)
     assert surrogate.damage(found) < surrogate.damage(start.choices)
+
+
+def test_candidates_are_different_schedules_within_the_time_from_several_starts(unet, monkeypatch):
+    """The front's own and one for every coherence and start; where a quality is the goal, of one start only."""
+    monkeypatch.setattr(improved, "__defaults__", (COHERENT, 40, 0))
+    surrogate, times = small(unet, 8)
+    front = find_front(DynamicProgram(surrogate, times))
+    choosing = Choosing(surrogate, times, front, None, surrogate.menu, times, front, None)
+    plans = [plan for plan in choosing.candidates(0.5) if plan.choices is not None]
+    tried = [plan.choices for plan in plans]
+    corner = front.best(0.5)
+    ends = {
+        improved(surrogate, times, corner.choices, 0.5, coherent, seed=seed)
+        for coherent in COHERENCES
+        for seed in range(RESTARTS)
+    }
+    assert len(tried) == len(set(tried))
+    assert set(tried) == ends | {corner.choices}
+    assert len(ends) > len(COHERENCES)
+    assert all(times.share(choices) <= 0.5 * (1 + 1e-6) for choices in tried)
+    few = [plan.choices for plan in choosing.candidates(0.5, wide=False)]
+    assert few == [improved(surrogate, times, corner.choices, 0.5), corner.choices]
 
 
 def test_a_linear_drift_is_forecast_without_error(unet):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from asdm_compress.models.families import FAMILIES
 from asdm_compress.models.tree import meta_copy
 from asdm_compress.profiling.counting import count
 from asdm_compress.profiling.crosscheck import cross_check
+from asdm_compress.profiling.latency import time_side_by_side
 from asdm_compress.profiling.profile import ProfileSettings, check_fingerprint, load_profile, profile, random_inputs
 
 
@@ -148,3 +150,15 @@ def test_profiles_are_saved_and_read_and_refused_for_other_settings(unet, mini_p
 def test_an_image_size_that_does_not_fit_is_refused(unet):
     with pytest.raises(AsdmError, match="multiple of 8"):
         profile(unet, replace(ProfileSettings(), image_size=100))
+
+
+def test_undisturbed_seconds_of_one_thread_are_those_in_which_it_had_the_core():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        (own,) = time_side_by_side([lambda: time.sleep(0.05)], 2, torch.device("cpu"), undisturbed=True)
+        (passed,) = time_side_by_side([lambda: time.sleep(0.05)], 2, torch.device("cpu"))
+    finally:
+        torch.set_num_threads(before)
+    assert max(own) < 0.03
+    assert min(passed) >= 0.05

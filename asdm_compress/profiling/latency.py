@@ -38,6 +38,13 @@ class _HostClock:
         return second - first
 
 
+class _OwnClock(_HostClock):
+    """The processor's time, which does not pass while others have the core."""
+
+    def mark(self) -> float:
+        return time.process_time()
+
+
 class _CudaClock:
     """Device events, so that marking does not wait for the device."""
 
@@ -136,13 +143,19 @@ def _time_once(forward: ForwardPass, clock: _Clock) -> float:
 
 
 def time_side_by_side(
-    passes: Sequence[ForwardPass], repeats: int, device: torch.device, patience: float = PATIENCE
+    passes: Sequence[ForwardPass],
+    repeats: int,
+    device: torch.device,
+    patience: float = PATIENCE,
+    undisturbed: bool = False,
 ) -> list[list[float]]:
     """Seconds of each of several passes, taken in turns so that a slow moment of the machine meets all of them.
 
-    Stops early once `patience` seconds have gone by and `FEWEST_REPEATS` turns are done.
+    Stops early once `patience` seconds have gone by and `FEWEST_REPEATS` turns are done. `undisturbed`: where torch
+    runs in one thread of the processor, seconds are that thread's own, without those in which others had the core.
     """
-    clock = _clock(device)
+    own = undisturbed and device.type == "cpu" and torch.get_num_threads() == 1
+    clock = _OwnClock() if own else _clock(device)
     for forward in passes:
         forward()
     samples: list[list[float]] = [[] for _ in passes]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
+from diffusers import UNet2DConditionModel
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path as Outline
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from asdm_compress.core.units import format_seconds
 from asdm_compress.inheritance.actions import Action
-from asdm_compress.inheritance.forecast import Forecast
-from asdm_compress.inheritance.graph import PREDICTION
 from asdm_compress.reporting.plots import as_svg
+from asdm_compress.reporting.schedule_map import MEANINGS, Kind, map_on
 from asdm_compress.scheduling.check_steps import StepCheck
 
 _COMPUTED: Final = "#2563eb"
@@ -21,33 +25,39 @@ _HELD: Final = "#9ca3af"
 _FORECAST: Final = "#ea580c"
 _CORRECTED: Final = "#9f1239"
 _OTHER: Final = "#16a34a"
-_GUIDANCE: Final = "guidance difference"
+_CELLS: Final[dict[Kind, str]] = {"computed": _COMPUTED, "part": "#93c5fd", "held": "#d1d5db", "forecast": "#fdba74"}
 Row = tuple[str, str, float, str, str]  # role, way, share of the time, validation, test
 Point = tuple[str, str, float, float]  # role, way, share of the time, PSNR in dB
 _ROLE_COLOURS: Final = {"schedule": _FORECAST, "DeepCache": _COMPUTED, "fewer steps": _HELD}
 
 
-def steps_svg(actions: Sequence[Action], checks: Sequence[StepCheck]) -> str:
-    """Places over steps: computed, held, forecast or corrected; below, where it was checked, each step's error."""
-    places = list(dict.fromkeys(entry.place for action in actions for entry in action.inherits))
-    rows = [_GUIDANCE, *places]
-    figure = Figure(figsize=(8, 0.32 * len(rows) + (3.6 if checks else 1.6)))
+def steps_svg(unet: UNet2DConditionModel, actions: Sequence[Action], checks: Sequence[StepCheck]) -> str:
+    """Parts of the UNet over steps: computed, held or forecast, and where a fitted correction is added; below, where
+    it was checked, each step's error. Raises AsdmError for places that the UNet does not have."""
+    found = map_on(unet, actions)
+    height = 0.19 * (len(found.rows) + 1) + 0.5
+    figure = Figure(
+        figsize=(max(6.5, 0.24 * len(actions) + 2.5), height + (2 if checks else 0.8)), layout="constrained"
+    )
     if checks:
-        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[0.32 * len(rows) + 0.4, 1.6])
+        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[height, 1.6])
     else:
         axes = figure.add_subplot()
-    for step, action in enumerate(actions):
-        colours = {e.place: _CORRECTED if e.corrected else _colour(e.forecast) for e in action.inherits}
-        if action.guidance is not None:
-            colours[_GUIDANCE] = _colour(action.guidance)
-        for number, place in enumerate(rows):
-            axes.barh(number, 0.92, left=step - 0.46, height=0.85, color=colours.get(place, _COMPUTED))
-    axes.set_yticks(range(len(rows)), ["skip" if place == PREDICTION else place for place in rows])
-    axes.invert_yaxis()
-    axes.set_title("What every step computes and inherits", loc="left")
-    kinds = {"computed": _COMPUTED, "held": _HELD, "forecast": _FORECAST, "corrected": _CORRECTED}
-    legend = [Patch(color=colour, label=kind) for kind, colour in kinds.items()]
-    axes.legend(handles=legend, frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
+    for kind, colour in _CELLS.items():
+        here = [(i, row) for row, cells in enumerate(found.cells) for i, cell in enumerate(cells) if cell == kind]
+        if here:  # one shape for all of them keeps the file small
+            axes.add_patch(PathPatch(_boxes(here), facecolor=colour, edgecolor="none", label=MEANINGS[kind]))
+    rows = [_short(row) for row in found.rows]
+    fitted = [i for i, action in enumerate(actions) if any(entry.corrected for entry in action.inherits)]
+    if fitted:
+        axes.plot(fitted, [len(rows)] * len(fitted), linestyle="", marker="D", markersize=4, color=_CORRECTED)
+        rows.append("fitted correction")
+    axes.set_yticks(range(len(rows)), rows, fontsize=7)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(-0.6, len(actions) - 0.4)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(handles=axes.patches, frameon=False, ncols=4, loc="outside upper center", fontsize=8)
     if checks:
         if all(c.predicted_error is not None for c in checks):
             below.plot([c.predicted_error for c in checks], color=_HELD, label="predicted")
@@ -60,8 +70,16 @@ def steps_svg(actions: Sequence[Action], checks: Sequence[StepCheck]) -> str:
     return as_svg(figure)
 
 
-def _colour(forecast: Forecast) -> str:
-    return _FORECAST if forecast.order else _HELD
+def _boxes(cells: Sequence[tuple[int, int]]) -> Outline:
+    """Boxes around cells, each a step and a row, as one path."""
+    corners = np.array([[-0.47, -0.44], [0.47, -0.44], [0.47, 0.44], [-0.47, 0.44], [-0.47, -0.44]])
+    return Outline.make_compound_path(*(Outline(corners + cell, closed=True) for cell in cells))
+
+
+def _short(path: str) -> str:
+    """A part's name that fits beside a row: `down 0 attention 1` for `down_blocks.0.attentions.1`."""
+    singular = re.sub(r"s\.(\d+)$", r" \1", re.sub(r"_blocks?\b", "", path))
+    return re.sub(r"(sampler) 0$", r"\1", singular).replace(".", " ")
 
 
 def time_psnr_svg(points: Sequence[Point]) -> str:

@@ -26,6 +26,8 @@ Metric = Literal["psnr", "ssim"]
 SHARES: Final = 24  # of the time, that are tried for a least quality
 # How much the errors of different steps add up is not known: schedules are searched for several answers.
 COHERENCES: Final = (COHERENT, 0.0, 1.0)
+# Exchanges end in different schedules, whose damages differ by half and which runs rank otherwise than the surrogate.
+RESTARTS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ class Choosing:
         """
         # A regular schedule may hold what it inherits for longer than was measured, and so take less than the front's.
         corner = self.front.best(share) or self.front.cheapest
-        found = self._searched(self.times, self.front, share, COHERENCES if wide else COHERENCES[:1])
+        found = [plan for some in self._searched(self.times, self.front, share, wide) for plan in some]
         if wide:
             ways = uniform_caches(self.every, self.every_times, share, LINEAR)
             ways += uniform_caches(self.every, self.every_times, share)
@@ -118,9 +120,8 @@ class Choosing:
         """
         if self.fitter is None:
             return []
-        times = self.times.corrected()
-        tried = COHERENCES[: 2 if wide else 1]
-        promising = self._searched(times, self.corrected_front, share, tried)[: len(tried)]
+        # Fitting takes longer than trying: of each coherence only the schedule of least damage.
+        promising = [some[0] for some in self._searched(self.times.corrected(), self.corrected_front, share, wide)]
         best = self.best(plain)
         if best.choices is None:
             (light,) = {light for light, _ in self._kinds(best) if light != WHOLE}
@@ -128,15 +129,28 @@ class Choosing:
             promising += [Plan(way, None, None, best.cost, best.bound) for way in ways]
         return [plan for plan in map(self._corrected, promising) if plan is not None]
 
-    def _searched(self, times: KindTimes, front: Front, share: float, coherences: Sequence[float]) -> list[Plan]:
+    def _searched(self, times: KindTimes, front: Front, share: float, wide: bool) -> list[list[Plan]]:
+        """Different schedules for every coherence, or the first of them, those of least damage under it first.
+
+        The front's own is the last of the first coherence.
+        """
         corner = front.best(share)
         if corner is None:
             return []
-        found = [improved(self.surrogate, times, corner.choices, share, coherent) for coherent in coherences]
-        return [
-            self._plan(times, choices, corner, front.bound(share))
-            for choices in dict.fromkeys((*found, corner.choices))
-        ]
+        bound, seen = front.bound(share), set[tuple[Choice, ...]]()
+        found: list[list[Plan]] = []
+        for coherent in COHERENCES if wide else COHERENCES[:1]:
+            ends = [
+                improved(self.surrogate, times, corner.choices, share, coherent, seed=seed)
+                for seed in range(RESTARTS if wide else 1)
+            ]
+            ends.sort(key=lambda choices: self.surrogate.damage(choices, coherent))
+            new = list(dict.fromkeys([*ends, *([] if found else [corner.choices])]))
+            plans = [self._plan(times, choices, corner, bound) for choices in new if choices not in seen]
+            seen |= set(new)
+            if plans:
+                found.append(plans)
+        return found
 
     def _plan(self, times: KindTimes, choices: tuple[Choice, ...], corner: Corner, bound: float) -> Plan:
         way = scheduled(self.surrogate.menu, times, choices, "calibrated")

@@ -172,12 +172,13 @@ def improved(
     share: float,
     coherent: float = COHERENT,
     exchanges: int = EXCHANGES,
+    seed: int = 0,
 ) -> tuple[Choice, ...]:
     """A schedule of at most `share` of the time with less joint damage, by random exchanges that are kept if better.
 
-    An exchange changes one step, swaps two, or changes two; with them light actions mix.
+    An exchange changes one step, swaps two, or changes two; with them light actions mix. They end where the seed leads.
     """
-    chance, menu = random.Random(0), surrogate.menu.choices()
+    chance, menu = random.Random(seed), surrogate.menu.choices()
     choices, budget = list(start), share * (1 + SLACK)
     damage = surrogate.damage(choices, coherent)
     for _ in range(exchanges if surrogate.steps > 1 else 0):

@@ -30,6 +30,9 @@ from asdm_compress.scheduling.menu import (
 
 REPEATS: Final = 9
 LOOP: Final = 6  # steps of a timed loop
+# Seconds after which kinds of steps are no longer timed. There are dozens of loops, and of too few turns none may be
+# undisturbed for one of them, on which then every predicted time is wrong.
+PATIENCE: Final = 120.0
 LEAST: Final = 1e-3  # of the base's time, where a difference drowns in noise
 _BEFORE: Final = 2  # of them that compute everything, so that there is something to forecast from
 
@@ -139,6 +142,8 @@ def time_kinds(
 ) -> KindTimes:
     """Time loops of a few steps of each of a menu's kinds in turns, for one batch of images, one per row of `texts`.
 
+    In one thread of the processor seconds are its own, which do not pass while other programs have the core.
+
     A loop is two steps that compute everything and some of the kind; the time of the two and of what is around them is
     that of a loop of two. Cuts are timed with corrections too, whose values do not matter for that; a step that leaves
     a guidance branch out is taken to pay as much for them as one that does not, though it has half the rows.
@@ -160,7 +165,8 @@ def time_kinds(
         (action,) = with_corrections([menu.example(kind)])
         loops.append(loop(action, steps, {(step, name): correction for step in range(_BEFORE, steps)}))
     # Other work on the machine only ever adds time, and differences of disturbed times would say nothing.
-    base, *samples = (min(seconds) for seconds in time_side_by_side(loops, repeats, pipeline.device))
+    taken = time_side_by_side(loops, repeats, pipeline.device, PATIENCE, undisturbed=True)
+    base, *samples = (min(seconds) for seconds in taken)
     each = [max(seconds - base, LEAST * base) / (steps - _BEFORE) for seconds in samples]
     found = dict(zip(kinds, each, strict=False))
     outside = max(base - _BEFORE * found[EVERYTHING.kind], 0.0)
@@ -190,5 +196,8 @@ def _empty_corrections(
 
 
 def time_runs(loops: Sequence[Loop], repeats: int = REPEATS) -> list[list[float]]:
-    """Seconds of whole runs, taken in turns so that a slow moment of the machine meets all of them."""
-    return time_side_by_side(loops, repeats, loops[0].pipeline.device)
+    """Seconds of whole runs, taken in turns so that a slow moment of the machine meets all of them.
+
+    In one thread of the processor they are its own seconds, as for kinds of steps.
+    """
+    return time_side_by_side(loops, repeats, loops[0].pipeline.device, undisturbed=True)

@@ -134,7 +134,7 @@ def write_schedule(folder: Path, model: str, calibrated: Calibrated, settings: C
     validity = _validity(model, pipeline, calibrated.choosing.surrogate.timeline, sampling)
     save_schedule(replace(schedule, validity=validity), folder / "inheritance.yaml")
     (folder / "calibration.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    (folder / "steps.svg").write_text(steps_svg(schedule.actions, calibrated.steps), encoding="utf-8")
+    (folder / "steps.svg").write_text(steps_svg(pipeline.unet, schedule.actions, calibrated.steps), encoding="utf-8")
     (folder / "time_psnr.svg").write_text(time_psnr_svg(calibrated.points()), encoding="utf-8")
     calibrated.grid().save(folder / "inheritance.png")
     return content

@@ -1,0 +1,176 @@
+"""What the benches of feature inheritance have found, in words and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any, Final
+
+from documents.figures import decibels, percent, results, share, source, table
+
+BENCH: Final = ("inheritance", "bench_inheritance")
+NAMES: Final = {"calibrated": "**calibrated (ours)**"}
+ALONE: Final = "search alone"
+
+
+def inheritance_against() -> str:
+    """Ours, the best cache and the best of fewer steps, for every sampler and time."""
+    found = results("inheritance")
+    lines = []
+    for cell in found["summary"]:
+        rows = {row["role"]: row for row in _rows(found, cell) if not row["role"].startswith(ALONE)}
+        ours, cache = rows["calibrated"], rows.get(cell.get("best_cache", ""))
+        fewer = next((r for r in rows.values() if r["way"] == cell.get("fewer_steps")), None)
+        lines.append(
+            [
+                f"{cell['sampler']}, {cell['steps']}",
+                f"{cell['budget']}x",
+                f"{decibels(ours['psnr'])} at {share(ours['share'])}",
+                "–" if cache is None else f"{cache['role']}: {decibels(cache['psnr'])} at {share(cache['share'])}",
+                "–" if cache is None else _difference(cell, "over_best_cache"),
+                "–" if cache is None else _time(cell),
+                "–" if fewer is None else f"{decibels(fewer['psnr'])} at {share(fewer['share'])}",
+                "–" if fewer is None else _difference(cell, "over_fewer_steps"),
+            ]
+        )
+    titles = (
+        "sampler, steps", "time asked for", "calibrated", "best cache of others", "ours nearer by",
+        "time for its PSNR", "fewer steps, best sampler", "ours nearer by",
+    )  # fmt: skip
+    return table(titles, lines)
+
+
+def inheritance_setting() -> str:
+    """On what it was measured."""
+    found = results("inheritance")
+    settings, machine, load = found["settings"], found["machine"], found["other_load_cores"].values()
+    timed = [row for row in found["rows"] if "wall_share" in row]
+    pairs, clock = timed[0]["pairs"], median(abs(row["wall_share"] / row["share"] - 1) for row in timed)
+    return (
+        f"{pairs} test prompts and seeds, chosen on {settings['prompts']} others, one image at a time on "
+        f"{machine['threads']} thread of {machine['device']}, each time the median ratio of the thread's processor "
+        f"time in {settings['repeats']} runs in turns with the full run; other processes used up to "
+        f"{max(load):.1f} cores meanwhile, and on the clock the ratios differ by {percent(clock)} in the median "
+        f"({source(*BENCH)})"
+    )
+
+
+def inheritance_all() -> str:
+    """Every way that was tried in the middle one of the times."""
+    found = results("inheritance")
+    budgets = sorted({cell["budget"] for cell in found["summary"]})
+    middle = budgets[len(budgets) // 2]
+    lines = []
+    for cell in found["summary"]:
+        if cell["budget"] != middle:
+            continue
+        for row in _rows(found, cell):
+            if row["role"].startswith(ALONE) or "psnr" not in row:
+                continue
+            lines.append(
+                [
+                    f"{row['sampler']}, {row['steps']}",
+                    NAMES.get(row["role"], row["role"]),
+                    row["way"] if row["role"] != "calibrated" else "",
+                    share(row["share"]),
+                    f"{row['psnr']:.1f} ± {row['psnr_interval']:.1f} dB",
+                    f"{row['ssim']:.3f}",
+                    f"{row['right']} (full run {row['full_right']})",
+                    f"{row['frechet_to_full']:.2f}",
+                ]
+            )
+    titles = ("sampler, steps", "", "way", "time", "PSNR", "SSIM", "captions right", "Fréchet to full run")
+    return table(titles, lines)
+
+
+def inheritance_parts() -> str:
+    """Ours without one ingredient at a time."""
+    found = results("inheritance")
+    rows = [row for row in found["rows"] if row["role"].startswith(ALONE)]
+    lines = []
+    for row in rows:
+        whole = next(
+            r for r in rows if r["role"] == ALONE and (r["sampler"], r["steps"]) == (row["sampler"], row["steps"])
+        )
+        without = row["role"].removeprefix(f"{ALONE}, ")
+        lines.append(
+            [
+                f"{row['sampler']}, {row['steps']}, {row['budget']}x",
+                "everything" if row is whole else without,
+                share(row["share"]),
+                f"{row['psnr']:.1f} ± {row['psnr_interval']:.1f} dB",
+                "" if row is whole else f"{row['psnr'] - whole['psnr']:+.1f} dB",
+            ]
+        )
+    return table(("sampler, steps, time asked for", "search", "time", "PSNR", "against everything"), lines)
+
+
+def inheritance_predictions() -> str:
+    """Predicted against measured time, planned against executed MACs, on mini-sd and at full size."""
+    cells = results("inheritance")["summary"]
+    off = [abs(cell["time_off"]) for cell in cells]
+    equal = sum(cell["macs_as_planned"] for cell in cells)
+    text = (
+        f"On `mini-sd` the predicted time of the {len(cells)} calibrated schedules is off by at most "
+        f"{percent(max(off))}, in the median by {percent(sorted(off)[len(off) // 2])}; planned and executed MACs are "
+        f"equal in {equal} of {len(cells)}"
+    )
+    full = results("inheritance_full_size")
+    rows = "; ".join(
+        f"{row['schedule']}: {share(row['predicted_share'])} predicted, {share(row['share'])} measured "
+        f"({percent(abs(row['off']))} off), MACs {'equal' if _equal(row) else 'not equal'}"
+        for row in full["rows"]
+    )
+    return (
+        f"{text}. On a UNet of Stable Diffusion 1.5's size in bfloat16, {full['steps']} steps of which the full run "
+        f"takes {full['full_seconds']:.0f} s: {rows} ({source('inheritance_full_size', 'bench_inheritance')})"
+    )
+
+
+def inheritance_memory() -> str:
+    """What is held at the size of Stable Diffusion 1.5, and what the run time costs by itself."""
+    found = results("inheritance_overhead")
+    held = {row["rule"]: row["mib_per_sample"] for row in found["held"]}
+    ours = [row["sd15_mib_per_sample"] for row in results("inheritance")["rows"] if "sd15_mib_per_sample" in row]
+    full, small = found.get("sd15 bf16"), found["mini-sd"]
+    outermost = held["uniform:3,branch=0,forecast=hold"]
+    text = (
+        f"At the size of Stable Diffusion 1.5 in half precision a sample holds {outermost:.1f} MiB at the outermost "
+        f"cut, {held['uniform:3,branch=0']:.1f} with a linear forecast, the calibrated schedules "
+        f"{min(ours):.1f} to {max(ours):.1f}; DeepCache 0.1.1 holds {found['deepcache_mib_per_sample']} whatever the "
+        f"branch. With everything computed the run time costs {small['whole_microseconds_per_step']:.0f} µs a step on "
+        "`mini-sd`"
+    )
+    if full is not None:
+        text += f", which is {percent(full['whole_share_of_a_step'])} of a full-size step"
+    return f"{text} ({source('inheritance_overhead', 'bench_inheritance_overhead')})"
+
+
+def inheritance_deepcache() -> str:
+    """DeepCache's own package beside our schedule of the same settings."""
+    rows = [row for row in results("inheritance")["rows"] if row["role"] == "DeepCache 0.1.1 itself"]
+    return "; ".join(
+        f"under {row['sampler']} with {row['steps']} steps DeepCache 0.1.1 itself takes {row['their_seconds']:.3f} s "
+        f"for what is `{row['way']}` here in {row['our_seconds']:.3f} s, and the latents differ by at most "
+        f"{row['largest_difference']:.2g}"
+        for row in rows
+    )
+
+
+def _rows(found: Any, cell: Any) -> Sequence[dict[str, Any]]:
+    where = (cell["sampler"], cell["steps"], cell["budget"])
+    return [row for row in found["rows"] if (row["sampler"], row["steps"], row.get("budget")) == where]
+
+
+def _difference(cell: Any, what: str) -> str:
+    return f"{cell[what]:+.1f} ± {cell[what + '_interval']:.1f} dB"
+
+
+def _time(cell: Any) -> str:
+    if "time_for_the_same_psnr" in cell:
+        return f"{cell['time_for_the_same_psnr']:.2f} of its time"
+    return f"under {cell['time_for_the_same_psnr_below']:.2f} of its time"
+
+
+def _equal(row: Any) -> bool:
+    return bool(row["sd15_planned_macs"] == row["sd15_executed_macs"])

@@ -1,0 +1,136 @@
+"""What `bench_inheritance.py` has measured: kept on disk cell by cell, summed up, and drawn."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from matplotlib.figure import Figure
+from measuring import fingerprint
+
+from asdm_compress.reporting.plots import as_svg
+
+RESULTS: Final = Path(__file__).parent / "results"
+SLACK: Final = 1.02  # by which a time may be over the budget
+CACHES: Final = ("DeepCache", "DeepCache, not uniform", "Faster Diffusion", "T-GATE", "Block Caching")
+LINES: Final = {
+    "calibrated": ("calibrated (ours)", "#ea580c", "o"),
+    "DeepCache": ("DeepCache", "#2563eb", "s"),
+    "DeepCache, not uniform": ("DeepCache, not uniform", "#60a5fa", "D"),
+    "Block Caching": ("Block Caching", "#16a34a", "^"),
+    "Faster Diffusion": ("Faster Diffusion", "#a16207", "v"),
+    "T-GATE": ("T-GATE", "#9333ea", "P"),
+    "fewer steps": ("fewer steps", "#9ca3af", "X"),
+    "fewer steps, best sampler": ("fewer steps, best sampler", "#4b5563", "x"),
+}
+Rows = list[dict[str, Any]]
+
+
+def summary(rows: Rows) -> Rows:
+    """For every cell: ours over the best cache and over fewer steps in dB, and the time at which ours is as good."""
+    found = []
+    cells = dict.fromkeys((r["sampler"], r["steps"], r["budget"]) for r in rows if r["role"] == "calibrated")
+    for sampler, steps, budget in cells:
+        here = [r for r in rows if (r["sampler"], r["steps"], r.get("budget")) == (sampler, steps, budget)]
+        own = next(r for r in here if r["role"] == "calibrated")
+        cache = max((r for r in here if r["role"] in CACHES), key=lambda r: r["psnr"], default=None)
+        fewer = max((r for r in here if r["role"].startswith("fewer steps")), key=lambda r: r["psnr"], default=None)
+        line = sorted(
+            (r["psnr"], r["share"])
+            for r in rows
+            if (r["sampler"], r["steps"], r["role"]) == (sampler, steps, "calibrated")
+        )
+        row = {"sampler": sampler, "steps": steps, "budget": budget, "ours": own["psnr"], "share": own["share"]}
+        row["within_budget"] = own["share"] <= budget * SLACK
+        if cache is not None:
+            row |= {"best_cache": cache["role"], "its_share": cache["share"]}
+            row["over_best_cache"], row["over_best_cache_interval"] = own["gains"][cache["role"]]
+            if line[0][0] <= cache["psnr"]:
+                same = float(np.interp(cache["psnr"], [p for p, _ in line], [s for _, s in line]))
+                row["time_for_the_same_psnr"] = same / cache["share"]
+            else:  # even our fastest schedule is better
+                row["time_for_the_same_psnr_below"] = line[0][1] / cache["share"]
+        if fewer is not None:
+            row["fewer_steps"] = fewer["way"]
+            row["over_fewer_steps"], row["over_fewer_steps_interval"] = own["gains"][fewer["role"]]
+        if own["predicted_share"]:
+            row["time_off"] = own["predicted_share"] / own["share"] - 1
+        row["macs_as_planned"] = own["planned_macs"] == own["executed_macs"]
+        found.append(row)
+    return found
+
+
+def picture(rows: Rows) -> str:
+    """PSNR over measured time, one panel for every sampler and number of steps."""
+    rows = [row for row in rows if row["role"] in LINES]
+    panels = list(dict.fromkeys((row["sampler"], row["steps"]) for row in rows))
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4 * columns, 3.4 * lines + 0.7), layout="constrained")
+    every = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in every[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (sampler, steps) in zip(every, panels, strict=False):
+        for role, (label, colour, marker) in LINES.items():
+            points = sorted(
+                (row["share"], row["psnr"])
+                for row in rows
+                if (row["role"], row["sampler"], row["steps"]) == (role, sampler, steps)
+            )
+            ours = role == "calibrated"
+            style = {"linewidth": 2.4 if ours else 1.2, "markersize": 6 if ours else 4, "zorder": 3 if ours else 2}
+            # Empty ones too: the legend is that of all panels.
+            axes.plot([x for x, _ in points], [y for _, y in points], color=colour, marker=marker, label=label, **style)
+        axes.set_title(f"{sampler}, {steps} steps", loc="left", fontsize=10)
+        axes.set_xlabel("time of the full run")
+        axes.set_ylabel("PSNR to the full run, dB")
+        axes.grid(alpha=0.25)
+    figure.legend(*every[0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=4, loc="outside upper center")
+    return as_svg(figure)
+
+
+class Kept:
+    """The results so far, on disk after every cell; those of other settings are begun anew."""
+
+    def __init__(self, path: Path, arguments: argparse.Namespace, fresh: bool) -> None:
+        self.path, self.writes = path, not arguments.quick
+        names = ("prompts", "test_prompts", "guidance", "repeats")
+        self.content: dict[str, Any] = {
+            "machine": fingerprint(),
+            "settings": {name: getattr(arguments, name) for name in names},
+            "cells": [],
+            "rows": [],
+        }
+        if self.writes and path.exists() and not fresh:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            same = all(before.get(key) == self.content[key] for key in ("machine", "settings"))
+            if same:
+                self.content = before
+            else:
+                print("the results there are of other settings: beginning anew", flush=True)
+
+    def has(self, cell: Sequence[Any]) -> bool:
+        """Whether a cell is done."""
+        return list(cell) in self.content["cells"]
+
+    def add(self, cell: Sequence[Any], rows: Rows, seconds: float, load: float) -> None:
+        """Write a cell that is done; `load` is how many cores other processes used meanwhile."""
+        self.content["cells"].append(list(cell))
+        self.content["rows"] += rows
+        name = " ".join(map(str, cell))
+        self.content.setdefault("seconds", {})[name] = round(seconds, 1)
+        self.content.setdefault("other_load_cores", {})[name] = round(load, 2)
+        self.content["summary"] = summary(self.content["rows"])
+        self.write()
+
+    def write(self) -> None:
+        """To disk, unless nothing is to be written."""
+        if self.writes:
+            RESULTS.mkdir(exist_ok=True)
+            self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+            if self.content["rows"]:
+                (RESULTS / "inheritance.svg").write_text(picture(self.content["rows"]), encoding="utf-8")
