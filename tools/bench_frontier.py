@@ -44,7 +44,7 @@ from asdm_compress.scheduling.switch_times import SKIP
 from asdm_compress.scheduling.timing import time_runs
 from asdm_compress.scheduling.ways import Way
 from asdm_compress.workflows.calibrate import CalibrateSettings
-from asdm_compress.workflows.optimize import Search
+from asdm_compress.workflows.candidates import Search
 from asdm_compress.workflows.progress import Silent
 from asdm_compress.workflows.switch import open_members
 

@@ -76,7 +76,8 @@ def optimize(
         score = candidate.test.text() if candidate.test else ""
         output.show(f"{candidate.share:.3f}x  {score}  {candidate.role}: {candidate.way.name}")
     best = found.best
-    how = f"`generate {out} … --steps {best.way.steps}"
-    how += " --inherit calibrated`" if (out / "inheritance.yaml").exists() else "`"
-    output.show(f"Best within the budget: {best.way.name}. Wrote {out}; sample with {how}.")
+    output.show(
+        f"Best within the budget: {best.way.name}. Wrote {out}; sample with `generate {out} … --steps {best.way.steps}`,"
+        f" or, after `import asdm_compress`, by diffusers with `num_inference_steps={best.way.steps}`."
+    )
     output.result({"out": str(out), **found.content})

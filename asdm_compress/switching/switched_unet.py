@@ -41,8 +41,10 @@ class SwitchedUNet2DConditionModel(AssembledUNet2DConditionModel):
     `members` lists them: the body's `name`, and for each other one its `name`, `config` (where it differs from the
     body's), `edits`, and what it has in common with those before it (`shared` and `units`, see `sharing`). `switching`
     is the schedule (see `schedules`). Which step it is is read off the timestep: of a pipeline's, which run and which
-    step of it; of any other, how noisy its sample is. It loads, moves, converts and saves as one model, a LoRA is put
-    on every member that has the layer, and runs of other pipelines and threads do not meet.
+    step of it; of any other, how noisy its sample is. Which rows are the unconditional ones, for steps that reuse the
+    guidance's difference, is read off the samples, which the two branches have in common. It loads, moves, converts and
+    saves as one model, a LoRA is put on every member that has the layer, and runs of other pipelines and threads do not
+    meet.
     """
 
     # As of the class of assembled UNets.
@@ -168,7 +170,9 @@ class SwitchedUNet2DConditionModel(AssembledUNet2DConditionModel):
         opened = None if place is None else self._run_at(place)
         if opened is None:
             return self._by_noise(call)
-        prediction = opened.run.evaluate(call)
+        # Looked for at every call, since only the pipeline knows; a run begins anew where it turns out otherwise.
+        guided = self.schedule.reuses_guidance and call.has_both_branches
+        prediction = opened.run.evaluate(call, guided)
         self._runs.keep(opened)
         return prediction
 
