@@ -100,9 +100,9 @@ def test_assemble_writes_students_that_take_turns(unet, tmp_path, monkeypatch):
     assert made is not None
     out = tmp_path / "out"
     content = json.loads((out / FILE_NAME).read_text(encoding="utf-8"))
-    assert content["lineup"] == made.lineup.as_json()
+    assert content["lineup"] == made.students.lineup.as_json()
     # Chosen for what was measured of them, no more than were allowed, of a ladder from the slowest on.
-    assert 1 <= len(made.lineup.students) <= 2
+    assert 1 <= len(made.students.lineup.students) <= 2
     latencies = [entry["latency"] for entry in content["ladder"]]
     assert latencies == sorted(latencies, reverse=True)
     assert min(latencies) < BUDGET < max(latencies)

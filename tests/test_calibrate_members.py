@@ -214,7 +214,7 @@ def test_optimize_leaves_a_pipeline_that_keeps_the_time(pipeline, student, cli, 
     assert json.loads((tmp_path / "fast/optimize.json").read_text(encoding="utf-8"))["best"] == content["best"]
     files = {entry["file"] for entry in content["frontier"]} - {None}
     assert {f"frontier/{path.name}" for path in (tmp_path / "fast/frontier").iterdir()} == files
-    # What was written runs as it was found without anything around it, and every schedule of the frontier on the same folder.
+    # What was written runs as it was found, with nothing around it, and the frontier's schedules on the same folder.
     for entry in content["frontier"]:
         if entry["file"] is None and entry["way"] != content["best"]["way"]:
             continue

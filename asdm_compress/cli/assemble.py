@@ -196,4 +196,4 @@ def _show(made: MembersResult | None, output: Output) -> None:
     for line in made.lines():
         output.show(line)
     output.show(f"Wrote {made.out}: the switched pipeline, its members' recipes and members.json.")
-    output.result({"out": str(made.out), "lineup": made.lineup.as_json(), **made.found.content})
+    output.result({"out": str(made.out), "lineup": made.students.lineup.as_json(), **made.found.content})

@@ -77,7 +77,7 @@ def optimize(
         output.show(f"{candidate.share:.3f}x  {score}  {candidate.role}: {candidate.way.name}")
     best = found.best
     output.show(
-        f"Best within the budget: {best.way.name}. Wrote {out}; sample with `generate {out} … --steps {best.way.steps}`,"
-        f" or, after `import asdm_compress`, by diffusers with `num_inference_steps={best.way.steps}`."
+        f"Best within the budget: {best.way.name}. Wrote {out}; sample with `generate {out} … --steps "
+        f"{best.way.steps}` or, after `import asdm_compress`, by diffusers with `num_inference_steps={best.way.steps}`."
     )
     output.result({"out": str(out), **found.content})

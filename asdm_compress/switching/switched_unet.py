@@ -131,6 +131,17 @@ class SwitchedUNet2DConditionModel(AssembledUNet2DConditionModel):
         found: UNet2DConditionModel = self.others[self._names.index(name) - 1]
         return found
 
+    def alone(self, name: str) -> UNet2DConditionModel:
+        """A member, the body too, as a UNet by itself on the same tensors; raises AsdmError for one that is none."""
+        found = member_of(self, name)
+        if found is not self:
+            return found
+        with torch.device("meta"):
+            body = _build(_plain_config(self), self.config.get("edits") or {})
+        own = {key: tensor for key, tensor in self.state_dict().items() if not key.startswith(f"{_OTHERS}.")}
+        body.load_state_dict(own, strict=True, assign=True)
+        return body.eval().requires_grad_(False)
+
     def body_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass of the body, whatever step it is."""
         return super().forward(*args, **kwargs)

@@ -33,7 +33,7 @@ from asdm_compress.switching.switched_unet import SwitchedUNet2DConditionModel
 from asdm_compress.workflows.assemble import SCHEDULE_PROMPTS, Target, with_unet
 from asdm_compress.workflows.calibrate import CalibrateSettings
 from asdm_compress.workflows.calibrate_members import SwitchingFound, calibrate_members
-from asdm_compress.workflows.plan import PlanSettings, measure
+from asdm_compress.workflows.plan import Measured, PlanSettings, measure
 from asdm_compress.workflows.progress import Progress
 
 TEACHER: Final = "teacher"
@@ -42,25 +42,63 @@ FASTER: Final = 0.75  # times the budget: some of the ladder's plans are made fo
 
 
 @dataclass(frozen=True, slots=True)
-class MembersResult:
-    """What was made: the ladder, who was lined up, and the schedule that was found for them. `out` holds the same."""
+class Students:
+    """The ladder, who was lined up, and the names and weights, by number of rung, of those and of the best single one.
 
-    out: Path
+    The latter is only compared with, unless it is lined up itself.
+    """
+
     rungs: Sequence[Rung]
     lineup: Lineup
+    names: Mapping[int, str]
+    weights: Mapping[int, SlotWeights]
+
+    @property
+    def bystanders(self) -> list[str]:
+        """Those that are only compared with."""
+        return [name for i, name in self.names.items() if i not in self.lineup.students]
+
+    def with_teacher(self, teacher: UNet2DConditionModel) -> dict[str, UNet2DConditionModel]:
+        """All of them behind their teacher, by name."""
+        students = {name: assemble(teacher, self.rungs[i].plan, self.weights[i]) for i, name in self.names.items()}
+        return {TEACHER: teacher, **students}
+
+    def as_json(self, band_weights: Sequence[float]) -> dict[str, Any]:
+        """The ladder from the slowest student on, and the line-up, whose students are its numbers."""
+        return {
+            "band_weights": list(band_weights), "lineup": self.lineup.as_json(),
+            "ladder": [
+                {
+                    "name": self.names.get(i), "latency": rung.latency, "damage": rung.damage.total,
+                    "bands": list(rung.damage.bands), "edits": {o.site: o.edit for o in rung.solution.options},
+                }
+                for i, rung in enumerate(self.rungs)
+            ],
+        }  # fmt: skip
+
+    def line(self) -> str:
+        """For the terminal."""
+        times = " and ".join(f"{self.rungs[i].latency:.3f}x" for i in self.lineup.students)
+        proof = "proven" if self.lineup.proven else f"with a bound of {self.lineup.bound:.3g}"
+        return (
+            f"Of {len(self.rungs)} students that were fitted and measured, those of {times or 'none'} switch best "
+            f"together: damage {self.lineup.predicted:.3g} ({proof})."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MembersResult:
+    """What was made: the students, and the schedule that was found for them. `out` holds the same."""
+
+    out: Path
+    students: Students
     found: SwitchingFound
 
     def lines(self) -> list[str]:
         """For the terminal."""
-        times = " and ".join(f"{self.rungs[i].latency:.3f}x" for i in self.lineup.students)
-        proof = "proven" if self.lineup.proven else f"with a bound of {self.lineup.bound:.3g}"
         steps = [str(action) for action in self.found.content["steps"]]
-        return [
-            f"Of {len(self.rungs)} students that were fitted and measured, those of {times or 'none'} switch "
-            f"best together: damage {self.lineup.predicted:.3g} ({proof}).",
-            "Steps: " + ", ".join(f"{steps.count(name)} of {name}" for name in dict.fromkeys(steps)) + ".",
-            *self.found.lines(),
-        ]
+        counted = ", ".join(f"{steps.count(name)} of {name}" for name in dict.fromkeys(steps))
+        return [self.students.line(), f"Steps: {counted}.", *self.found.lines()]
 
 
 def run_assemble_members(
@@ -97,6 +135,43 @@ def run_assemble_members(
     share = limits[0].absolute(measured.profile.latency) / measured.profile.latency
     if share >= 1:
         raise AsdmError("the teacher is within this time already", "Ask for less than 1x.")
+    students = make_students(teacher, measured, share, settings, most, progress)
+    found = calibrate_members(
+        pipeline, students.with_teacher(teacher), _calibration(share, settings, measured.prompts), progress,
+        students.bystanders,
+    )  # fmt: skip
+    with progress.stage("Writing"):
+        stored = open_pipeline(source, replace(options, dtype=None, device=torch.device("cpu")))
+        stored.scheduler = pipeline.scheduler
+        taking = {action.member for action in found.switched.schedule.actions}
+        used = {name: unet for name, unet in students.with_teacher(stored.unet).items() if name in taking}
+        whole = with_unet(stored, SwitchedUNet2DConditionModel.of(used, found.switched.schedule))
+        with output_folder(target.out, target.overwrite) as aside:
+            found.write(whole, aside, models=list(used))
+            measured.profile.save(aside / "profile.json")
+            content = {"command": target.command, **students.as_json(measured.calibration.band_weights)}
+            (aside / FILE_NAME).write_text(json.dumps(content, indent=1), encoding="utf-8")
+            (aside / "members").mkdir()
+            for i, name in students.names.items():
+                if name in used:
+                    recipe = _recipe(model, stored.unet, teacher, students.rungs[i], settings)
+                    (aside / "members" / f"{name}.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    return MembersResult(target.out, students, found)
+
+
+def make_students(
+    teacher: UNet2DConditionModel,
+    measured: Measured,
+    share: float,
+    settings: PlanSettings,
+    most: int,
+    progress: Progress,
+) -> Students:
+    """The students that switch best together in a share of the teacher's time, from what was measured of the teacher.
+
+    Raises AsdmError with exit code 3 where no students take so little.
+    """
+    limits = (Limit("latency", share, relative=True),)
     search = Search(
         teacher, measured.profile, measured.options, measured.damages, limits, measured.shape, measured.calibration,
         settings.refit,
@@ -104,35 +179,12 @@ def run_assemble_members(
     with progress.bar("Fitting and measuring students of several sizes") as bar:
         # One of the budget itself could take all steps.
         rungs = climb(search, (*SHARES, share, FASTER * share), bar)
-    weights, steps = measured.calibration.band_weights, settings.sampling.steps
     with progress.stage("Solving for the students that switch best together"):
-        lineup = line_up(rungs, weights, steps, share, most)
-        single = _single(rungs, share)
-    names = _names(rungs, (*lineup.students, *single))
+        lineup = line_up(rungs, measured.calibration.band_weights, settings.sampling.steps, share, most)
+        names = _names(rungs, (*lineup.students, *_single(rungs, share)))
     with progress.stage("Fitting them to all prompts"):
         fitted = {i: search.fit(rungs[i].plan, measured.calibration) for i in names}
-    members = _members(teacher, rungs, fitted, names)
-    found = calibrate_members(
-        pipeline, members, _calibration(share, settings, measured.prompts), progress,
-        [names[i] for i in single if i not in lineup.students],
-    )  # fmt: skip
-    with progress.stage("Writing"):
-        stored = open_pipeline(source, replace(options, dtype=None, device=torch.device("cpu")))
-        stored.scheduler = pipeline.scheduler
-        made = _members(stored.unet, rungs, fitted, names)
-        taking = {action.member for action in found.switched.schedule.actions}
-        used = {name: unet for name, unet in made.items() if name in taking}
-        whole = with_unet(stored, SwitchedUNet2DConditionModel.of(used, found.switched.schedule))
-        with output_folder(target.out, target.overwrite) as aside:
-            found.write(whole, aside, models=list(used))
-            measured.profile.save(aside / "profile.json")
-            content = _content(target.command, rungs, names, lineup, weights)
-            (aside / FILE_NAME).write_text(json.dumps(content, indent=1), encoding="utf-8")
-            (aside / "members").mkdir()
-            for i in (i for i in names if names[i] in used):
-                recipe = _recipe(model, stored.unet, teacher, rungs[i], settings)
-                (aside / "members" / f"{names[i]}.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    return MembersResult(target.out, rungs, lineup, found)
+    return Students(rungs, lineup, names, fitted)
 
 
 def _single(rungs: Sequence[Rung], share: float) -> tuple[int, ...]:
@@ -150,16 +202,6 @@ def _names(rungs: Sequence[Rung], students: Sequence[int]) -> dict[int, str]:
     return names
 
 
-def _members(
-    teacher: UNet2DConditionModel,
-    rungs: Sequence[Rung],
-    fitted: Mapping[int, SlotWeights],
-    names: Mapping[int, str],
-) -> dict[str, UNet2DConditionModel]:
-    students = {name: assemble(teacher, rungs[i].plan, fitted[i]) for i, name in names.items()}
-    return {TEACHER: teacher, **students}
-
-
 def _calibration(share: float, settings: PlanSettings, prompts: PromptSplit) -> CalibrateSettings:
     """Who takes which step is chosen on some of the prompts of the fits, and reported on those kept out of them."""
     chosen = tuple(prompts.calibration[: 2 * SCHEDULE_PROMPTS])
@@ -168,22 +210,6 @@ def _calibration(share: float, settings: PlanSettings, prompts: PromptSplit) -> 
         Goal(limit=Limit("latency", share, relative=True)), settings.sampling, None, (*chosen, *prompts.held_out),
         few, max(1, len(chosen) - few), len(prompts.held_out), repeats=settings.profile.repeats,
     )  # fmt: skip
-
-
-def _content(
-    command: str, rungs: Sequence[Rung], names: Mapping[int, str], lineup: Lineup, weights: Sequence[float]
-) -> dict[str, Any]:
-    """What `members.json` holds: the ladder from the slowest student on, and the line-up, whose students it numbers."""
-    return {
-        "command": command, "band_weights": list(weights), "lineup": lineup.as_json(),
-        "ladder": [
-            {
-                "name": names.get(i), "latency": rung.latency, "damage": rung.damage.total,
-                "bands": list(rung.damage.bands), "edits": {o.site: o.edit for o in rung.solution.options},
-            }
-            for i, rung in enumerate(rungs)
-        ],
-    }  # fmt: skip
 
 
 def _recipe(

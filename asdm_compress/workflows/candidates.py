@@ -41,7 +41,7 @@ from asdm_compress.workflows.calibrate import (
 from asdm_compress.workflows.progress import Progress
 
 REFINED: Final = 1  # times that a schedule is measured around again
-LONGER: Final = (1.0, 1.4, 2.0)  # steps of the tried schedules, over those that compute everything in the time
+LONGER: Final = (1.0, 1.4, 2.0)
 MOST_CHANGES: Final = 3  # in one refinement, one step in so many
 CUTS: Final = (0, 2)  # that a step may leave out what is inside of, where the UNet has them
 SLIGHTLY: Final = 1.2  # times the budget: schedules that take no more are solved again for less
@@ -97,8 +97,10 @@ class Search:
         self.one_batch = timed_batch(pipeline, self.splits, settings)
         self._solved: dict[str, tuple[Swaps, int | None]] = {}
         with progress.stage("Timing"):
+            # Students' own cuts are left out: they save little of what is little, and there would be half as many
+            # exchanges more to measure.
             choices = (self.teacher, *self.students, *self._light(self.teacher), SKIP)
-            choices += tuple(action for student in self.students for action in self._light(student))
+            choices += tuple(a for student in self.students for a in self._light(student) if not a.inherits)
             self.times: StepTimes = time_options(pipeline, choices, self.one_batch, settings.sampling, settings.repeats)
             self.outside = self._outside()
         self.whole = self.outside + self.times.full(steps)
@@ -115,8 +117,11 @@ class Search:
             return tuple(cuts)
         return (*cuts, *(replace(conditional_only(LINEAR, a), member=member.member) for a in (member, *cuts)))
 
-    def ways(self, share: float) -> list[tuple[str, Way]]:
-        """Everything that is to be tried for a share of the time, and what a user would do instead."""
+    def ways(self, share: float, longer: Sequence[float] = LONGER) -> list[tuple[str, Way]]:
+        """Everything that is to be tried for a share of the time, and what a user would do instead.
+
+        `longer` are the steps of the tried schedules, over those that compute everything in the time.
+        """
         budget = share * self.whole - self.outside
         ways = self._fewer(budget)
         if ways:
@@ -126,7 +131,7 @@ class Search:
         else:
             solver = SOLVERS[-1]
         most = max((way.steps for _, way in ways), default=1)
-        for steps in dict.fromkeys(min(self.settings.sampling.steps, max(2, round(f * most))) for f in LONGER):
+        for steps in dict.fromkeys(min(self.settings.sampling.steps, max(2, round(f * most))) for f in longer):
             ways += self.joint(steps, solver, budget)
         return ways
 
@@ -138,7 +143,7 @@ class Search:
         with self.progress.stage("Timing whole runs in turns"):
             shares = self.shares([way for _, way in ways])
         with self.progress.stage("Solving again for what took too much"):
-            again = self._again(ways, shares, share)
+            again = self.tighter(ways, shares, share)
         if again:
             with self.progress.stage("Timing whole runs in turns"):
                 shares += self.shares([way for _, way in again])
@@ -147,7 +152,7 @@ class Search:
             scores = self.judge.scores([way for _, way in ways], bar)
         return [Candidate(*w, s, score) for w, s, score in zip(ways, shares, scores, strict=True)]
 
-    def _again(self, ways: Sequence[tuple[str, Way]], shares: Sequence[float], share: float) -> list[tuple[str, Way]]:
+    def tighter(self, ways: Sequence[tuple[str, Way]], shares: Sequence[float], share: float) -> list[tuple[str, Way]]:
         """Schedules from the same measurements as those that took slightly more than predicted, for as much less."""
         known, found = {way.key for _, way in ways}, list[tuple[str, Way]]()
         for (role, way), taken in zip(ways, shares, strict=True):
@@ -190,21 +195,24 @@ class Search:
         budget: float,
         choices: Sequence[Action] | None = None,
         role: str = "joint",
+        refined: int = REFINED,
     ) -> list[tuple[str, Way]]:
         """Schedules of one number of steps in which members, inheritance and guidance are chosen together.
 
         The loop of a run takes at most `budget` seconds. `choices` are some of what a step may do, the first the
-        teacher's whole step; all of it by default.
+        teacher's whole step; all of it by default. A schedule is measured around `refined` times.
         """
         here = self._pipeline(solver)
         sampling = replace(self.settings.sampling, steps=steps)
         timeline = sampler_timeline(here, steps)
         folder = measurement_folder(here, self.splits.calibration, sampling, 0)
-        bench = Bench(here, timeline, self.splits.calibration, sampling, folder, self.settings.batch, whole_runs=True)
-        truth = self._truth
         choices = tuple(self.times.seconds) if choices is None else tuple(choices)
+        # Where nothing but members and skipped steps is chosen from, runs can be forked, which is half the work.
+        whole_runs = not all(choice.is_whole or choice.skips for choice in choices)
+        bench = Bench(here, timeline, self.splits.calibration, sampling, folder, self.settings.batch, whole_runs)
+        truth = self._truth
         around, most, found = (self.teacher,) * steps, None, list[Way]()
-        for _ in range(1 + REFINED):
+        for _ in range(1 + refined):
             with self.progress.bar(f"Measuring what {steps} steps can leave out") as bar:
                 swaps = bench.measure(around, choices, truth, bar)
             solved = solve(swaps, self.times, budget, most)
