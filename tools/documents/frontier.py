@@ -26,8 +26,8 @@ def frontier_setting() -> str:
     reference, prompts = found["reference"], found["prompts"]
     return (
         f"{prompts['test']} held-out captions and seeds, {reference['scheduler']} with {reference['steps']} steps as "
-        f"the full run ({source('frontier', 'bench_frontier')}); schedules were measured on {prompts['calibration']} other "
-        f"prompts and chosen on {prompts['validation']} more"
+        f"the full run ({source('frontier', 'bench_frontier')}); schedules were measured on {prompts['calibration']} "
+        f"other prompts and chosen on {prompts['validation']} more"
     )
 
 
