@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from diffusers import (
+    AutoModel,
     StableDiffusionPipeline,
 )
 from safetensors import safe_open
@@ -33,6 +34,8 @@ from asdm_compress.switching.orders import parse_order
 from asdm_compress.switching.schedules import SwitchingSchedule
 from asdm_compress.switching.sharing import as_prefixes, of_prefixes
 from asdm_compress.switching.switched_unet import SwitchedUNet2DConditionModel
+from asdm_compress.workflows.progress import Silent
+from asdm_compress.workflows.switch import open_models
 
 
 @pytest.mark.parametrize(
@@ -224,6 +227,40 @@ def test_shared_names_are_written_by_their_highest_places():
     assert of_prefixes(names, {"": ""}) == same
 
 
+def assert_same(one, other):
+    first, second = one.state_dict(), other.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_every_member_stands_alone_too(members, switch, inputs):
+    switched = switch("small-first:2")
+    for name, member in members.items():
+        alone = switched.alone(name)
+        assert type(alone) is type(member)
+        assert_same(alone, member)
+        with torch.no_grad():
+            assert torch.equal(alone(*inputs).sample, member(*inputs).sample)
+    assert held(switched, switched.alone("teacher")) == held(switched)
+    with pytest.raises(AsdmError, match="no member 'gone'"):
+        switched.alone("gone")
+
+
+def test_a_switched_folder_is_evaluated_and_exported(pipeline, switch, cli, tmp_path):
+    save_pipeline(pipe_of(pipeline, switch("explicit:teacher/small/skip/tiny")), tmp_path / "both")
+    few = ("--against", "mini-sd", "--images", "2", "--steps", "4", "--repeats", "2")
+    done = cli("evaluate", "both", *few, "--out", "evaluated", "--json")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "evaluated/eval.json").is_file()
+    done = cli("export", "both", "--format", "portable", "--out", "portable")
+    assert done.returncode == 0, done.stderr
+    opened = AutoModel.from_pretrained(tmp_path / "portable/unet", trust_remote_code=True)
+    assert opened.member_names == ("teacher", "small", "tiny")
+    refused = cli("export", "both", "--format", "ldm", "--out", "one.safetensors")
+    assert refused.returncode == 2
+    assert "Use portable" in refused.stderr
+
+
 def test_the_command_writes_what_generate_opens(pipeline, students, cli, tmp_path):
     save_pipeline(pipe_of(pipeline, students["small"]), tmp_path / "small")
     made = cli("switch", "mini-sd", "small", "-s", "small-first:2", "--steps", "4", "--out", "both", "--json")
@@ -233,6 +270,10 @@ def test_the_command_writes_what_generate_opens(pipeline, students, cli, tmp_pat
     assert printed["bytes"] < printed["bytes_apart"]
     done = cli("generate", "both", "a small red circle", "--steps", "4", "--compare", "mini-sd", "--json")
     assert done.returncode == 0, done.stderr
+    # Its members are members of others, without the teacher that it has in common with them.
+    _, apart = open_models(["mini-sd", str(tmp_path / "both")], LoadOptions(), Silent())
+    assert list(apart) == ["mini-sd", "small"]
+    assert_same(apart["small"], students["small"])
     for arguments, code in (
         (("mini-sd", "-s", "small-first:2"), 2),
         (("mini-sd", "small", "-s", "small-first:30"), 2),

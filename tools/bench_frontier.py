@@ -182,6 +182,17 @@ class Report:
             write_plots(self.content, RESULTS)
 
 
+def made_together(folder: Path) -> dict[str, Any] | None:
+    """What `assemble --members` says of the students in a folder; None where it has not made them."""
+    ladder, calibration = (folder / name for name in ("members.json", "calibration.json"))
+    if not ladder.is_file():
+        return None
+    made, found = (json.loads(path.read_text(encoding="utf-8")) for path in (ladder, calibration))
+    rungs = [{key: rung[key] for key in ("name", "latency", "damage")} for rung in made["ladder"]]
+    wanted = ("goal", "time", "steps", "entrants", "verdict")
+    return {"lineup": made["lineup"], "ladder": rungs, "calibration": {key: found[key] for key in wanted}}
+
+
 def held_out(count: int) -> tuple[list[Scene], list[Caption]]:
     """Scenes of combinations that were never trained on, as many of one, two and three objects, and their captions."""
     rng = np.random.default_rng(TEST_SEED)
@@ -239,6 +250,7 @@ def main() -> None:
         if students is None:
             students = made_students(Path(folder) / "students", QUICK if arguments.quick else ())
         pipeline, members = open_members(["mini-sd", *students], LoadOptions(), Silent())
+        together = made_together(Path(students[0]))
     prompts = arguments.prompts
     settings = CalibrateSettings(
         Goal(limit=parse_budget(["latency=0.5x"])[0]), SamplingSettings(arguments.steps, arguments.guidance), None,
@@ -246,6 +258,7 @@ def main() -> None:
     )  # fmt: skip
     search = Search(pipeline, members, settings, Silent())
     report = Report(search, arguments, None if arguments.quick else RESULTS / "frontier.json")
+    report.content["students"] = together
     if "full model" in arguments.roles:
         for role, way in full_model(search, arguments.full_steps):
             report.add(role, way, None)

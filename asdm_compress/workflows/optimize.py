@@ -8,19 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import StableDiffusionPipeline
 
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.files import check_output, output_folder
 from asdm_compress.core.provenance import processor_name, versions
+from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.inheritance.schedule_file import save_schedule
-from asdm_compress.models.saving import save_pipeline
+from asdm_compress.models.saving import link_equal_files, save_pipeline
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.reporting.frontier import frontier_svg
-from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.sampling.settings import check_text_to_image
-from asdm_compress.scheduling.ways import Way
 from asdm_compress.workflows.calibrate import (
     CalibrateSettings,
 )
@@ -100,33 +98,26 @@ def run_optimize(
 def _write(
     folder: Path, search: Search, best: Candidate, frontier: Sequence[Candidate]
 ) -> list[dict[str, str | int | None]]:
-    """The best as a pipeline with its schedule, and the schedules of the rest of the frontier, the fastest first.
+    """The best as a pipeline, and the rest of the frontier as others below it, the fastest first.
 
-    What is said of each of the frontier: its steps and sampler, and its file, which is for this folder's model. There
-    is none for the best, nor where the folder's sampler leads to another one's timesteps than those it was found for.
+    What is said of each of the frontier: its steps and sampler, and its folder. They have the same weights, which lie
+    there once.
     """
     switched = not all(map(search.is_plain, (best, *frontier)))
-    pipeline, schedule = search.ready(best, switched)
-    save_pipeline(pipeline, folder)
-    if schedule is not None:
-        save_schedule(schedule, folder / "inheritance.yaml")
-    others = folder / "frontier"
-    others.mkdir()
+    _save(search.ready(best, switched), folder)
     found: list[dict[str, str | int | None]] = []
     for number, candidate in enumerate(frontier, start=1):
-        way, file = candidate.way, None
-        other, rule = search.ready(candidate, switched)
-        if rule is not None and way.key != best.way.key and _leads_to(pipeline, other, way):
-            file = f"frontier/{number}.yaml"
-            save_schedule(rule, folder / file)
-        found.append({"way": way.name, "steps": way.steps, "scheduler": way.scheduler, "file": file})
+        way, name = candidate.way, "."
+        if way.key != best.way.key:
+            name = f"frontier/{number}"
+            _save(search.ready(candidate, switched), folder / name)
+            link_equal_files(folder / name, folder)
+        found.append({"way": way.name, "steps": way.steps, "scheduler": way.scheduler, "folder": name})
     return found
 
 
-def _leads_to(written: StableDiffusionPipeline, other: StableDiffusionPipeline, way: Way) -> bool:
-    """Whether a pipeline that was written, told to sample by another's scheduler, has the other's timesteps."""
-    scheduler = written.scheduler if way.scheduler is None else make_scheduler(way.scheduler, written)
-    for each in (scheduler, other.scheduler):
-        each.set_timesteps(way.steps)
-    same = type(scheduler) is type(other.scheduler)
-    return same and torch.equal(scheduler.timesteps.float(), other.scheduler.timesteps.float())
+def _save(ready: tuple[StableDiffusionPipeline, Schedule | None], folder: Path) -> None:
+    pipeline, schedule = ready
+    save_pipeline(pipeline, folder)
+    if schedule is not None:
+        save_schedule(schedule, folder / "inheritance.yaml")

@@ -123,6 +123,28 @@ def frontier_predicted() -> str:
     )
 
 
+def members() -> str:
+    """Students that were made together, and what their schedule comes to beside others in the same time."""
+    found = results("frontier")["students"]
+    ladder, calibration, lineup = found["ladder"], found["calibration"], found["lineup"]
+    chosen = " and ".join(share(ladder[i]["latency"]) for i in lineup["students"])
+    steps = calibration["steps"]
+    counted = ", ".join(f"{steps.count(name)} of `{name}`" for name in dict.fromkeys(steps))
+    proof = "proven to be the least" if lineup["proven"] else "with a bound"
+    lines = [
+        [e["role"], e["way"], share(e["share"]), "" if e["latent_error"] is None else small(e["latent_error"]),
+         f"{e['test']['psnr']:.1f} ± {e['test']['psnr_interval']:.1f} dB"]
+        for e in calibration["entrants"]
+    ]  # fmt: skip
+    asked = calibration["goal"]["budget"].removeprefix("latency=")
+    return (
+        f"Asked for {asked}, the program took the students of {chosen} "
+        f"from a ladder of {len(ladder)} between {share(ladder[0]['latency'])} and {share(ladder[-1]['latency'])} "
+        f"({proof}), and the calibration gave them these steps: {counted}.\n\n"
+        + table(("", "way", "time of the loop", "error of the latents", "PSNR"), lines)
+    )
+
+
 def _is_as_good(row: Row, reference: Mapping[str, Any]) -> bool:
     as_right = row["right"] >= reference["right"] - POINT * reference["count"]
     return bool(as_right and row["frechet"] <= DISTANCE * reference["frechet"])
