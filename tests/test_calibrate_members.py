@@ -202,6 +202,7 @@ def test_optimize_leaves_a_pipeline_that_keeps_the_time(pipeline, student, cli, 
     assert result.returncode == 0, result.stderr
     content = json.loads(result.stdout)
     assert content["best"]["share"] <= 0.7
+    assert 0 < content["reference"]["decoding"] < content["reference"]["outside_the_unet_loop"]
     assert {entry["role"] for entry in content["tried"]} == {"fewer steps", "a student alone", "joint"}
     # The frontier is chosen on validation prompts, as the best is.
     by_share = sorted(content["tried"], key=lambda entry: entry["share"])

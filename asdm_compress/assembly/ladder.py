@@ -19,6 +19,7 @@ from asdm_compress.core.units import Limit
 
 SHARES: Final = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the teacher's latency, that plans are made for
 PATIENCE: Final = 20.0  # seconds of the program over members and steps
+RUNG_PATIENCE: Final = 4.0  # seconds of the search for one plan
 _RESOLUTION: Final = 10**12  # the objective of the worst line-up as an integer
 _TICKS: Final = 10**6  # a step of the teacher as an integer
 Progress = Callable[[int, int], None]
@@ -74,7 +75,8 @@ def climb(search: Search, shares: Sequence[float] = SHARES, progress: Progress |
         for attempt in ATTEMPTS[:LEAST_ATTEMPTS]:
             here = search.suited_to(attempt)
             try:
-                found = here.solve([Limit("latency", share, relative=True)], {}, attempt.belief) if here else None
+                limits = [Limit("latency", share, relative=True)]
+                found = here.solve(limits, {}, attempt.belief, RUNG_PATIENCE) if here else None
             except AsdmError as error:
                 if error.exit_code != ExitCode.INFEASIBLE:
                     raise

@@ -102,7 +102,8 @@ class Search:
             choices = (self.teacher, *self.students, *self._light(self.teacher), SKIP)
             choices += tuple(a for student in self.students for a in self._light(student) if not a.inherits)
             self.times: StepTimes = time_options(pipeline, choices, self.one_batch, settings.sampling, settings.repeats)
-            self.outside = self._outside()
+            self.encoding, self.decoding = self._outside()
+            self.outside = self.encoding + self.decoding
         self.whole = self.outside + self.times.full(steps)
         with progress.stage("Sampling the reference"):
             self.judge = self._judge(self.splits.validation, VALIDATION_SEED)
@@ -244,17 +245,20 @@ class Search:
         return [median_ratio([seconds + self.outside for seconds in some], base) for some in others]
 
     @torch.no_grad()
-    def _outside(self) -> float:
+    def _outside(self) -> tuple[float, float]:
         """Seconds of the text encoder and of the VAE's decoder for one batch."""
         images = self.settings.images
         prompts = list(self.splits.test[:1]) * images
         latents = initial_latents(self.pipeline, images, self.settings.sampling)
 
-        def around() -> None:
+        def encoding() -> None:
             encode(self.pipeline, prompts, self.settings.sampling.guidance)
+
+        def decoding() -> None:
             decode(self.pipeline, latents, images)
 
-        return median(time_side_by_side([around], self.settings.repeats, self.pipeline.device)[0])
+        before, after = time_side_by_side([encoding, decoding], self.settings.repeats, self.pipeline.device)
+        return median(before), median(after)
 
     def _judge(self, prompts: Sequence[str], seed: int) -> Judge:
         here = replace(self.settings.sampling, seed=seed)

@@ -82,7 +82,7 @@ def run_optimize(
     content: dict[str, Any] = {
         "models": list(models), "goal": settings.goal.as_json(), "share": share,
         "reference": {"scheduler": search.sampler, "steps": settings.sampling.steps, "seconds": search.whole,
-                      "outside_the_unet_loop": search.outside},
+                      "outside_the_unet_loop": search.outside, "decoding": search.decoding},
         "measured_on": {"processor": processor_name(), "device": str(pipeline.device),
                         "dtype": str(pipeline.unet.dtype), "images_at_once": settings.images, "versions": versions()},
         "best": best.as_json(), "tried": [c.as_json() for c in tried],
