@@ -124,7 +124,8 @@ class Report:
                 "scheduler": search.sampler, "steps": arguments.steps, "guidance": arguments.guidance,
                 "seconds": search.whole, "outside_the_unet_loop": search.outside, **self._quality(images),
             },
-            "prompts": {"calibration": arguments.prompts, "validation": arguments.prompts, "test": len(self.captions)},
+            "prompts": {name: len(getattr(search.splits, name)) for name in ("calibration", "validation")},
+            "test_prompts": len(self.captions),
             "members": {a.name: s / search.times.teacher for a, s in search.times.seconds.items()},
             "rows": [],
         }  # fmt: skip
@@ -236,7 +237,7 @@ def main() -> None:
     parser.add_argument("--full-steps", type=int, nargs="+", default=FULL_STEPS)
     parser.add_argument("--longer", type=float, nargs="+", default=LONGER, help="steps over the full ones in the time")
     parser.add_argument("--guidance", type=float, default=5.0)
-    parser.add_argument("--prompts", type=int, default=16, help="to measure on, and as many others to choose on")
+    parser.add_argument("--prompts", type=int, default=16, help="to measure on; twice as many others are to choose on")
     parser.add_argument("--test-prompts", type=int, default=240)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quick", action="store_true")
@@ -254,7 +255,7 @@ def main() -> None:
     prompts = arguments.prompts
     settings = CalibrateSettings(
         Goal(limit=parse_budget(["latency=0.5x"])[0]), SamplingSettings(arguments.steps, arguments.guidance), None,
-        None, prompts, prompts, prompts, repeats=arguments.repeats,
+        None, prompts, 2 * prompts, prompts, repeats=arguments.repeats,
     )  # fmt: skip
     search = Search(pipeline, members, settings, Silent())
     report = Report(search, arguments, None if arguments.quick else RESULTS / "frontier.json")
