@@ -17,6 +17,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
+from switched import STEPS, make_students, schedule_of
 
 from asdm_compress.assembly.store import weights_hash
 from asdm_compress.models.families import FAMILIES
@@ -24,6 +25,7 @@ from asdm_compress.models.loading import load_pipeline
 from asdm_compress.models.saving import save_pipeline
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.profiling.profile import Profile, ProfileSettings, profile
+from asdm_compress.switching.switched_unet import SwitchedUNet2DConditionModel
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -43,6 +45,26 @@ def unet(pipeline: StableDiffusionPipeline) -> Iterator[UNet2DConditionModel]:
 @pytest.fixture(scope="session")
 def mini_profile(unet: UNet2DConditionModel) -> Profile:
     return profile(unet, ProfileSettings(text_tokens=40, repeats=3), "mini-sd")
+
+
+@pytest.fixture(scope="session")
+def students(unet: UNet2DConditionModel) -> dict[str, UNet2DConditionModel]:
+    return make_students(unet)
+
+
+@pytest.fixture(scope="session")
+def members(unet: UNet2DConditionModel, students: dict[str, UNet2DConditionModel]) -> dict[str, UNet2DConditionModel]:
+    return {"teacher": unet, **students}
+
+
+@pytest.fixture(scope="session")
+def switch(
+    pipeline: StableDiffusionPipeline, members: dict[str, UNet2DConditionModel]
+) -> Callable[..., SwitchedUNet2DConditionModel]:
+    def make(order: str, steps: int = STEPS) -> SwitchedUNet2DConditionModel:
+        return SwitchedUNet2DConditionModel.of(members, schedule_of(pipeline, order, steps=steps))
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,15 @@
 """Time of a whole image against fidelity and quality on mini-sd: the full model, DeepCache, our parts, all together.
 
-    python tools/bench_frontier.py                       # everything, alone on the machine
+    python tools/bench_frontier.py                       # everything, alone on the machine: hours
     python tools/bench_frontier.py --budgets 0.5 0.33    # a part of it
     python tools/bench_frontier.py --quick               # whether it runs; writes nothing
 
-Students come from `--members` (folders), or, without any, from bundled recipes that are applied first. Every way that
-is scored is written to tools/results/frontier.json at once, and a run that was cut off goes on behind the last one.
-Plots: frontier_psnr.svg, frontier_accuracy.svg.
+Students come from `--members` (folders), or, without any, from `assemble mini-sd --members 2 --budget latency=0.5x`,
+which is run first. Of every role the best way on validation prompts within a budget, as measured, is reported on
+held-out captions with seeds of their own. Every way that is scored is written to tools/results/frontier.json at once,
+and a run that was cut off, or that asks for other budgets, goes on behind the last one. Plots: frontier_psnr.svg,
+frontier_accuracy.svg, frontier_frechet.svg, and frontier_switching.svg, which has the final latents' error of switching
+alone and of T-Stitch's order in the same time.
 """
 
 from __future__ import annotations
@@ -16,15 +19,15 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from measuring import check_alone
+import numpy as np
+from frontier_plots import write_plots
+from measuring import check_alone, fingerprint
 
-from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.core.units import parse_budget
 from asdm_compress.evaluation.distances import frechet_distance
 from asdm_compress.evaluation.fidelity import compare_pairs, to_tensor
@@ -33,10 +36,12 @@ from asdm_compress.inheritance.modes import parse_mode
 from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.profiling.latency import median_ratio
-from asdm_compress.reporting.plots import as_svg
+from asdm_compress.sampling.images import decode
 from asdm_compress.sampling.settings import SamplingSettings
-from asdm_compress.scenes.captions import sample_captions
+from asdm_compress.scenes.captions import Caption, caption_of
+from asdm_compress.scenes.draw import draw_scenes
 from asdm_compress.scenes.reader import load_reader
+from asdm_compress.scenes.world import Scene, sample_scene
 from asdm_compress.scheduling.goals import Goal
 from asdm_compress.scheduling.rollouts import Judge
 from asdm_compress.scheduling.switch_search import small_first
@@ -44,17 +49,25 @@ from asdm_compress.scheduling.switch_times import SKIP
 from asdm_compress.scheduling.timing import time_runs
 from asdm_compress.scheduling.ways import Way
 from asdm_compress.workflows.calibrate import CalibrateSettings
-from asdm_compress.workflows.optimize import Search
+from asdm_compress.workflows.candidates import LONGER, Search
 from asdm_compress.workflows.progress import Silent
 from asdm_compress.workflows.switch import open_members
 
 RESULTS = Path(__file__).parent / "results"
 TEST_SEED, IMAGE_SEED = 5_151, 90_000
 FULL_STEPS = (50, 25, 20, 15, 10, 8)
-RECIPES = ("mini-sd-latency-0.7x",)
+SOLVERS = ("ddim", "dpm++")
+ROLES = ("full model", "DeepCache", "guidance reuse", "inheritance", "switching", "T-Stitch", "all together")
+TOLERANCE = 1.01  # times the budget, which a measured time may come to
+STUDENTS = ("--members", "2", "--budget", "latency=0.5x", "--dtype", "fp32")
+QUICK = (
+    *("--steps", "5", "--calibration-prompts", "4", "--calibration-triples", "16", "--bands", "2", "--probes", "1"),
+    *("--held-out-prompts", "2", "--slot", "none", "--narrow", "none", "--finest", "unit", "--refit", "none"),
+    *("--repeats", "2", "--neighbours", "0"),
+)
 
 
-def full_model(search: Search, steps: tuple[int, ...]) -> Iterator[tuple[str, Way]]:
+def full_model(search: Search, steps: Sequence[int]) -> Iterator[tuple[str, Way]]:
     """The full model at different numbers of steps."""
     for solver in ("dpm++", "unipc"):
         for count in steps:
@@ -62,9 +75,10 @@ def full_model(search: Search, steps: tuple[int, ...]) -> Iterator[tuple[str, Wa
             yield "full model", Way(f"{count} steps of {solver}", count, search.times.full(count), rule, solver)
 
 
-def caches(search: Search, share: float, steps: int) -> Iterator[tuple[str, Way]]:
-    """DeepCache's schedules (2312.00858) that fit, at every branch and of two samplers; and guidance reuse alone."""
-    for solver in ("ddim", "dpm++"):
+def rivals(search: Search, share: float, arguments: argparse.Namespace) -> Iterator[tuple[str, Way]]:
+    """DeepCache's schedules (2312.00858) at every branch, guidance reuse alone, and T-Stitch's order (2402.14167)."""
+    steps, budget = arguments.steps, share * search.whole - search.outside
+    for solver in arguments.solvers:
         for interval in range(2, 9):
             for branch in (0, 1, 2):
                 rule = f"uniform:{interval},branch={branch},forecast=hold"
@@ -72,25 +86,26 @@ def caches(search: Search, share: float, steps: int) -> Iterator[tuple[str, Way]
         for every in (2, 3, 5):
             rule = f"uniform:1,guidance={every}"
             yield "guidance reuse", Way(f"{rule}, {solver}", steps, 0.0, parse_mode(rule), solver)
+        for student in search.students:
+            order = small_first(student, search.teacher, steps, search.times, budget)
+            if order is None:
+                continue
+            # One step more of the student too, where timing has the first slightly over the budget.
+            for count in range(order.count(student), min(order.count(student) + 2, steps + 1)):
+                actions = (student,) * count + (search.teacher,) * (steps - count)
+                name = f"{count} of {steps} steps of {solver} by {student.member} first"
+                yield "T-Stitch", Way(name, steps, search.times.run(actions), Schedule(actions), solver)
 
 
-def ours(search: Search, share: float, steps: int) -> Iterator[tuple[str, Way]]:
-    """Our parts alone, all together, and T-Stitch's order in the same time."""
-    budget = share * search.whole - search.outside
-    teacher, students = search.teacher, search.students
+def parts(search: Search, share: float, arguments: argparse.Namespace) -> Iterator[tuple[str, Way]]:
+    """Our parts alone."""
+    budget, teacher = share * search.whole - search.outside, search.teacher
     light = [a for a in search.times.seconds if a.member == teacher.member and not a.is_whole]
-    for solver in ("ddim", "dpm++"):
-        parts = {
-            "switching": (teacher, *students), "inheritance": (teacher, *light, SKIP),
-        }  # fmt: skip
-        for role, choices in parts.items():
-            yield from search.joint(steps, solver, budget, choices, role)
-        for student in students:
-            order = small_first(student, teacher, steps, search.times, budget)
-            if order is not None:
-                seconds = search.times.run(order)
-                yield "T-Stitch", Way(f"T-Stitch, {steps} steps of {solver}", steps, seconds, Schedule(order), solver)
-    yield from (("all together", way) for role, way in search.ways(share) if role == "joint")
+    for solver in arguments.solvers:
+        if "switching" in arguments.roles:
+            yield from search.joint(arguments.steps, solver, budget, (teacher, *search.students, SKIP), "switching")
+        if "inheritance" in arguments.roles:
+            yield from search.joint(arguments.steps, solver, budget, (teacher, *light, SKIP), "inheritance")
 
 
 class Report:
@@ -98,32 +113,58 @@ class Report:
 
     def __init__(self, search: Search, arguments: argparse.Namespace, path: Path | None) -> None:
         self.search, self.arguments, self.path = search, arguments, path
-        self.captions = sample_captions(arguments.test_prompts, TEST_SEED)
+        scenes, self.captions = held_out(arguments.test_prompts)
         seeds = replace(search.settings.sampling, seed=IMAGE_SEED)
         self.judge = Judge(search.pipeline, [c.text for c in self.captions], seeds)
-        self.features, self.reader = scene_features(to_tensor(self.judge.pictures)), load_reader()
-        self.rows: list[dict[str, Any]] = []
+        self.rendered, self.reader = scene_features(draw_scenes(scenes)), load_reader()
+        images = to_tensor(self.judge.pictures)
+        self.content: dict[str, Any] = {
+            "machine": fingerprint(),
+            "reference": {
+                "scheduler": search.sampler, "steps": arguments.steps, "guidance": arguments.guidance,
+                "seconds": search.whole, "outside_the_unet_loop": search.outside, **self._quality(images),
+            },
+            "prompts": {name: len(getattr(search.splits, name)) for name in ("calibration", "validation")},
+            "test_prompts": len(self.captions),
+            "members": {a.name: s / search.times.teacher for a, s in search.times.seconds.items()},
+            "rows": [],
+        }  # fmt: skip
         if path is not None and path.exists():
-            self.rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+            self.content["rows"] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What is scored."""
+        return self.content["rows"]  # type: ignore[no-any-return]
 
     def add(self, role: str, way: Way, budget: float | None) -> None:
         """Score a way, if it is not known yet."""
         if any(row["key"] == way.key and row["budget"] == budget and row["role"] == role for row in self.rows):
             return
-        pictures = self.judge.pictures_of(way)
+        latents = self.judge.latents_of(way)
+        errors = (latents - self.judge.full).double().square().flatten(1).mean(1)
+        pictures = decode(self.search.pipeline, latents, self.judge.batch)
         psnr, _ = compare_pairs(pictures, self.judge.pictures)
-        images = to_tensor(pictures)
         loop, whole = self._times(way)
+        predicted = (way.seconds + self.search.outside) / self.search.whole if way.seconds else None
         self.rows.append(
             {
                 "role": role, "way": way.name, "key": way.key, "budget": budget, "loop_share": loop,
-                "image_share": whole, "psnr": sum(psnr) / len(psnr), "psnr_each": psnr,
-                "right": int(sum(self.reader.accuracy(images, self.captions))), "count": len(pictures),
-                "frechet": float(frechet_distance(scene_features(images), self.features)),
+                "image_share": whole, "predicted_share": predicted, "psnr": float(np.mean(psnr)), "psnr_each": psnr,
+                "latent_error": float(errors.mean()), "latent_error_each": errors.tolist(),
+                **self._quality(to_tensor(pictures)),
             }
         )  # fmt: skip
         print(f"{role}: {way.name}, {whole:.3f}x, {self.rows[-1]['psnr']:.1f} dB", flush=True)
         self.write()
+
+    def _quality(self, images: Any) -> dict[str, Any]:
+        """Captions that are wholly right, and the Fréchet distance to the rendered scenes of the same captions."""
+        right = int(sum(self.reader.accuracy(images, self.captions)))
+        return {
+            "right": right, "count": len(self.captions),
+            "frechet": float(frechet_distance(scene_features(images), self.rendered)),
+        }  # fmt: skip
 
     def _times(self, way: Way) -> tuple[float, float]:
         """The way's time over the reference's, in the sampling loop and for a whole image; taken in turns."""
@@ -137,79 +178,93 @@ class Report:
 
     def write(self) -> None:
         """Everything so far, and the plots."""
-        if self.path is None:
-            return
-        content = {
-            "processor": processor_name(), "versions": versions(),
-            "reference": f"{self.search.sampler}, {self.search.settings.sampling.steps} steps",
-            "reference_right": int(sum(self.reader.accuracy(to_tensor(self.judge.pictures), self.captions))),
-            "rows": self.rows,
-        }  # fmt: skip
-        self.path.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        for name, key in (("psnr", "psnr"), ("accuracy", "right")):
-            figure = Figure(figsize=(7, 4.5))
-            axes = figure.add_subplot()
-            for role in dict.fromkeys(row["role"] for row in self.rows):
-                points = sorted((row["image_share"], row[key]) for row in self.rows if row["role"] == role)
-                axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=role, markersize=4)
-            axes.set_xlabel("time of a whole image, over the full run's")
-            axes.set_ylabel("PSNR to the full run, dB" if key == "psnr" else f"of {len(self.captions)} prompts right")
-            axes.legend(frameon=False)
-            (RESULTS / f"frontier_{name}.svg").write_text(as_svg(figure), encoding="utf-8")
+        if self.path is not None:
+            self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+            write_plots(self.content, RESULTS)
 
 
-def made_students(folder: Path) -> list[str]:
-    """Students of the bundled recipes."""
-    for recipe in RECIPES:
-        subprocess.run(
-            [sys.executable, "-m", "asdm_compress", "apply", recipe, "mini-sd", "--out", str(folder / recipe)],
-            check=True,
-        )
-    return [str(folder / recipe) for recipe in RECIPES]
+def made_together(folder: Path) -> dict[str, Any] | None:
+    """What `assemble --members` says of the students in a folder; None where it has not made them."""
+    ladder, calibration = (folder / name for name in ("members.json", "calibration.json"))
+    if not ladder.is_file():
+        return None
+    made, found = (json.loads(path.read_text(encoding="utf-8")) for path in (ladder, calibration))
+    rungs = [{key: rung[key] for key in ("name", "latency", "damage")} for rung in made["ladder"]]
+    wanted = ("goal", "time", "steps", "entrants", "verdict")
+    return {"lineup": made["lineup"], "ladder": rungs, "calibration": {key: found[key] for key in wanted}}
+
+
+def held_out(count: int) -> tuple[list[Scene], list[Caption]]:
+    """Scenes of combinations that were never trained on, as many of one, two and three objects, and their captions."""
+    rng = np.random.default_rng(TEST_SEED)
+    scenes = [sample_scene(rng, 1 + i % 3, held_out=True) for i in range(count)]
+    return scenes, [caption_of(scene, rng, complete=True) for scene in scenes]
+
+
+def made_students(out: Path, more: Sequence[str]) -> list[str]:
+    """Students that switch best together, as one folder."""
+    command = [sys.executable, "-m", "asdm_compress", "assemble", "mini-sd", *STUDENTS, *more, "--out", str(out)]
+    subprocess.run(command, check=True)
+    return [str(out)]
+
+
+def measure_budget(search: Search, report: Report, share: float, arguments: argparse.Namespace) -> None:
+    """The best of every role within a share of the time, on validation prompts, is reported."""
+    found = [*rivals(search, share, arguments), *parts(search, share, arguments)]
+    if "all together" in arguments.roles:
+        found += [("all together", way) for role, way in search.ways(share, arguments.longer) if role == "joint"]
+    found = [(role, way) for role, way in found if role in arguments.roles]
+    shares = search.shares([way for _, way in found])
+    again = search.tighter(found, shares, share)
+    found, shares = found + again, shares + search.shares([way for _, way in again])
+    groups: dict[str, list[Way]] = {}
+    for (role, way), taken in zip(found, shares, strict=True):
+        if taken <= share * TOLERANCE:
+            groups.setdefault(role, []).append(way)
+    for role, ways in groups.items():
+        scores = search.judge.scores(ways)
+        report.add(role, ways[max(range(len(ways)), key=lambda i: scores[i].mean())], share)
 
 
 def main() -> None:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.7, 0.5, 0.4, 0.33, 0.25, 0.2])
-    parser.add_argument("--members", nargs="*", default=None, help="folders of students")
+    parser.add_argument("--roles", nargs="+", choices=ROLES, default=ROLES)
+    parser.add_argument("--members", nargs="*", default=None, help="folders of students, or of a switched pipeline")
+    parser.add_argument("--solvers", nargs="+", default=SOLVERS, help="of everything but the full model")
     parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--full-steps", type=int, nargs="+", default=FULL_STEPS)
+    parser.add_argument("--longer", type=float, nargs="+", default=LONGER, help="steps over the full ones in the time")
     parser.add_argument("--guidance", type=float, default=5.0)
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--test-prompts", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=16, help="to measure on; twice as many others are to choose on")
+    parser.add_argument("--test-prompts", type=int, default=240)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     check_alone()
-    counts = FULL_STEPS
     if arguments.quick:
-        arguments.budgets, arguments.steps, arguments.prompts, arguments.test_prompts = [0.6], 5, 2, 2
-        arguments.repeats, counts = 2, (4,)
+        arguments.budgets, arguments.steps, arguments.prompts, arguments.test_prompts = [0.8], 5, 2, 3
+        arguments.repeats, arguments.full_steps, arguments.longer, arguments.solvers = 2, [4], [1.0], ["dpm++"]
     with tempfile.TemporaryDirectory() as folder:
-        students = made_students(Path(folder)) if arguments.members is None else arguments.members
+        students = arguments.members
+        if students is None:
+            students = made_students(Path(folder) / "students", QUICK if arguments.quick else ())
         pipeline, members = open_members(["mini-sd", *students], LoadOptions(), Silent())
+        together = made_together(Path(students[0]))
     prompts = arguments.prompts
     settings = CalibrateSettings(
         Goal(limit=parse_budget(["latency=0.5x"])[0]), SamplingSettings(arguments.steps, arguments.guidance), None,
-        None, prompts, prompts, prompts, repeats=arguments.repeats,
+        None, prompts, 2 * prompts, prompts, repeats=arguments.repeats,
     )  # fmt: skip
     search = Search(pipeline, members, settings, Silent())
     report = Report(search, arguments, None if arguments.quick else RESULTS / "frontier.json")
-    for role, way in full_model(search, counts):
-        report.add(role, way, None)
+    report.content["students"] = together
+    if "full model" in arguments.roles:
+        for role, way in full_model(search, arguments.full_steps):
+            report.add(role, way, None)
     for share in arguments.budgets:
-        groups: dict[str, list[Way]] = {}
-        for role, way in caches(search, share, arguments.steps):
-            groups.setdefault(role, []).append(way)
-        for role, way in ours(search, share, arguments.steps):
-            groups.setdefault(role, []).append(way)
-        for role, ways in groups.items():
-            # Of each the best on validation prompts within the time that was measured.
-            shares = search.shares(ways)
-            within = [way for way, taken in zip(ways, shares, strict=True) if taken <= share * 1.01]
-            if within:
-                scores = search.judge.scores(within)
-                report.add(role, within[max(range(len(within)), key=lambda i: scores[i].mean())], share)
+        measure_budget(search, report, share, arguments)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from documents import assembly, distill, examples, full_size, inheritance, rivals
+from documents import assembly, distill, examples, frontier, full_size, inheritance, rivals
 
 TOP: Final = Path(__file__).resolve().parents[1]
 DOCUMENTS: Final = (TOP / "README.md", *sorted((TOP / "tools" / "guides").glob("*.md")))
@@ -27,7 +27,7 @@ MARKED: Final = re.compile(r"<!-- results: (?P<name>\w+) -->(?P<text>.*?)<!-- /r
 
 def figures() -> dict[str, Callable[[], str]]:
     """Everything that a document can show, by name."""
-    modules = (assembly, distill, examples, full_size, inheritance, rivals)
+    modules = (assembly, distill, examples, frontier, full_size, inheritance, rivals)
     return {
         name: value
         for module in modules

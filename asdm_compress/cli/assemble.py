@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,9 +21,13 @@ from asdm_compress.core.defaults import (
     STEPS,
 )
 from asdm_compress.core.edits import parse_shares
+from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_output
 from asdm_compress.core.processes import joined
 from asdm_compress.core.units import parse_budget
+
+if TYPE_CHECKING:
+    from asdm_compress.workflows.assemble_members import MembersResult
 
 _SHARES = ",".join(map(str, NARROW_SHARES))
 
@@ -42,6 +46,14 @@ def assemble(
     inherit: Annotated[
         str | None,
         typer.Option(help="Also calibrate feature inheritance for the student, e.g. latency=0.6x of its own time."),
+    ] = None,
+    members: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Make up to so many students that take turns with the model, one per sampling step, in the budget's "
+            "time together; which sizes, and who takes which step, is solved for. For budgets of latency.",
+        ),
     ] = None,
     steps: o.Steps = STEPS,
     guidance: o.Guidance = GUIDANCE,
@@ -105,6 +117,8 @@ def assemble(
     limits = parse_budget(budget or [])
     schedule = parse_budget([inherit]) if inherit else ()
     shares = parse_shares(narrow)
+    if members is not None and inherit is not None:
+        raise AsdmError("--members and --inherit do not go together", "Use `optimize --members` on the students.")
     with joined() as processes:
         check_output(out, overwrite)
         output = Output(quiet or not processes.is_main, as_json and processes.is_main)
@@ -112,6 +126,7 @@ def assemble(
             place = processes.device(device)
             load = o.load_options(place, dtype, threads, allow_pickle, prediction_type=prediction_type)
             from asdm_compress.workflows.assemble import Target, run_assemble
+            from asdm_compress.workflows.assemble_members import run_assemble_members
 
         from asdm_compress.assembly.calibration import Effort
         from asdm_compress.evaluation.prompts import read_prompts
@@ -142,6 +157,9 @@ def assemble(
         )
         target = Target(out, overwrite, o.command_line())
         goal = goal_of(schedule, None, None).limit if schedule else None
+        if members is not None:
+            _show(run_assemble_members(model, limits, target, load, settings, output, members, processes), output)
+            return
         result = run_assemble(model, limits, target, load, settings, output, processes, goal)
     if result is None:
         return
@@ -169,3 +187,16 @@ def assemble(
         if as_json:
             raise typer.Exit(int(result.refused.exit_code))
         raise result.refused
+
+
+def _show(made: MembersResult | None, output: Output) -> None:
+    """What `--members` has made; nothing in a process that only helped to measure."""
+    if made is None:
+        return
+    from asdm_compress.reporting.switching import entrants_table
+
+    output.show(entrants_table(made.found.rows()))
+    for line in made.lines():
+        output.show(line)
+    output.show(f"Wrote {made.out}: the switched pipeline, its members' recipes and members.json.")
+    output.result({"out": str(made.out), "lineup": made.students.lineup.as_json(), **made.found.content})

@@ -76,7 +76,13 @@ def optimize(
         score = candidate.test.text() if candidate.test else ""
         output.show(f"{candidate.share:.3f}x  {score}  {candidate.role}: {candidate.way.name}")
     best = found.best
-    how = f"`generate {out} … --steps {best.way.steps}"
-    how += " --inherit calibrated`" if (out / "inheritance.yaml").exists() else "`"
-    output.show(f"Best within the budget: {best.way.name}. Wrote {out}; sample with {how}.")
+    output.show(
+        f"Best within the budget: {best.way.name}. Wrote {out}; sample with `generate {out} … --steps "
+        f"{best.way.steps}` or, after `import asdm_compress`, by diffusers with `num_inference_steps={best.way.steps}`."
+    )
+    reference = found.content["reference"]
+    decoding = reference["decoding"] / (best.share * reference["seconds"])
+    output.show(f"The VAE's decoder, which is left as it is, takes {decoding:.0%} of that way's time.")
+    if (out / "frontier").is_dir():
+        output.show(f"The rest of the frontier is in {out}/frontier, a folder each; optimize.json has their steps.")
     output.result({"out": str(out), **found.content})

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
@@ -53,6 +54,18 @@ class UNetCall:
     def arguments(self) -> dict[str, Any]:
         """By name, for `UNet2DConditionModel.forward`."""
         return {name: getattr(self, name) for name in self.__slots__}
+
+    @property
+    def has_both_branches(self) -> bool:
+        """Whether the rows are two halves with the same samples and other texts, as those of guidance are.
+
+        Of two pictures that only begin with the same noise this ceases to be so after one step.
+        """
+        half, odd = divmod(len(self.sample), 2)
+        if odd or self.encoder_hidden_states.shape[0] != len(self.sample):
+            return False
+        sample, texts = self.sample, self.encoder_hidden_states
+        return torch.equal(sample[:half], sample[half:]) and not torch.equal(texts[:half], texts[half:])
 
     def second_half(self) -> UNetCall:
         """The call for the second half of the rows, which in diffusers' pipelines are those with the prompt."""

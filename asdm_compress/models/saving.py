@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
 from collections.abc import Sequence
@@ -46,6 +47,22 @@ def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path, layout: FileL
     with quiet_libraries():
         pipeline.save_pretrained(folder, variant=layout.variant, max_shard_size=layout.shard_bytes)
     _open_in_fp32(folder)
+
+
+def link_equal_files(copy: Path, original: Path) -> None:
+    """Make the weight files below a folder that are equal to those at the same place of another one file with them.
+
+    Where the file system has no links they stay copies.
+    """
+    for path in copy.rglob("*"):
+        twin = original / path.relative_to(copy)
+        if path.suffix in _WEIGHTS and twin.is_file() and filecmp.cmp(path, twin, shallow=False):
+            link = path.with_name(f".{path.name}")
+            try:
+                link.hardlink_to(twin)
+            except OSError:
+                return
+            link.replace(path)
 
 
 def save_unet(unet: UNet2DConditionModel, entries: Sequence[Entry], folder: Path, layout: FileLayout = PLAIN) -> None:

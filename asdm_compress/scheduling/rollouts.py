@@ -110,7 +110,7 @@ class Judge:
 
     def pictures_of(self, way: Way, count: int | None = None) -> list[Image]:
         """A way's pictures, one for each of the first `count` prompts, or of all."""
-        return decode(self.pipeline, self._sample(way, count), self.batch)
+        return decode(self.pipeline, self.latents_of(way, count), self.batch)
 
     def _full(self) -> Tensor:
         path = self.folder / "full.safetensors" if self.folder else None
@@ -119,14 +119,15 @@ class Judge:
                 return load_file(path)["latents"].to(self.pipeline.device)
             except (SafetensorError, KeyError):
                 pass
-        found = self._sample(Way("full", self.settings.steps, 0.0))
+        found = self.latents_of(Way("full", self.settings.steps, 0.0))
         if path is not None:
             with output_file(path, CACHE_HINT) as aside:
                 save_file({"latents": found.cpu().contiguous()}, aside)
         return found
 
     @torch.no_grad()
-    def _sample(self, way: Way, count: int | None = None) -> Tensor:
+    def latents_of(self, way: Way, count: int | None = None) -> Tensor:
+        """A way's final latents, of each of the first `count` prompts, or of all."""
         parts, texts = [], self.texts[:count]
         for first in range(0, len(texts), self.batch):
             here = replace(self.settings, seed=self.settings.seed + first)

@@ -59,6 +59,11 @@ class SwitchingSchedule:
         """Whether every step is computed in full by some member."""
         return all(action.is_whole for action in self.actions)
 
+    @property
+    def reuses_guidance(self) -> bool:
+        """Whether some step leaves the unconditional branch out."""
+        return any(action.guidance is not None for action in self.actions)
+
     def timeline_of(self, timesteps: Sequence[float]) -> Timeline:
         """The evaluations at these timesteps of the same model."""
         return timeline_at(timesteps, self.alphas)

@@ -41,8 +41,10 @@ class SwitchedUNet2DConditionModel(AssembledUNet2DConditionModel):
     `members` lists them: the body's `name`, and for each other one its `name`, `config` (where it differs from the
     body's), `edits`, and what it has in common with those before it (`shared` and `units`, see `sharing`). `switching`
     is the schedule (see `schedules`). Which step it is is read off the timestep: of a pipeline's, which run and which
-    step of it; of any other, how noisy its sample is. It loads, moves, converts and saves as one model, a LoRA is put
-    on every member that has the layer, and runs of other pipelines and threads do not meet.
+    step of it; of any other, how noisy its sample is. Which rows are the unconditional ones, for steps that reuse the
+    guidance's difference, is read off the samples, which the two branches have in common. It loads, moves, converts and
+    saves as one model, a LoRA is put on every member that has the layer, and runs of other pipelines and threads do not
+    meet.
     """
 
     # As of the class of assembled UNets.
@@ -129,6 +131,17 @@ class SwitchedUNet2DConditionModel(AssembledUNet2DConditionModel):
         found: UNet2DConditionModel = self.others[self._names.index(name) - 1]
         return found
 
+    def alone(self, name: str) -> UNet2DConditionModel:
+        """A member, the body too, as a UNet by itself on the same tensors; raises AsdmError for one that is none."""
+        found = member_of(self, name)
+        if found is not self:
+            return found
+        with torch.device("meta"):
+            body = _build(_plain_config(self), self.config.get("edits") or {})
+        own = {key: tensor for key, tensor in self.state_dict().items() if not key.startswith(f"{_OTHERS}.")}
+        body.load_state_dict(own, strict=True, assign=True)
+        return body.eval().requires_grad_(False)
+
     def body_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass of the body, whatever step it is."""
         return super().forward(*args, **kwargs)
@@ -168,7 +181,9 @@ class SwitchedUNet2DConditionModel(AssembledUNet2DConditionModel):
         opened = None if place is None else self._run_at(place)
         if opened is None:
             return self._by_noise(call)
-        prediction = opened.run.evaluate(call)
+        # Looked for at every call, since only the pipeline knows; a run begins anew where it turns out otherwise.
+        guided = self.schedule.reuses_guidance and call.has_both_branches
+        prediction = opened.run.evaluate(call, guided)
         self._runs.keep(opened)
         return prediction
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from asdm_compress.assembly.store import measurement_folder
 from asdm_compress.core.errors import AsdmError, ExitCode
@@ -78,9 +78,8 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class SwitchingFound:
-    """What `calibrate --members` found; the first of `entrants` is the schedule, which is also that of `switched`."""
+    """What was found for some members; the first of `entrants` is the schedule, which is also that of `switched`."""
 
-    out: Path
     switched: SwitchedUNet2DConditionModel
     times: StepTimes
     around_teacher: Swaps
@@ -95,6 +94,14 @@ class SwitchingFound:
     def lines(self) -> list[str]:
         """What is to be said beside it."""
         return [str(self.content["verdict"])]
+
+    def write(self, pipeline: StableDiffusionPipeline, folder: Path, **more: Any) -> None:
+        """A pipeline that has the switched UNet, its schedule, its report with what `more` there is, and its plot."""
+        actions = self.switched.schedule.actions
+        save_pipeline(pipeline, folder)
+        save_schedule(Schedule(actions), folder / "switching.yaml")
+        (folder / "calibration.json").write_text(json.dumps({**more, **self.content}, indent=1), encoding="utf-8")
+        (folder / "damages.svg").write_text(damages_svg(self.around_teacher, actions), encoding="utf-8")
 
 
 def run_calibrate_members(
@@ -116,12 +123,32 @@ def run_calibrate_members(
     pipeline, members = open_members(models, options, progress, settings.scheduler)
     for model in models:
         check_output(out, overwrite, Path(model) if Path(model).exists() else None)
+    found = calibrate_members(pipeline, members, settings, progress)
+    pipeline.unet = found.switched
+    with progress.stage("Writing"), output_folder(out, overwrite) as aside:
+        found.write(pipeline, aside, models=list(models))
+    return found
+
+
+def calibrate_members(
+    pipeline: StableDiffusionPipeline,
+    members: Mapping[str, UNet2DConditionModel],
+    settings: CalibrateSettings,
+    progress: Progress,
+    bystanders: Sequence[str] = (),
+) -> SwitchingFound:
+    """The step → member list of least final-latent error within the goal's time; the first member is the teacher.
+
+    Members that are `bystanders` take no steps, but stand among the rivals, as every student that is fast enough to
+    take all of them. The pipeline's UNet is a switched one afterwards. Raises AsdmError for what cannot be switched,
+    and with exit code 3 for a time that no list keeps.
+    """
     check_text_to_image(pipeline)
     sampling, (teacher, *others) = settings.sampling, (Action(member=name) for name in members)
     timeline = sampler_timeline(pipeline, sampling.steps)
     schedule = SwitchingSchedule((teacher,) * sampling.steps, timeline.timesteps, noise_of(pipeline.scheduler))
     pipeline.unet = SwitchedUNet2DConditionModel.of(members, schedule)
-    choices = (teacher, *others, SKIP)
+    choices = (teacher, *(other for other in others if other.member not in bystanders), SKIP)
     splits = split_prompts(pipeline, settings)
 
     def bench(prompts: tuple[str, ...], seed: int) -> Bench:
@@ -131,7 +158,8 @@ def run_calibrate_members(
 
     one_batch = timed_batch(pipeline, splits, settings)
     with progress.stage("Timing every member's step"):
-        times = time_options(pipeline, choices, one_batch, sampling, settings.repeats)
+        options = tuple(dict.fromkeys((*choices, *others)))
+        times = time_options(pipeline, options, one_batch, sampling, settings.repeats)
     full = times.full(sampling.steps)
     share = settings.goal.share(full)
     assert share is not None
@@ -147,12 +175,15 @@ def run_calibrate_members(
     with progress.stage("Trying what could be done instead, in the same time"):
         seconds = max(times.run(best), measured * full)
         ways = [("calibrated", _way(best, times)), *_rivals(seconds, choices, times, pipeline, sampling.steps)]
+        alone = [(other, (other,) * sampling.steps) for other in others]
+        fast = [(other, every) for other, every in alone if keeps_in_time(times.run(every), seconds)]
+        ways += [("one student", _way(every, times, f"{other.member} for all steps")) for other, every in fast]
         shares = measured_shares([way for _, way in ways], pipeline, settings, one_batch)
     with progress.bar("Reporting on test prompts") as bar:
         entrants = _reported(ways, shares, bench(splits.test, TEST_SEED), schedule.actions, settings, bar)
-    pipeline.unet = SwitchedUNet2DConditionModel.of(members, replace(schedule, actions=best))
+    used = {name: unet for name, unet in members.items() if name not in bystanders}
+    switched = SwitchedUNet2DConditionModel.of(used, replace(schedule, actions=best))
     content = {
-        "models": list(models),
         "goal": settings.goal.as_json(),
         "sampler": {
             "scheduler": type(pipeline.scheduler).__name__, "steps": sampling.steps, "guidance": sampling.guidance,
@@ -176,14 +207,7 @@ def run_calibrate_members(
         ],
         "verdict": _verdict(entrants, share),
     }  # fmt: skip
-    with progress.stage("Writing"), output_folder(out, overwrite) as aside:
-        save_pipeline(pipeline, aside)
-        save_schedule(Schedule(best), aside / "switching.yaml")
-        (aside / "calibration.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        (aside / "damages.svg").write_text(damages_svg(search.around_teacher, best), encoding="utf-8")
-    return SwitchingFound(
-        out, pipeline.unet, times, search.around_teacher, tuple(search.rounds), tuple(entrants), content
-    )
+    return SwitchingFound(switched, times, search.around_teacher, tuple(search.rounds), tuple(entrants), content)
 
 
 class _Search:

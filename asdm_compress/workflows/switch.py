@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from asdm_compress.core.errors import AsdmError
@@ -104,7 +105,7 @@ def open_models(
     models: Sequence[str], options: LoadOptions, progress: Progress, scheduler: str | None = None
 ) -> tuple[StableDiffusionPipeline, dict[str, UNet2DConditionModel]]:
     """The first model's pipeline and the UNets of all by name, in one precision: the first one's own, if none is asked
-    for."""
+    for. Of a switched model behind the first these are its members without the first model itself."""
     members: dict[str, UNet2DConditionModel] = {}
     pipeline: StableDiffusionPipeline | None = None
     for model in models:
@@ -112,17 +113,36 @@ def open_models(
             source = resolve(model, options)
             if pipeline is None:
                 pipeline = open_pipeline(source, options)
-                unet = pipeline.unet
+                found = {_name_of(model): pipeline.unet}
             else:
                 # Stored in another precision, a student would share nothing.
-                unet = open_unet(source, options).to(pipeline.unet.dtype)
+                found = _apart(model, open_unet(source, options).to(pipeline.unet.dtype), pipeline.unet)
         for note in source.notes:
             progress.note(note)
-        members[_free_name(Path(model).name or Path(model).resolve().name or model, members)] = unet
+        for name, unet in found.items():
+            members[_free_name(name, members)] = unet
     assert pipeline is not None
     if scheduler:
         pipeline.scheduler = make_scheduler(scheduler, pipeline)
     return pipeline, members
+
+
+def _apart(model: str, unet: UNet2DConditionModel, teacher: UNet2DConditionModel) -> dict[str, UNet2DConditionModel]:
+    """A UNet by its folder's name, and of one that is switched the members that are not the teacher, by theirs."""
+    if not isinstance(unet, SwitchedUNet2DConditionModel):
+        return {_name_of(model): unet}
+    members = {name: unet.alone(name) for name in unet.member_names}
+    return {name: member for name, member in members.items() if not _equal(member, teacher)}
+
+
+def _name_of(model: str) -> str:
+    return Path(model).name or Path(model).resolve().name or model
+
+
+def _equal(one: UNet2DConditionModel, other: UNet2DConditionModel) -> bool:
+    """Whether two UNets have the same tensors."""
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def schedule_of(

@@ -1,0 +1,305 @@
+"""What `optimize` tries for a time: the reference, what it is compared on, and the candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from statistics import median
+from typing import Any, Final
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from asdm_compress.assembly.store import measurement_folder
+from asdm_compress.inheritance.actions import Action, conditional_only, cut
+from asdm_compress.inheritance.forecast import LINEAR
+from asdm_compress.inheritance.places import find_places
+from asdm_compress.inheritance.schedule import Schedule
+from asdm_compress.inheritance.validity import Validity, mark_of
+from asdm_compress.profiling.latency import median_ratio, time_side_by_side
+from asdm_compress.sampling.images import decode
+from asdm_compress.sampling.schedulers import make_scheduler
+from asdm_compress.sampling.settings import encode, initial_latents
+from asdm_compress.scheduling.measure import sampler_timeline
+from asdm_compress.scheduling.rollouts import Judge, Score
+from asdm_compress.scheduling.swaps import Bench, Swaps, Values
+from asdm_compress.scheduling.switch_search import solve
+from asdm_compress.scheduling.switch_times import SKIP, StepTimes, time_options
+from asdm_compress.scheduling.timing import time_runs
+from asdm_compress.scheduling.ways import SOLVERS, Way
+from asdm_compress.switching.schedules import SwitchingSchedule, noise_of
+from asdm_compress.switching.switched_unet import SwitchedUNet2DConditionModel
+from asdm_compress.workflows.calibrate import (
+    TEST_SEED,
+    VALIDATION_SEED,
+    CalibrateSettings,
+    split_prompts,
+    timed_batch,
+)
+from asdm_compress.workflows.progress import Progress
+
+REFINED: Final = 1  # times that a schedule is measured around again
+LONGER: Final = (1.0, 1.4, 2.0)
+MOST_CHANGES: Final = 3  # in one refinement, one step in so many
+CUTS: Final = (0, 2)  # that a step may leave out what is inside of, where the UNet has them
+SLIGHTLY: Final = 1.2  # times the budget: schedules that take no more are solved again for less
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A way of sampling, its time for a whole image over the reference's, and its scores against the reference."""
+
+    role: str
+    way: Way
+    share: float
+    validation: Score
+    test: Score | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """For files."""
+        rule = self.way.rule
+        return {
+            "role": self.role, "way": self.way.name, "steps": self.way.steps, "scheduler": self.way.scheduler,
+            "share": self.share, "validation": self.validation.as_json(),
+            "test": self.test.as_json() if self.test else None,
+            "actions": [action.name for action in rule.actions] if isinstance(rule, Schedule) else None,
+        }  # fmt: skip
+
+
+def frontier_of(tried: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """The candidates that none which takes less time is as good as, on validation prompts; test ones choose nothing."""
+    found: list[Candidate] = []
+    for candidate in sorted(tried, key=lambda c: c.share):
+        if not found or candidate.validation.mean() > found[-1].validation.mean():
+            found.append(candidate)
+    return tuple(found)
+
+
+class Search:
+    """The reference, what it is compared on, and the candidates."""
+
+    def __init__(
+        self,
+        pipeline: StableDiffusionPipeline,
+        members: Mapping[str, UNet2DConditionModel],
+        settings: CalibrateSettings,
+        progress: Progress,
+    ) -> None:
+        self.pipeline, self.members, self.settings, self.progress = pipeline, members, settings, progress
+        self.sampler = type(pipeline.scheduler).__name__
+        self.teacher, *self.students = (Action(member=name) for name in members)
+        steps = settings.sampling.steps
+        self.unet = self._switched((self.teacher,) * steps, pipeline)
+        pipeline.unet = self.unet
+        self.splits = split_prompts(pipeline, settings)
+        self.one_batch = timed_batch(pipeline, self.splits, settings)
+        self._solved: dict[str, tuple[Swaps, int | None]] = {}
+        with progress.stage("Timing"):
+            # Students' own cuts are left out: they save little of what is little, and there would be half as many
+            # exchanges more to measure.
+            choices = (self.teacher, *self.students, *self._light(self.teacher), SKIP)
+            choices += tuple(a for student in self.students for a in self._light(student) if not a.inherits)
+            self.times: StepTimes = time_options(pipeline, choices, self.one_batch, settings.sampling, settings.repeats)
+            self.encoding, self.decoding = self._outside()
+            self.outside = self.encoding + self.decoding
+        self.whole = self.outside + self.times.full(steps)
+        with progress.stage("Sampling the reference"):
+            self.judge = self._judge(self.splits.validation, VALIDATION_SEED)
+
+    def _light(self, member: Action) -> tuple[Action, ...]:
+        """What a step of a member may leave out: layers inside of a cut, the unconditional branch, or both."""
+        assert member.member is not None
+        places = find_places(self.members[member.member])
+        branches = [branch for branch in CUTS if f"cut.{branch}" in places]
+        cuts = [Action(cut(branch, LINEAR).inherits, None, member.member) for branch in branches]
+        if self.settings.sampling.guidance <= 1:
+            return tuple(cuts)
+        return (*cuts, *(replace(conditional_only(LINEAR, a), member=member.member) for a in (member, *cuts)))
+
+    def ways(self, share: float, longer: Sequence[float] = LONGER) -> list[tuple[str, Way]]:
+        """Everything that is to be tried for a share of the time, and what a user would do instead.
+
+        `longer` are the steps of the tried schedules, over those that compute everything in the time.
+        """
+        budget = share * self.whole - self.outside
+        ways = self._fewer(budget)
+        if ways:
+            with self.progress.bar("Trying fewer steps") as bar:
+                scores = self.judge.scores([way for _, way in ways], bar)
+            solver = ways[int(np.argmax([score.mean() for score in scores]))][1].scheduler
+        else:
+            solver = SOLVERS[-1]
+        most = max((way.steps for _, way in ways), default=1)
+        for steps in dict.fromkeys(min(self.settings.sampling.steps, max(2, round(f * most))) for f in longer):
+            ways += self.joint(steps, solver, budget)
+        return ways
+
+    def tried(self, share: float) -> list[Candidate]:
+        """The same with measured times and scores, and what is found for less where a schedule takes too much."""
+        ways = self.ways(share)
+        if not ways:
+            return []
+        with self.progress.stage("Timing whole runs in turns"):
+            shares = self.shares([way for _, way in ways])
+        with self.progress.stage("Solving again for what took too much"):
+            again = self.tighter(ways, shares, share)
+        if again:
+            with self.progress.stage("Timing whole runs in turns"):
+                shares += self.shares([way for _, way in again])
+            ways += again
+        with self.progress.bar("Scoring on validation prompts") as bar:
+            scores = self.judge.scores([way for _, way in ways], bar)
+        return [Candidate(*w, s, score) for w, s, score in zip(ways, shares, scores, strict=True)]
+
+    def tighter(self, ways: Sequence[tuple[str, Way]], shares: Sequence[float], share: float) -> list[tuple[str, Way]]:
+        """Schedules from the same measurements as those that took slightly more than predicted, for as much less."""
+        known, found = {way.key for _, way in ways}, list[tuple[str, Way]]()
+        for (role, way), taken in zip(ways, shares, strict=True):
+            if way.key not in self._solved or not share < taken <= share * SLIGHTLY:
+                continue
+            swaps, most = self._solved[way.key]
+            budget = 0.99 * share / taken * (way.seconds + self.outside) - self.outside
+            solved = solve(swaps, self.times, budget, most)
+            if solved is None:
+                continue
+            another = replace(way, seconds=self.times.run(solved.actions), rule=Schedule(solved.actions))
+            if another.key not in known:
+                known.add(another.key)
+                found.append((role, another))
+        return found
+
+    def tested(self, tried: Sequence[Candidate], bar: Any) -> list[Candidate]:
+        """The candidates with their scores on test prompts."""
+        judge = self._judge(self.splits.test, TEST_SEED)
+        scores = judge.scores([c.way for c in tried], bar)
+        return [replace(c, test=score) for c, score in zip(tried, scores, strict=True)]
+
+    def _fewer(self, budget: float) -> list[tuple[str, Way]]:
+        """As many full steps of each sampler, of the teacher and of each student alone, as the time allows."""
+        found = []
+        for member in (self.teacher, *self.students):
+            each = self.times.seconds[member]
+            count = min(int((budget - self.times.outside) / each), self.settings.sampling.steps)
+            for solver in SOLVERS if count > 1 else ():
+                name = f"{count} steps of {solver}" + ("" if member == self.teacher else f", {member.member} alone")
+                rule = Schedule((member,) * count)
+                role = "fewer steps" if member == self.teacher else "a student alone"
+                found.append((role, Way(name, count, self.times.outside + count * each, rule, solver)))
+        return found
+
+    def joint(
+        self,
+        steps: int,
+        solver: str | None,
+        budget: float,
+        choices: Sequence[Action] | None = None,
+        role: str = "joint",
+        refined: int = REFINED,
+    ) -> list[tuple[str, Way]]:
+        """Schedules of one number of steps in which members, inheritance and guidance are chosen together.
+
+        The loop of a run takes at most `budget` seconds. `choices` are some of what a step may do, the first the
+        teacher's whole step; all of it by default. A schedule is measured around `refined` times.
+        """
+        here = self._pipeline(solver)
+        sampling = replace(self.settings.sampling, steps=steps)
+        timeline = sampler_timeline(here, steps)
+        folder = measurement_folder(here, self.splits.calibration, sampling, 0)
+        choices = tuple(self.times.seconds) if choices is None else tuple(choices)
+        # Where nothing but members and skipped steps is chosen from, runs can be forked, which is half the work.
+        whole_runs = not all(choice.is_whole or choice.skips for choice in choices)
+        bench = Bench(here, timeline, self.splits.calibration, sampling, folder, self.settings.batch, whole_runs)
+        truth = self._truth
+        around, most, found = (self.teacher,) * steps, None, list[Way]()
+        for _ in range(1 + refined):
+            with self.progress.bar(f"Measuring what {steps} steps can leave out") as bar:
+                swaps = bench.measure(around, choices, truth, bar)
+            solved = solve(swaps, self.times, budget, most)
+            if solved is None:
+                break
+            name = f"{role}, {steps} steps of {solver or 'its own sampler'}"
+            way = Way(name, steps, self.times.run(solved.actions), Schedule(solved.actions), solver)
+            if any(way.key == other.key for other in found):
+                break
+            found.append(way)
+            self._solved[way.key] = swaps, most
+            around, most = solved.actions, max(2, steps // MOST_CHANGES)
+        return [(role, way) for way in found]
+
+    @cached_property
+    def _truth(self) -> Values:
+        """The reference's final latents on the calibration prompts."""
+        sampling = self.settings.sampling
+        timeline = sampler_timeline(self.pipeline, sampling.steps)
+        bench = Bench(self.pipeline, timeline, self.splits.calibration, sampling, None, self.settings.batch, True)
+        return bench.final_latents((self.teacher,) * sampling.steps)
+
+    def shares(self, ways: Sequence[Way]) -> list[float]:
+        """Time of a whole image, what is outside of the loop included, over the reference's; taken in turns."""
+        sampling = self.settings.sampling
+        loops = [way.loop(self.pipeline, self.one_batch, sampling) for way in (Way("full", sampling.steps, 0), *ways)]
+        full, *others = time_runs(loops, self.settings.repeats)
+        base = [seconds + self.outside for seconds in full]
+        return [median_ratio([seconds + self.outside for seconds in some], base) for some in others]
+
+    @torch.no_grad()
+    def _outside(self) -> tuple[float, float]:
+        """Seconds of the text encoder and of the VAE's decoder for one batch."""
+        images = self.settings.images
+        prompts = list(self.splits.test[:1]) * images
+        latents = initial_latents(self.pipeline, images, self.settings.sampling)
+
+        def encoding() -> None:
+            encode(self.pipeline, prompts, self.settings.sampling.guidance)
+
+        def decoding() -> None:
+            decode(self.pipeline, latents, images)
+
+        before, after = time_side_by_side([encoding, decoding], self.settings.repeats, self.pipeline.device)
+        return median(before), median(after)
+
+    def _judge(self, prompts: Sequence[str], seed: int) -> Judge:
+        here = replace(self.settings.sampling, seed=seed)
+        folder = measurement_folder(self.pipeline, prompts, here, 0)
+        return Judge(self.pipeline, prompts, here, folder, self.settings.batch)
+
+    def _pipeline(self, solver: str | None) -> StableDiffusionPipeline:
+        parts = dict(self.pipeline.components)
+        if solver:
+            parts["scheduler"] = make_scheduler(solver, self.pipeline)
+        checked = self.pipeline.config.get("requires_safety_checker", False)
+        return type(self.pipeline)(**parts, requires_safety_checker=checked)
+
+    def _switched(self, actions: tuple[Action, ...], pipeline: StableDiffusionPipeline) -> SwitchedUNet2DConditionModel:
+        timeline = sampler_timeline(pipeline, len(actions))
+        schedule = SwitchingSchedule(actions, timeline.timesteps, noise_of(pipeline.scheduler))
+        return SwitchedUNet2DConditionModel.of(self.members, schedule)  # type: ignore[no-any-return]
+
+    def is_plain(self, candidate: Candidate) -> bool:
+        """Whether every step is the teacher's, as it is without this package."""
+        rule = candidate.way.rule
+        return isinstance(rule, Schedule) and set(rule.actions) == {self.teacher}
+
+    def ready(self, candidate: Candidate, switched: bool) -> tuple[StableDiffusionPipeline, Schedule | None]:
+        """A pipeline that samples as a candidate does, and the schedule to inherit by.
+
+        Without `switched`, which is for the teacher's steps alone, it has the teacher's UNet, and there is no schedule.
+        """
+        way = candidate.way
+        pipeline = self._pipeline(way.scheduler)
+        assert isinstance(way.rule, Schedule)
+        actions = way.rule.actions
+        if not switched:
+            pipeline.register_modules(unet=next(iter(self.members.values())))
+            return pipeline, None
+        pipeline.register_modules(unet=self._switched(actions, pipeline))
+        sampling = self.settings.sampling
+        timeline = sampler_timeline(pipeline, way.steps)
+        size = initial_latents(pipeline, 1, sampling).shape
+        validity = Validity(
+            "this folder", mark_of(pipeline.unet), type(pipeline.scheduler).__name__, len(timeline),
+            timeline.sigmas or (), max(sampling.guidance, 1.0), (int(size[2]), int(size[3])),
+        )  # fmt: skip
+        return pipeline, Schedule(actions, {}, validity)

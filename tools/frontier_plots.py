@@ -1,0 +1,52 @@
+"""Plots of what `bench_frontier.py` has found: time of a whole image against fidelity, quality and latents' error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from matplotlib.figure import Figure
+
+from asdm_compress.reporting.plots import as_svg
+
+COLOURS: Final = {
+    "full model": "#6b7280", "DeepCache": "#a16207", "guidance reuse": "#0891b2", "inheritance": "#16a34a",
+    "switching": "#2563eb", "T-Stitch": "#7c3aed", "all together": "#dc2626",
+}  # fmt: skip
+AXES: Final = {
+    "psnr": ("psnr", "PSNR to the full run, dB"),
+    "accuracy": ("right", "captions wholly right, of {count}"),
+    "frechet": ("frechet", "Fréchet distance to rendered scenes"),
+}
+LATENTS: Final = ("switching", "T-Stitch")
+
+
+def write_plots(content: Mapping[str, Any], folder: Path) -> None:
+    """All of them, as far as there are rows."""
+    for name, (key, label) in AXES.items():
+        svg = _plot(content, key, label.format(count=content["reference"]["count"]))
+        (folder / f"frontier_{name}.svg").write_text(svg, encoding="utf-8")
+    if all(any(row["role"] == role for row in content["rows"]) for role in LATENTS):
+        svg = _plot(content, "latent_error", "mean squared error of the final latents", LATENTS)
+        (folder / "frontier_switching.svg").write_text(svg, encoding="utf-8")
+
+
+def _plot(content: Mapping[str, Any], key: str, label: str, roles: tuple[str, ...] = ()) -> str:
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.add_subplot()
+    for role in roles or dict.fromkeys(row["role"] for row in content["rows"]):
+        points = sorted((row["image_share"], row[key]) for row in content["rows"] if row["role"] == role)
+        # Ways of the full model are of two samplers, between which there is no line.
+        style = "o" if role == "full model" else "o-"
+        axes.plot(*zip(*points, strict=True), style, label=role, color=COLOURS[role], markersize=4)
+    reference = content["reference"].get(key)
+    if reference is not None:
+        axes.axhline(reference, color="#9ca3af", linewidth=1, linestyle="--")
+        axes.annotate("the full run", (0.99, reference), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    if roles:
+        axes.set_yscale("log")
+    axes.set_xlabel("time of a whole image, over the full run's")
+    axes.set_ylabel(label)
+    axes.legend(frameon=False)
+    return as_svg(figure)
