@@ -331,7 +331,8 @@ def test_a_full_size_ldm_file_opens_with_every_weight_in_its_place(tmp_path, suf
         torch.save({"state_dict": weights}, path)
     else:
         save_file(weights, path)
-    found = load_unet(str(path), LoadOptions(dtype=torch.bfloat16))
+    with pytest.warns(UserWarning, match="is a UNet of Stable Diffusion 1.x: 4 levels with 2-2-2-2 layers"):
+        found = load_unet(str(path), LoadOptions(dtype=torch.bfloat16))
     assert sum(p.numel() for p in found.parameters()) == 859_520_964
     for (name, a), (_, b) in zip(found.state_dict().items(), unet.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
