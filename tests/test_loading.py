@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 import shutil
@@ -17,6 +18,7 @@ from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.models.families import FAMILIES, check_supported, random_unet
 from asdm_compress.models.loading import load_pipeline, load_unet
 from asdm_compress.models.names import MINI_SD_FOLDER
+from asdm_compress.models.recognise import is_finite
 from asdm_compress.models.resolve import resolve, wanted_files
 from asdm_compress.models.source import LoadOptions
 
@@ -329,7 +331,8 @@ def test_a_full_size_ldm_file_opens_with_every_weight_in_its_place(tmp_path, suf
         torch.save({"state_dict": weights}, path)
     else:
         save_file(weights, path)
-    found = load_unet(str(path), LoadOptions(dtype=torch.bfloat16))
+    with pytest.warns(UserWarning, match="is a UNet of Stable Diffusion 1.x: 4 levels with 2-2-2-2 layers"):
+        found = load_unet(str(path), LoadOptions(dtype=torch.bfloat16))
     assert sum(p.numel() for p in found.parameters()) == 859_520_964
     for (name, a), (_, b) in zip(found.state_dict().items(), unet.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
@@ -417,3 +420,20 @@ def test_weights_that_are_no_numbers_are_named(copy, unet):
     save_file(weights, path)
     with pytest.raises(AsdmError, match=r"not all finite numbers: conv_in\.bias"):
         load_unet(str(copy), LoadOptions())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 67), (1, 5, 33, 65)])
+def test_one_number_that_is_none_is_found_wherever_it_is(dtype, value, shape):
+    numbers = torch.linspace(-3, 3, math.prod(shape)).reshape(shape)
+    assert is_finite(numbers.to(dtype))
+    for place in {0, numbers.numel() // 2, numbers.numel() - 1}:
+        wrong = numbers.clone()
+        wrong.view(-1)[place] = value
+        assert not is_finite(wrong.to(dtype))
+        assert not is_finite(wrong.to(dtype).transpose(0, -1))
+
+
+def test_what_has_no_fractions_or_no_numbers_is_finite():
+    assert all(map(is_finite, (torch.arange(3), torch.tensor([True]), torch.zeros(0), torch.zeros(0, 4).half())))

@@ -100,13 +100,21 @@ def test_a_model_is_taken_from_the_hub_by_its_id(hub: Hub, cli, monkeypatch):
     assert json.loads(again.stdout)["parameters"] == json.loads(taken.stdout)["parameters"]
 
 
-@pytest.mark.parametrize("refused", ["POST /api/repos/create", r"PUT /objects/", "POST .*/commit/main"])
-def test_a_hub_that_refuses_is_said_and_leaves_the_student_here(hub: Hub, cli, tmp_path, refused):
+@pytest.mark.parametrize(
+    ("refused", "words"),
+    [
+        ("POST /api/repos/create", "You have no right to do this"),
+        ("PUT /objects/", "Error while uploading"),
+        ("POST .*/commit/main", "You have no right to do this"),
+    ],
+)
+def test_a_hub_that_refuses_is_said_and_leaves_the_student_here(hub: Hub, cli, tmp_path, refused, words):
     hub.refused = refused
     result = cli(*APPLY)
     assert result.returncode == 4
     said = " ".join(result.stderr.split())
     assert "the hub did not take me/student: " in said
+    assert words in said
     assert "what was written here is complete" in said
     assert "Traceback" not in said
     assert (tmp_path / "student" / "model_index.json").exists()

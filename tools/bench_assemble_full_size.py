@@ -35,10 +35,11 @@ from asdm_compress.core.provenance import processor_name, versions
 
 RESULTS = Path(__file__).parent / "results"
 # Guidance off: a triple is one pass of the UNet. Parts down to units, and none of what is fitted: at full size the
-# normal equations of 3x3 convolutions alone take longer than all of this.
+# normal equations of 3x3 convolutions alone take longer than all of this. And no neighbours of the best plan, which are
+# tried for as long as one wants.
 ARGUMENTS = (
     "--budget latency=0.7x --guidance 1 --batch 1 --steps 4 --bands 4 --calibration-prompts 4 --calibration-triples 16 "
-    "--probes 1 --held-out-prompts 1 --finest unit --slot none --narrow none --refit none --repeats 2"
+    "--probes 1 --held-out-prompts 1 --finest unit --slot none --narrow none --refit none --neighbours 0 --repeats 2"
 )
 
 

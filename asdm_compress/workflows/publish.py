@@ -48,7 +48,8 @@ def push(folder: Path, repository: str) -> str:
         if not api.repo_exists(repository):
             api.create_repo(repository, private=True)
         commit = api.create_commit(repository, contents(folder), commit_message="Upload a student of asdm-compress")
-    except (HfHubHTTPError, HTTPError, OSError) as error:
+    # Of a large file that is not taken, huggingface_hub says so by a plain RuntimeError or ValueError.
+    except (HfHubHTTPError, HTTPError, OSError, RuntimeError, ValueError) as error:
         raise _unreachable(repository, error) from error
     return str(commit.commit_url)
 
@@ -64,8 +65,9 @@ def contents(folder: Path) -> list[CommitOperationAdd]:
 
 
 def _unreachable(repository: str, error: Exception) -> AsdmError:
+    why = ": ".join(first_line(each) for each in (error, error.__cause__) if each is not None)
     return AsdmError(
-        f"the hub did not take {repository}: {first_line(error)}",
+        f"the hub did not take {repository}: {why}",
         "Check the network and `hf auth whoami`; what was written here is complete.",
         ExitCode.ENVIRONMENT,
     )

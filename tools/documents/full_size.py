@@ -1,0 +1,76 @@
+"""What was measured at the sizes of published checkpoints: `apply`, `assemble`, and the recipes that ship."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final
+
+from asdm_compress.core.recipe import load_recipe
+from documents.figures import RESULTS, minutes, results, share, source, table
+
+RECIPES: Final = Path(__file__).parents[2] / "recipes"
+
+
+def applied() -> str:
+    """What `apply` takes at full size."""
+    rows = results("apply")["rows"]
+    return table(
+        ("model", "recipe", "student", "peak memory", "1.25 of the student and the largest block", "seconds",
+         "copying the student"),
+        [
+            [
+                r["model"], f"`{r['recipe']}`", f"{r['student_gb']:.2f} GB", f"{r['peak_gb']:.2f} GB",
+                f"{r['bound_gb']:.2f} GB", f"{r['seconds_beside_start']:.1f} s", f"{r['copy_seconds']:.1f} s",
+            ]
+            for r in rows
+        ],
+    )  # fmt: skip
+
+
+def applied_setting() -> str:
+    """What of the peak is not the student's, and of the time."""
+    found = results("apply")
+    return (
+        f"on {found['device']}: importing torch and diffusers takes {found['start_gb']:.2f} GB of the peak and "
+        f"{found['start_seconds']:.1f} s, which the table's seconds leave out"
+    )
+
+
+def assembled_at_full_size() -> str:
+    """What the main job takes on Stable Diffusion 1.5."""
+    found = results("assemble_full_size")
+    scan = next(seconds for stage, seconds in found["stages"].items() if "damage" in stage)
+    return (
+        f"{minutes(found['seconds'])} and {found['peak_gb']:.1f} GB at most, on {found['threads']} thread of "
+        f"{found['device']}: {found['damages']} damages in {minutes(scan)}, with recording, search, verification, "
+        f"held-out pictures and report beside them ({source('assemble_full_size', 'bench_assemble_full_size')})"
+    )
+
+
+def resumed_at_full_size() -> str:
+    """What of it a killed run has kept."""
+    found = results("assemble_full_size_resumed")
+    return (
+        f"killed after {minutes(found['killed_after_seconds'])}, it had kept {found['kept_of_killed']} of "
+        f"{found['damages']} damages, and the same command was done in {minutes(found['seconds'])} more "
+        f"({source('assemble_full_size_resumed', 'bench_assemble_full_size')})"
+    )
+
+
+def latency_recipes() -> str:
+    """The recipes that ship for Stable Diffusion at shares of its latency."""
+    lines, rows = [], {}
+    for path in sorted(RESULTS.glob("recipes*.json")):
+        measured = results(path.stem)
+        rows |= {
+            (r["model"], json.dumps(r["edits"], sort_keys=True)): (r, measured["device"]) for r in measured["rows"]
+        }
+    for path in sorted(
+        RECIPES.glob("sd*-latency-*.yaml"), key=lambda path: (path.stem.split("-latency-")[0], -float(path.stem[-4:-1]))
+    ):
+        recipe = load_recipe(path)
+        edits = recipe.as_edits()
+        row, device = rows[recipe.base.model, json.dumps(dict(edits), sort_keys=True)]
+        lines.append([f"`{path.stem}`", len(edits), share(row["latency_ratio"]), share(row["macs_ratio"]), device])
+    return table(("recipe", "edits", "latency", "MACs", "measured on"), lines)
