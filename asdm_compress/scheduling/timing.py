@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Final
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
@@ -16,7 +19,7 @@ from asdm_compress.inheritance.attach import enable
 from asdm_compress.inheritance.corrections import Correction, CorrectionKey
 from asdm_compress.inheritance.schedule import Rule, Schedule
 from asdm_compress.inheritance.shapes import value_shapes
-from asdm_compress.profiling.latency import time_side_by_side
+from asdm_compress.profiling.latency import FEWEST_REPEATS, clock_for, time_side_by_side
 from asdm_compress.sampling.settings import SamplingSettings, initial_latents, row_generators
 from asdm_compress.scheduling.menu import (
     EVERYTHING,
@@ -144,37 +147,73 @@ def time_kinds(
 
     In one thread of the processor seconds are its own, which do not pass while other programs have the core.
 
-    A loop is two steps that compute everything and some of the kind; the time of the two and of what is around them is
-    that of a loop of two. Cuts are timed with corrections too, whose values do not matter for that; a step that leaves
-    a guidance branch out is taken to pay as much for them as one that does not, though it has half the rows.
+    A loop is two steps that compute everything and some of the kind. Cuts are timed with corrections too, whose values
+    do not matter for that; a step that leaves a guidance branch out is taken to pay as much for them as one that does
+    not, though it has half the rows.
     """
-    steps = max(LOOP, _BEFORE + 1)
+    here = SamplingSettings(LOOP, settings.guidance, settings.seed, settings.image_size)
 
-    def loop(action: Action, count: int, corrections: Mapping[CorrectionKey, Correction] | None = None) -> Loop:
-        here = SamplingSettings(count, settings.guidance, settings.seed, settings.image_size)
+    def loop(action: Action, corrections: Mapping[CorrectionKey, Correction] | None = None) -> Loop:
         # What a step that computes everything keeps for others costs time too.
-        actions = [FULL] * _BEFORE + [action] * (count - _BEFORE)
+        actions = [FULL] * _BEFORE + [action] * (LOOP - _BEFORE)
         rule = Schedule(tuple(actions), corrections or {})
         return Loop(pipeline, texts, here, None if action == FULL else rule)
 
     maps = _empty_corrections(pipeline, menu, settings)
     fitted = [kind for kind in kinds if kind[0] in maps and not kind[1]]
-    loops = [loop(FULL, _BEFORE), *(loop(menu.example(kind), steps) for kind in kinds)]
+    loops = [loop(menu.example(kind)) for kind in kinds]
     for kind in fitted:
         name, correction = maps[kind[0]]
         (action,) = with_corrections([menu.example(kind)])
-        loops.append(loop(action, steps, {(step, name): correction for step in range(_BEFORE, steps)}))
-    # Other work on the machine only ever adds time, and differences of disturbed times would say nothing.
-    taken = time_side_by_side(loops, repeats, pipeline.device, PATIENCE, undisturbed=True)
-    base, *samples = (min(seconds) for seconds in taken)
-    each = [max(seconds - base, LEAST * base) / (steps - _BEFORE) for seconds in samples]
-    found = dict(zip(kinds, each, strict=False))
-    outside = max(base - _BEFORE * found[EVERYTHING.kind], 0.0)
-    more = {
-        light: seconds - found[light, False] for (light, _), seconds in zip(fitted, each[len(kinds) :], strict=True)
+        loops.append(loop(action, {(step, name): correction for step in range(_BEFORE, LOOP)}))
+    taken = dict(zip([*kinds, *((kind, "fitted") for kind in fitted)], _time_steps(loops, repeats), strict=True))
+    runs = taken.pop(EVERYTHING.kind)
+    full = _typical([seconds for run in runs for seconds in run[1:-1]])
+    outside = max(_typical([run[0] - full + run[-1] for run in runs]), 0.0)
+    # What a full step keeps for light ones is put on these.
+    keeping = _typical([run[_BEFORE - 1] for of_kind in taken.values() for run in of_kind] or [full])
+    more = max(keeping - full, 0.0) * _BEFORE / (LOOP - _BEFORE)
+    each = {
+        key: max(_typical([seconds for run in of_kind for seconds in run[_BEFORE:-1]]) + more, LEAST * full)
+        for key, of_kind in taken.items()
     }
-    with_maps = {kind: found[kind] + max(more[kind[0]], 0.0) for kind in kinds if kind[0] in more}
+    found = {EVERYTHING.kind: full, **{kind: each[kind] for kind in kinds if kind != EVERYTHING.kind}}
+    extra = {kind[0]: max(each[kind, "fitted"] - each[kind], 0.0) for kind in fitted}
+    with_maps = {kind: found[kind] + extra[kind[0]] for kind in kinds if kind[0] in extra}
     return KindTimes(found, outside, settings.steps, with_maps)
+
+
+def _time_steps(loops: Sequence[Loop], repeats: int) -> list[list[list[float]]]:
+    """By loop and turn the seconds of every step, and last those from the last step to the end of the run.
+
+    The first step's have in them what comes before it.
+    """
+    device = loops[0].pipeline.device
+    clock = clock_for(device, undisturbed=True)
+    found: list[list[list[float]]] = [[] for _ in loops]
+    began = time.perf_counter()
+    for turn in range(repeats + 1):
+        if turn > FEWEST_REPEATS and time.perf_counter() - began > PATIENCE:
+            break
+        for loop, runs in zip(loops, found, strict=True):
+            clock.synchronise()
+            marks = [clock.mark()]
+
+            def mark(*_: Any, marks: list[Any] = marks) -> dict[str, Any]:
+                marks.append(clock.mark())
+                return {}
+
+            loop(mark)
+            marks.append(clock.mark())
+            clock.synchronise()
+            if turn:  # the first one warms up
+                runs.append([clock.between(a, b) for a, b in pairwise(marks)])
+    return found
+
+
+def _typical(seconds: Sequence[float]) -> float:
+    """The lower quartile: other work on the machine mostly adds time, and single fast moments say nothing either."""
+    return float(np.quantile(seconds, 0.25))
 
 
 def _empty_corrections(

@@ -25,11 +25,11 @@ def inheritance_against() -> str:
             [
                 f"{cell['sampler']}, {cell['steps']}",
                 f"{cell['budget']}x",
-                f"{decibels(ours['psnr'])} at {share(ours['share'])}",
-                "–" if cache is None else f"{cache['role']}: {decibels(cache['psnr'])} at {share(cache['share'])}",
+                _reached(ours),
+                "–" if cache is None else f"{cache['role']}: {_reached(cache)}",
                 "–" if cache is None else _difference(cell, "over_best_cache"),
                 "–" if cache is None else _time(cell),
-                "–" if fewer is None else f"{decibels(fewer['psnr'])} at {share(fewer['share'])}",
+                _reached(fewer),
                 "–" if fewer is None else _difference(cell, "over_fewer_steps"),
             ]
         )
@@ -38,6 +38,23 @@ def inheritance_against() -> str:
         "time for its PSNR", "fewer steps, best sampler", "ours nearer by",
     )  # fmt: skip
     return table(titles, lines)
+
+
+def inheritance_short() -> str:
+    """Ours and the strongest cache and the strongest of fewer steps, for the README."""
+    found = results("inheritance")
+    lines = []
+    for cell in found["summary"]:
+        rows = {row["role"]: row for row in _rows(found, cell)}
+        fewer = next((r for r in rows.values() if r["way"] == cell.get("fewer_steps")), None)
+        lines.append(
+            [
+                f"{cell['sampler']}, {cell['steps']} steps, {cell['budget']}x",
+                *(_reached(rows.get(role)) for role in ("calibrated", cell.get("best_cache"))),
+                _reached(fewer),
+            ]
+        )
+    return table(("full run, time asked for", "calibrated", "best cache of others", "fewer steps, best sampler"), lines)
 
 
 def inheritance_setting() -> str:
@@ -160,6 +177,10 @@ def inheritance_deepcache() -> str:
 def _rows(found: Any, cell: Any) -> Sequence[dict[str, Any]]:
     where = (cell["sampler"], cell["steps"], cell["budget"])
     return [row for row in found["rows"] if (row["sampler"], row["steps"], row.get("budget")) == where]
+
+
+def _reached(row: Any) -> str:
+    return "–" if row is None else f"{decibels(row['psnr'])} at {share(row['share'])}"
 
 
 def _difference(cell: Any, what: str) -> str:
