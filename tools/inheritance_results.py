@@ -142,7 +142,7 @@ class Kept:
     def write(self) -> None:
         """To disk, unless nothing is to be written."""
         if self.writes:
-            RESULTS.mkdir(exist_ok=True)
+            self.path.parent.mkdir(exist_ok=True)
             self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
             if self.content["rows"]:
-                (RESULTS / "inheritance.svg").write_text(picture(self.content["rows"]), encoding="utf-8")
+                self.path.with_suffix(".svg").write_text(picture(self.content["rows"]), encoding="utf-8")
