@@ -6,8 +6,8 @@
 Whole calls of pipelines that compute everything, in turns with the plain pipeline: on `mini-sd`, and on a UNet of the
 size of Stable Diffusion 1.5 with random bfloat16 weights at 512 x 512. The time that is the run time's own is spent on
 the processor and does not grow with the widths: on `mini-sd`, which has as many layers, it stands out of the noise and
-is given in microseconds per step, and also as a share of a full-size step. Bytes held are those of a run on the meta
-device at full size, which computes nothing.
+is given in microseconds per step, and also as a share of a full-size step. In one thread, seconds are that thread's
+own. Bytes held are those of a run on the meta device at full size, which computes nothing.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from measuring import check_alone
+from measuring import check_alone, fingerprint
 
-from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.inheritance.actions import graph_for
 from asdm_compress.inheritance.attach import enable
 from asdm_compress.inheritance.evaluator import Evaluator
@@ -59,7 +58,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     small_only = parser.parse_args().small
     check_alone()
-    content: dict[str, Any] = {"device": processor_name(), "threads": torch.get_num_threads(), "versions": versions()}
+    content: dict[str, Any] = {"machine": fingerprint()}
     small = load_pipeline("mini-sd", LoadOptions()).unet
     content["mini-sd"] = _overhead(small, 16, SMALL_STEPS, SMALL_REPEATS)
     print(json.dumps(content["mini-sd"]), flush=True)
@@ -97,10 +96,11 @@ def _overhead(unet: UNet2DConditionModel, size: int, steps: int, repeats: int) -
     evaluator, places = Evaluator(unet), find_places(unet)
     light = parse_mode("uniform:2").light
     program = program_of(graph_for(unet, places, [light]), (), places[light.inherits[0].place].outputs)
-    runs = time_side_by_side([sampling(plain), sampling(enabled)], repeats, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    runs = time_side_by_side([sampling(plain), sampling(enabled)], repeats, cpu, undisturbed=True)
     passes = time_side_by_side(
         [lambda: plain.unet(**call.arguments()), lambda: evaluator.evaluate(program, call)],
-        repeats, torch.device("cpu"),
+        repeats, cpu, undisturbed=True,
     )  # fmt: skip
     own = [(b - a) / steps for a, b in zip(*runs, strict=True)]
     recording = [b - a for a, b in zip(*passes, strict=True)]

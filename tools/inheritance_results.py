@@ -98,6 +98,7 @@ class Kept:
 
     def __init__(self, path: Path, arguments: argparse.Namespace, fresh: bool) -> None:
         self.path, self.writes = path, not arguments.quick
+        fresh = fresh and self.writes
         names = ("prompts", "test_prompts", "guidance", "repeats")
         self.content: dict[str, Any] = {
             "machine": fingerprint(),
@@ -105,13 +106,20 @@ class Kept:
             "cells": [],
             "rows": [],
         }
-        if self.writes and path.exists() and not fresh:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            same = all(before.get(key) == self.content[key] for key in ("machine", "settings"))
-            if same:
-                self.content = before
-            else:
-                print("the results there are of other settings: beginning anew", flush=True)
+        if fresh:
+            path.unlink(missing_ok=True)
+        if not self._read():
+            print("the results there are of other settings: beginning anew", flush=True)
+
+    def _read(self) -> bool:
+        """Take over what is on disk, which another run for other samplers may have added to; False if it is no use."""
+        if not self.writes or not self.path.exists():
+            return True
+        before = json.loads(self.path.read_text(encoding="utf-8"))
+        if any(before.get(key) != self.content[key] for key in ("machine", "settings")):
+            return False
+        self.content = before
+        return True
 
     def has(self, cell: Sequence[Any]) -> bool:
         """Whether a cell is done."""
@@ -119,6 +127,10 @@ class Kept:
 
     def add(self, cell: Sequence[Any], rows: Rows, seconds: float, load: float) -> None:
         """Write a cell that is done; `load` is how many cores other processes used meanwhile."""
+        pictured = self.content.get("pictured")
+        self._read()
+        if pictured is not None:
+            self.content["pictured"] = pictured
         self.content["cells"].append(list(cell))
         self.content["rows"] += rows
         name = " ".join(map(str, cell))
@@ -130,7 +142,7 @@ class Kept:
     def write(self) -> None:
         """To disk, unless nothing is to be written."""
         if self.writes:
-            RESULTS.mkdir(exist_ok=True)
+            self.path.parent.mkdir(exist_ok=True)
             self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
             if self.content["rows"]:
-                (RESULTS / "inheritance.svg").write_text(picture(self.content["rows"]), encoding="utf-8")
+                self.path.with_suffix(".svg").write_text(picture(self.content["rows"]), encoding="utf-8")

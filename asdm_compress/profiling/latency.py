@@ -19,12 +19,20 @@ PATIENCE: Final = 20.0
 FEWEST_REPEATS: Final = 3
 
 
-class _Clock(Protocol):
+class Clock(Protocol):
     """Marks moments, and tells the seconds between two of them once everything has run."""
 
-    def mark(self) -> Any: ...
-    def synchronise(self) -> None: ...
-    def between(self, first: Any, second: Any) -> float: ...
+    def mark(self) -> Any:
+        """This moment, or that in which the device comes to it."""
+        ...
+
+    def synchronise(self) -> None:
+        """Wait until everything has run."""
+        ...
+
+    def between(self, first: Any, second: Any) -> float:
+        """Seconds."""
+        ...
 
 
 class _HostClock:
@@ -63,8 +71,11 @@ class _CudaClock:
         return float(first.elapsed_time(second)) / 1e3
 
 
-def _clock(device: torch.device) -> _Clock:
-    return _CudaClock(device) if device.type == "cuda" else _HostClock()
+def clock_for(device: torch.device, undisturbed: bool = False) -> Clock:
+    """The clock of a device. `undisturbed`: where torch runs in one thread of the processor, that thread's own time."""
+    if device.type == "cuda":
+        return _CudaClock(device)
+    return _OwnClock() if undisturbed and torch.get_num_threads() == 1 else _HostClock()
 
 
 @dataclass(slots=True)
@@ -85,7 +96,7 @@ def time_sites(
 
     Sites whose modules do not run in one go (layers, projections) are left to the caller, who has their parts.
     """
-    clock, times = _clock(device), SiteTimes()
+    clock, times = clock_for(device), SiteTimes()
     forward()
     clock.synchronise()
     began = time.perf_counter()
@@ -108,7 +119,7 @@ def is_timed(site: Site) -> bool:
 
 
 @contextmanager
-def _timers(unet: nn.Module, sites: Sequence[Site], clock: _Clock, marks: dict[str, list[Any]]) -> Iterator[None]:
+def _timers(unet: nn.Module, sites: Sequence[Site], clock: Clock, marks: dict[str, list[Any]]) -> Iterator[None]:
     handles = []
     for site in sites:
         if not is_timed(site):
@@ -133,7 +144,7 @@ def _has(unet: nn.Module, path: str) -> bool:
     return unet.get_submodule(parent)._modules.get(name) is not None
 
 
-def _time_once(forward: ForwardPass, clock: _Clock) -> float:
+def _time_once(forward: ForwardPass, clock: Clock) -> float:
     clock.synchronise()
     start = clock.mark()
     forward()
@@ -154,8 +165,7 @@ def time_side_by_side(
     Stops early once `patience` seconds have gone by and `FEWEST_REPEATS` turns are done. `undisturbed`: where torch
     runs in one thread of the processor, seconds are that thread's own, without those in which others had the core.
     """
-    own = undisturbed and device.type == "cpu" and torch.get_num_threads() == 1
-    clock = _OwnClock() if own else _clock(device)
+    clock = clock_for(device, undisturbed)
     for forward in passes:
         forward()
     samples: list[list[float]] = [[] for _ in passes]
@@ -175,7 +185,7 @@ def median_ratio(samples: Sequence[float], baseline: Sequence[float]) -> float:
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
     """The best rate of square matrix products on this device, in MACs per second."""
-    clock = _clock(device)
+    clock = clock_for(device)
     size = 4096 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 

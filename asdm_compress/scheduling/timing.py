@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from statistics import fmean, median
 from typing import Any, Final
 
 import torch
@@ -16,7 +19,7 @@ from asdm_compress.inheritance.attach import enable
 from asdm_compress.inheritance.corrections import Correction, CorrectionKey
 from asdm_compress.inheritance.schedule import Rule, Schedule
 from asdm_compress.inheritance.shapes import value_shapes
-from asdm_compress.profiling.latency import time_side_by_side
+from asdm_compress.profiling.latency import FEWEST_REPEATS, clock_for, time_side_by_side
 from asdm_compress.sampling.settings import SamplingSettings, initial_latents, row_generators
 from asdm_compress.scheduling.menu import (
     EVERYTHING,
@@ -29,12 +32,13 @@ from asdm_compress.scheduling.menu import (
 )
 
 REPEATS: Final = 9
-LOOP: Final = 6  # steps of a timed loop
+LOOP: Final = 7  # steps of a timed loop
+BETWEEN: Final = 6  # loops of light steps between two that compute everything
 # Seconds after which kinds of steps are no longer timed. There are dozens of loops, and of too few turns none may be
 # undisturbed for one of them, on which then every predicted time is wrong.
 PATIENCE: Final = 120.0
 LEAST: Final = 1e-3  # of the base's time, where a difference drowns in noise
-_BEFORE: Final = 2  # of them that compute everything, so that there is something to forecast from
+_BEFORE: Final = 3  # of them that compute everything, so that there is something to forecast from
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,37 +148,80 @@ def time_kinds(
 
     In one thread of the processor seconds are its own, which do not pass while other programs have the core.
 
-    A loop is two steps that compute everything and some of the kind; the time of the two and of what is around them is
-    that of a loop of two. Cuts are timed with corrections too, whose values do not matter for that; a step that leaves
-    a guidance branch out is taken to pay as much for them as one that does not, though it has half the rows.
+    A loop is three steps that compute everything and some of the kind, which are told in the time of these. Cuts are
+    timed with corrections too, whose values do not matter for that; a step that leaves a guidance branch out is taken
+    to pay as much for them as one that does not, though it has half the rows.
     """
-    steps = max(LOOP, _BEFORE + 1)
+    here = SamplingSettings(LOOP, settings.guidance, settings.seed, settings.image_size)
 
-    def loop(action: Action, count: int, corrections: Mapping[CorrectionKey, Correction] | None = None) -> Loop:
-        here = SamplingSettings(count, settings.guidance, settings.seed, settings.image_size)
+    def loop(action: Action, corrections: Mapping[CorrectionKey, Correction] | None = None) -> Loop:
         # What a step that computes everything keeps for others costs time too.
-        actions = [FULL] * _BEFORE + [action] * (count - _BEFORE)
+        actions = [FULL] * _BEFORE + [action] * (LOOP - _BEFORE)
         rule = Schedule(tuple(actions), corrections or {})
         return Loop(pipeline, texts, here, None if action == FULL else rule)
 
     maps = _empty_corrections(pipeline, menu, settings)
     fitted = [kind for kind in kinds if kind[0] in maps and not kind[1]]
-    loops = [loop(FULL, _BEFORE), *(loop(menu.example(kind), steps) for kind in kinds)]
+    plain, light = loop(FULL), [kind for kind in kinds if kind != EVERYTHING.kind]
+    loops = [loop(menu.example(kind)) for kind in light]
     for kind in fitted:
         name, correction = maps[kind[0]]
         (action,) = with_corrections([menu.example(kind)])
-        loops.append(loop(action, steps, {(step, name): correction for step in range(_BEFORE, steps)}))
-    # Other work on the machine only ever adds time, and differences of disturbed times would say nothing.
-    taken = time_side_by_side(loops, repeats, pipeline.device, PATIENCE, undisturbed=True)
-    base, *samples = (min(seconds) for seconds in taken)
-    each = [max(seconds - base, LEAST * base) / (steps - _BEFORE) for seconds in samples]
-    found = dict(zip(kinds, each, strict=False))
-    outside = max(base - _BEFORE * found[EVERYTHING.kind], 0.0)
-    more = {
-        light: seconds - found[light, False] for (light, _), seconds in zip(fitted, each[len(kinds) :], strict=True)
-    }
-    with_maps = {kind: found[kind] + max(more[kind[0]], 0.0) for kind in kinds if kind[0] in more}
+        loops.append(loop(action, {(step, name): correction for step in range(_BEFORE, LOOP)}))
+    runs, of_loops = _time_steps(plain, loops, repeats)
+    full = median(seconds for run in runs for seconds in run[1:-1])
+    outside = max(median(run[0] - full + run[-1] for run in runs), 0.0)
+    keeping = median([seconds for of_loop in of_loops for run in of_loop for seconds in run[1:_BEFORE]] or [full])
+    # What a full step keeps for light ones is put on these.
+    more = max(keeping - full, 0.0) * _BEFORE / (LOOP - _BEFORE)
+    each = [max(keeping * median(map(_beside_full, of_loop)) + more, LEAST * full) for of_loop in of_loops]
+    found = {EVERYTHING.kind: full, **dict(zip(light, each, strict=False))}
+    extra = {kind[0]: max(seconds - found[kind], 0.0) for kind, seconds in zip(fitted, each[len(light) :], strict=True)}
+    with_maps = {kind: found[kind] + extra[kind[0]] for kind in kinds if kind[0] in extra}
     return KindTimes(found, outside, settings.steps, with_maps)
+
+
+def _beside_full(run: Sequence[float]) -> float:
+    """What the light steps of a loop take over its full ones: a slow moment of the machine meets both."""
+    return fmean(run[_BEFORE:-1]) / fmean(run[1:_BEFORE])
+
+
+def _time_steps(plain: Loop, loops: Sequence[Loop], repeats: int) -> tuple[list[list[float]], list[list[list[float]]]]:
+    """By turn the seconds of every step of the plain loop, and by loop and turn of the others.
+
+    The first of a run have in them what comes before it, the last are those after its last step. The plain loop is
+    run again after every few others, so that it meets the same moments.
+    """
+    device = plain.pipeline.device
+    clock = clock_for(device, undisturbed=True)
+
+    def once(loop: Loop) -> list[float]:
+        clock.synchronise()
+        marks = [clock.mark()]
+
+        def mark(*_: Any) -> dict[str, Any]:
+            marks.append(clock.mark())
+            return {}
+
+        loop(mark)
+        marks.append(clock.mark())
+        clock.synchronise()
+        return [clock.between(a, b) for a, b in pairwise(marks)]
+
+    runs: list[list[float]] = []
+    of_loops: list[list[list[float]]] = [[] for _ in loops]
+    for loop in (plain, *loops):  # warming up
+        once(loop)
+    began = time.perf_counter()
+    for turn in range(repeats):
+        if turn >= FEWEST_REPEATS and time.perf_counter() - began > PATIENCE:
+            break
+        for number, loop in enumerate(loops):
+            if number % BETWEEN == 0:
+                runs.append(once(plain))
+            of_loops[number].append(once(loop))
+        runs.append(once(plain))
+    return runs, of_loops
 
 
 def _empty_corrections(

@@ -25,11 +25,11 @@ def inheritance_against() -> str:
             [
                 f"{cell['sampler']}, {cell['steps']}",
                 f"{cell['budget']}x",
-                f"{decibels(ours['psnr'])} at {share(ours['share'])}",
-                "–" if cache is None else f"{cache['role']}: {decibels(cache['psnr'])} at {share(cache['share'])}",
+                _reached(ours),
+                "–" if cache is None else f"{cache['role']}: {_reached(cache)}",
                 "–" if cache is None else _difference(cell, "over_best_cache"),
                 "–" if cache is None else _time(cell),
-                "–" if fewer is None else f"{decibels(fewer['psnr'])} at {share(fewer['share'])}",
+                _reached(fewer),
                 "–" if fewer is None else _difference(cell, "over_fewer_steps"),
             ]
         )
@@ -38,6 +38,23 @@ def inheritance_against() -> str:
         "time for its PSNR", "fewer steps, best sampler", "ours nearer by",
     )  # fmt: skip
     return table(titles, lines)
+
+
+def inheritance_short() -> str:
+    """Ours and the strongest cache and the strongest of fewer steps, for the README."""
+    found = results("inheritance")
+    lines = []
+    for cell in found["summary"]:
+        rows = {row["role"]: row for row in _rows(found, cell)}
+        fewer = next((r for r in rows.values() if r["way"] == cell.get("fewer_steps")), None)
+        lines.append(
+            [
+                f"{cell['sampler']}, {cell['steps']} steps, {cell['budget']}x",
+                *(_reached(rows.get(role)) for role in ("calibrated", cell.get("best_cache"))),
+                _reached(fewer),
+            ]
+        )
+    return table(("full run, time asked for", "calibrated", "best cache of others", "fewer steps, best sampler"), lines)
 
 
 def inheritance_setting() -> str:
@@ -106,44 +123,60 @@ def inheritance_parts() -> str:
 
 
 def inheritance_predictions() -> str:
-    """Predicted against measured time, planned against executed MACs, on mini-sd and at full size."""
-    cells = results("inheritance")["summary"]
+    """Predicted against measured time and planned against executed MACs of our schedules."""
+    found = results("inheritance")
+    cells, ours = found["summary"], [row for row in found["rows"] if row["role"] == "calibrated"]
     off = [abs(cell["time_off"]) for cell in cells]
     equal = sum(cell["macs_as_planned"] for cell in cells)
-    text = (
-        f"On `mini-sd` the predicted time of the {len(cells)} calibrated schedules is off by at most "
-        f"{percent(max(off))}, in the median by {percent(sorted(off)[len(off) // 2])}; planned and executed MACs are "
-        f"equal in {equal} of {len(cells)}"
-    )
-    full = results("inheritance_full_size")
-    rows = "; ".join(
-        f"{row['schedule']}: {share(row['predicted_share'])} predicted, {share(row['share'])} measured "
-        f"({percent(abs(row['off']))} off), MACs {'equal' if _equal(row) else 'not equal'}"
-        for row in full["rows"]
-    )
+    full = sum(_equal(row) for row in ours)
+    held = [row["sd15_mib_per_sample"] for row in ours]
     return (
-        f"{text}. On a UNet of Stable Diffusion 1.5's size in bfloat16, {full['steps']} steps of which the full run "
-        f"takes {full['full_seconds']:.0f} s: {rows} ({source('inheritance_full_size', 'bench_inheritance')})"
+        f"the predicted time of the {len(cells)} calibrated schedules on `mini-sd` is off by {percent(median(off))} in "
+        f"the median and by {percent(max(off))} at most, on a machine that others used meanwhile; planned and executed "
+        f"MACs are equal in {equal} of {len(cells)}, and in {full} of {len(ours)} where the same schedules are gone "
+        f"through at the size of Stable Diffusion 1.5. There they hold {min(held):.1f} to {max(held):.1f} MiB per "
+        f"sample in half precision ({source(*BENCH)})"
     )
 
 
-def inheritance_memory() -> str:
-    """What is held at the size of Stable Diffusion 1.5, and what the run time costs by itself."""
+def inheritance_full_size() -> str:
+    """Predicted against measured time at the size of Stable Diffusion 1.5."""
+    found = results("inheritance_full_size")
+    rows = [
+        [
+            row["schedule"],
+            share(row["predicted_share"]),
+            share(row["share"]),
+            percent(abs(row["off"])),
+            "equal" if _equal(row) else "not equal",
+            f"{row['sd15_mib_per_sample']:.1f} MiB",
+        ]
+        for row in found["rows"]
+    ]
+    titles = ("schedule", "time predicted", "measured", "off", "MACs planned and executed", "held per sample")
+    return (
+        f"{table(titles, rows)}\n\n{found['steps']} steps, of which the full run takes {found['full_seconds']:.0f} s "
+        f"on {found['machine']['threads']} thread of {found['machine']['device']} "
+        f"({source('inheritance_full_size', BENCH[1])})."
+    )
+
+
+def inheritance_overhead() -> str:
+    """What the run time costs by itself, and what it holds."""
     found = results("inheritance_overhead")
     held = {row["rule"]: row["mib_per_sample"] for row in found["held"]}
-    ours = [row["sd15_mib_per_sample"] for row in results("inheritance")["rows"] if "sd15_mib_per_sample" in row]
     full, small = found.get("sd15 bf16"), found["mini-sd"]
-    outermost = held["uniform:3,branch=0,forecast=hold"]
     text = (
-        f"At the size of Stable Diffusion 1.5 in half precision a sample holds {outermost:.1f} MiB at the outermost "
-        f"cut, {held['uniform:3,branch=0']:.1f} with a linear forecast, the calibrated schedules "
-        f"{min(ours):.1f} to {max(ours):.1f}; DeepCache 0.1.1 holds {found['deepcache_mib_per_sample']} whatever the "
-        f"branch. With everything computed the run time costs {small['whole_microseconds_per_step']:.0f} µs a step on "
-        "`mini-sd`"
+        f"With everything computed the run time costs {small['whole_microseconds_per_step']:.0f} µs a step on `mini-sd`"
     )
     if full is not None:
-        text += f", which is {percent(full['whole_share_of_a_step'])} of a full-size step"
-    return f"{text} ({source('inheritance_overhead', 'bench_inheritance_overhead')})"
+        text += f", which is {percent(full['whole_share_of_a_step'])} of a step of Stable Diffusion 1.5 in bfloat16"
+    return (
+        f"{text}. A sample of that size in half precision holds {held['uniform:3,branch=0,forecast=hold']:.1f} MiB at "
+        f"the outermost cut and {held['uniform:3,branch=0']:.1f} with a linear forecast; DeepCache 0.1.1 holds "
+        f"{found['deepcache_mib_per_sample']} whatever the branch "
+        f"({source('inheritance_overhead', 'bench_inheritance_overhead')})"
+    )
 
 
 def inheritance_deepcache() -> str:
@@ -160,6 +193,10 @@ def inheritance_deepcache() -> str:
 def _rows(found: Any, cell: Any) -> Sequence[dict[str, Any]]:
     where = (cell["sampler"], cell["steps"], cell["budget"])
     return [row for row in found["rows"] if (row["sampler"], row["steps"], row.get("budget")) == where]
+
+
+def _reached(row: Any) -> str:
+    return "–" if row is None else f"{decibels(row['psnr'])} at {share(row['share'])}"
 
 
 def _difference(cell: Any, what: str) -> str:

@@ -1,0 +1,62 @@
+"""What the bench of inheritance keeps and sums up."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+from inheritance_results import LINES, Kept, picture, summary
+
+
+def row(role, share, psnr, budget=0.4, **more):
+    known = {"sampler": "ddim", "steps": 20, "way": f"{role}'s", "predicted_share": share / 1.02}
+    return known | {"role": role, "share": share, "psnr": psnr, "budget": budget, **more}
+
+
+def ours(share, psnr, budget, executed=7):
+    gains = {role: [psnr - 30.0, 1.5] for role in LINES}
+    return row("calibrated", share, psnr, budget, planned_macs=7, executed_macs=executed, gains=gains)
+
+
+ROWS = [
+    ours(0.4, 44.0, 0.4), row("DeepCache", 0.38, 36.0), row("T-GATE", 0.4, 20.0), row("fewer steps", 0.41, 30.0),
+    row("fewer steps, best sampler", 0.41, 31.0), row("search alone", 0.4, 60.0),
+    ours(0.33, 34.0, 0.3, executed=8), row("DeepCache", 0.3, 30.0, 0.3),
+]  # fmt: skip
+
+
+def test_a_cell_is_summed_up_against_the_strongest_of_each_kind():
+    first, second = summary(ROWS)
+    assert (first["best_cache"], first["its_share"], first["fewer_steps"]) == (
+        "DeepCache",
+        0.38,
+        "fewer steps, best sampler's",
+    )
+    assert (first["over_best_cache"], first["over_best_cache_interval"]) == (14.0, 1.5)
+    # Between 34 dB at 0.33x and 44 dB at 0.4x, 36 dB takes a fifth of the way: 0.344x.
+    assert first["time_for_the_same_psnr"] == pytest.approx(0.344 / 0.38)
+    assert first["within_budget"] and first["macs_as_planned"]
+    assert first["time_off"] == pytest.approx(1 / 1.02 - 1)
+    assert not second["within_budget"] and not second["macs_as_planned"]
+    assert second["time_for_the_same_psnr_below"] == pytest.approx(0.33 / 0.3)
+    assert "fewer_steps" not in second
+    assert picture(ROWS).count("calibrated (ours)") == 1
+
+
+def test_runs_for_different_samplers_add_to_one_file_and_other_settings_begin_anew(tmp_path):
+    settings = argparse.Namespace(quick=False, prompts=8, test_prompts=4, guidance=5.0, repeats=2)
+    path = tmp_path / "inheritance.json"
+    one, two = Kept(path, settings, False), Kept(path, settings, False)
+    one.add(("ddim", 20, 0.4), ROWS[:6], 1.0, 0.0)
+    two.add(("ddim", 20, 0.3), ROWS[6:], 2.0, 0.5)
+    again = Kept(path, settings, False)
+    assert again.has(("ddim", 20, 0.4)) and again.has(("ddim", 20, 0.3))
+    assert again.content["rows"] == ROWS
+    assert len(again.content["summary"]) == 2
+    other = argparse.Namespace(**{**vars(settings), "repeats": 3})
+    assert not Kept(path, other, False).has(("ddim", 20, 0.4))
+    quick = argparse.Namespace(**{**vars(settings), "quick": True})
+    assert not Kept(path, quick, True).has(("ddim", 20, 0.4))
+    assert path.exists()
+    assert not Kept(path, settings, True).has(("ddim", 20, 0.4))
+    assert not path.exists()
