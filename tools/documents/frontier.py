@@ -25,8 +25,8 @@ def frontier_setting() -> str:
     found = results("frontier")
     reference, prompts = found["reference"], found["prompts"]
     return (
-        f"{found['test_prompts']} held-out captions and seeds, {reference['scheduler']} with {reference['steps']} steps as "
-        f"the full run ({source('frontier', 'bench_frontier')}); schedules were measured on {prompts['calibration']} "
+        f"{found['test_prompts']} held-out captions and seeds, {reference['scheduler']} with {reference['steps']} steps "
+        f"as the full run ({source('frontier', 'bench_frontier')}); schedules were measured on {prompts['calibration']} "
         f"other prompts and chosen on {prompts['validation']} more"
     )
 
