@@ -26,7 +26,8 @@ def frontier_setting() -> str:
     reference, prompts = found["reference"], found["prompts"]
     return (
         f"{found['test_prompts']} held-out captions and seeds; the full run is {reference['scheduler']} with "
-        f"{reference['steps']} steps; schedules were measured on {prompts['calibration']} other prompts and chosen on {prompts['validation']} more "
+        f"{reference['steps']} steps; schedules were measured on {prompts['calibration']} other prompts "
+        f"and chosen on {prompts['validation']} more "
         f"({source('frontier', 'bench_frontier')})"
     )
 
