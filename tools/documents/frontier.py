@@ -25,9 +25,10 @@ def frontier_setting() -> str:
     found = results("frontier")
     reference, prompts = found["reference"], found["prompts"]
     return (
-        f"{found['test_prompts']} held-out captions and seeds, {reference['scheduler']} with {reference['steps']} steps as "
-        f"the full run ({source('frontier', 'bench_frontier')}); schedules were measured on {prompts['calibration']} "
-        f"other prompts and chosen on {prompts['validation']} more"
+        f"{found['test_prompts']} held-out captions and seeds; the full run is {reference['scheduler']} with "
+        f"{reference['steps']} steps; schedules were measured on {prompts['calibration']} other prompts "
+        f"and chosen on {prompts['validation']} more "
+        f"({source('frontier', 'bench_frontier')})"
     )
 
 
