@@ -3,7 +3,7 @@
     python tools/bench_assemble_full_size.py                        # alone on the machine
     python tools/bench_assemble_full_size.py --kill-after 600       # killed then, and started again
     python tools/bench_assemble_full_size.py --folder ~/full-size   # if it is interrupted, the same again goes on
-    python tools/bench_assemble_full_size.py --folder ~/full-size --stop-after 1000     # is killed then; to be gone on with
+    python tools/bench_assemble_full_size.py --folder ~/full-size --stop-after 999   # killed then, to be gone on with
 
 Damages of random weights mean nothing: this is about time and memory, and that what a killed run has measured is not
 measured again. Writes tools/results/assemble_full_size.json, or with --kill-after assemble_full_size_resumed.json. Runs
