@@ -3,9 +3,11 @@
     python tools/bench_assemble_full_size.py                        # alone on the machine
     python tools/bench_assemble_full_size.py --kill-after 600       # killed then, and started again
     python tools/bench_assemble_full_size.py --folder ~/full-size   # if it is interrupted, the same again goes on
+    python tools/bench_assemble_full_size.py --folder ~/full-size --stop-after 999   # killed then, to be gone on with
 
 Damages of random weights mean nothing: this is about time and memory, and that what a killed run has measured is not
-measured again. Writes tools/results/assemble_full_size.json, or with --kill-after assemble_full_size_resumed.json.
+measured again. Writes tools/results/assemble_full_size.json, or with --kill-after assemble_full_size_resumed.json. Runs
+that were killed are in it, each with its seconds and the damages that it left, and in the sum of seconds.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from measuring import check_alone
 from asdm_compress.core.provenance import processor_name, versions
 
 RESULTS = Path(__file__).parent / "results"
+KILLED = "killed.json"
 # Guidance off: a triple is one pass of the UNet. Parts down to units, and none of what is fitted: at full size the
 # normal equations of 3x3 convolutions alone take longer than all of this. And no neighbours of the best plan, which are
 # tried for as long as one wants.
@@ -50,13 +53,15 @@ def main() -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--arguments", default=ARGUMENTS)
     parser.add_argument("--kill-after", type=float, help="seconds until a first run is killed")
+    parser.add_argument("--stop-after", type=float, help="the same, and the bench ends; needs --folder")
     parser.add_argument("--width", type=int, default=320, help="the UNet's on its highest level; fewer try this out")
     parser.add_argument("--folder", type=Path, help="where model and measurements stay; else in a temporary one")
     asked = parser.parse_args()
+    if asked.stop_after and asked.folder is None:
+        parser.error("--stop-after leaves a run to be gone on with, for which it needs --folder")
     check_alone()
     with tempfile.TemporaryDirectory() if asked.folder is None else nullcontext(asked.folder) as folder:
         model = Path(folder) / asked.model
-        kept = _kept(Path(folder))
         if not (model / "model_index.json").exists():  # which is written last
             shutil.rmtree(model, ignore_errors=True)
             make(asked.model, model, DTYPES[asked.dtype], asked.width)
@@ -68,15 +73,20 @@ def main() -> None:
             "model": asked.model, "dtype": asked.dtype, "width": asked.width, "arguments": asked.arguments,
             "device": processor_name(), "threads": torch.get_num_threads(), "versions": versions(),
         }  # fmt: skip
-        if kept:
-            result["kept_of_interrupted"] = kept
-        if asked.kill_after:
-            result["killed_after_seconds"] = asked.kill_after
-            _run(command, Path(folder), asked.kill_after)
-            result["kept_of_killed"] = _kept(Path(folder))
+        until = asked.kill_after or asked.stop_after
+        if until:
+            _run(command, Path(folder), until)
+        if asked.stop_after:
+            print(f"killed after {asked.stop_after:.0f} s with {_kept(Path(folder))} damages kept")
+            return
         seconds, peak, stages = _run(command, Path(folder))
+        killed = _killed(Path(folder))
+        result["killed"] = killed
         recipe = yaml.safe_load((Path(folder) / "student" / "recipe.yaml").read_text(encoding="utf-8"))
-        result |= {"damages": _kept(Path(folder)), "seconds": round(seconds, 1), "stages": stages}
+        in_all = seconds + sum(run["seconds"] for run in killed)
+        result |= {"damages": _kept(Path(folder)), "seconds": round(in_all, 1), "last_run_seconds": round(seconds, 1)}
+        result |= {"stages_of_last_run": stages}
+        (Path(folder) / KILLED).unlink(missing_ok=True)
     result |= {"peak_gb": round(peak / 1e9, 2), **{part: recipe[part] for part in ("edits", "evidence", "provenance")}}
     print(json.dumps({k: v for k, v in result.items() if k != "versions"}), flush=True)
     if asked.width == 320:
@@ -97,7 +107,10 @@ def _run(command: list[str], folder: Path, kill_after: float | None = None) -> t
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        return time.monotonic() - began, peaks[0], {}
+        seconds = time.monotonic() - began
+        run = {"seconds": round(seconds, 1), "damages": _kept(folder), "peak_gb": round(peaks[0] / 1e9, 2)}
+        (folder / KILLED).write_text(json.dumps([*_killed(folder), run]), encoding="utf-8")
+        return seconds, peaks[0], {}
     if process.returncode:
         raise SystemExit(f"the command ended with {process.returncode}: {said}")
     return time.monotonic() - began, peaks[0], _stages(said)
@@ -116,6 +129,13 @@ def _watch(process: psutil.Process, peaks: list[int]) -> None:
         except psutil.Error:
             return
         time.sleep(0.5)
+
+
+def _killed(folder: Path) -> list[dict[str, float]]:
+    """The runs of this model and these measurements that were killed so far."""
+    path = folder / KILLED
+    found: list[dict[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return found
 
 
 def _kept(folder: Path) -> int:

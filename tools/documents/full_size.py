@@ -40,21 +40,15 @@ def applied_setting() -> str:
 def assembled_at_full_size() -> str:
     """What the main job takes on Stable Diffusion 1.5."""
     found = results("assemble_full_size")
-    scan = next(seconds for stage, seconds in found["stages"].items() if "damage" in stage)
-    return (
-        f"{minutes(found['seconds'])} and {found['peak_gb']:.1f} GB at most, on {found['threads']} thread of "
-        f"{found['device']}: {found['damages']} damages in {minutes(scan)}, with recording, search, verification, "
-        f"held-out pictures and report beside them ({source('assemble_full_size', 'bench_assemble_full_size')})"
+    threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
+    killed = "".join(
+        f"; killed after {minutes(run['seconds'])}, it had kept {run['damages']:.0f} damages, and went on from there"
+        for run in found["killed"]
     )
-
-
-def resumed_at_full_size() -> str:
-    """What of it a killed run has kept."""
-    found = results("assemble_full_size_resumed")
+    peak = max(run["peak_gb"] for run in (found, *found["killed"]))
     return (
-        f"killed after {minutes(found['killed_after_seconds'])}, it had kept {found['kept_of_killed']} of "
-        f"{found['damages']} damages, and the same command was done in {minutes(found['seconds'])} more "
-        f"({source('assemble_full_size_resumed', 'bench_assemble_full_size')})"
+        f"{minutes(found['seconds'])} on {threads} of {found['device']} beside other work, {found['damages']} damages, "
+        f"{peak:.1f} GB of memory at most{killed} ({source('assemble_full_size', 'bench_assemble_full_size')})"
     )
 
 
