@@ -227,7 +227,7 @@ def test_a_probe_keeps_the_best(place):
     printed = json.loads(result.stdout)
     probes = [line for line in lines(place, "probed") if "latent_error" in line]
     assert [line["step"] for line in probes] == [0, 4, 8]
-    best = min(probes, key=lambda line: line["latent_error"])
+    best = min(probes, key=lambda line: line["damage"])
     assert printed["outcome"]["best_step"] == best["step"]
     assert printed["outcome"]["first"]["damage"] == pytest.approx(probes[0]["damage"])
     kept = load_file(place / "probed.run" / "best" / f"step-{best['step']:08d}.safetensors")
@@ -239,7 +239,7 @@ def test_a_probe_keeps_the_best(place):
     assert forecast["memory_bytes"]["total"] > 16 * parameters
 
 
-def test_one_picture_that_turned_out_another_does_not_decide_which_weights_are_best():
+def test_one_picture_that_turned_out_another_does_not_decide_the_latent_error():
     wanted = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     near, nearer = 1.02 * wanted, 1.0001 * wanted
     nearer[0] = -wanted[0]
@@ -266,7 +266,7 @@ def test_a_training_that_harms_gives_back_what_it_was_given(place, monkeypatch):
         "probe_every": 4, "probe_prompts": 2,
     }  # fmt: skip
     result = run(place, monkeypatch, out="harmed", changes=changes)
-    assert result.outcome.last.latent_error > result.outcome.first.latent_error
+    assert result.outcome.last.damage > result.outcome.first.damage
     assert result.outcome.best_step == 0
     before, after = trained(place, "student"), trained(place, "harmed")
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())

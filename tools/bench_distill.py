@@ -6,9 +6,10 @@
 
 Every arm has the same images, batches, steps and optimiser, and a learning rate by the same rule from the damage that
 it starts with (`rate_for`): published rates are for UNets a hundred times as large. The curves are of averaged weights
-on held-out prompts. As in `asdm-compress distill`, what an arm ends with are the weights of the best probe, that before
-training included; its prompts are others than those whose pictures are judged. After each arm
-tools/results/distill.json and distill.svg are written; a run goes on where one with the same settings has stopped.
+on held-out prompts. As in `asdm-compress distill`, what an arm ends with are the weights of the probe of least damage,
+that before training included; its prompts are others than those whose pictures are judged. (That rule was chosen when
+the first curves were seen: by the latents' error before.) After each arm tools/results/distill.json and distill.svg are
+written; a run goes on where one with the same settings has stopped.
 """
 
 from __future__ import annotations
@@ -142,12 +143,11 @@ class Bench:
         training = changed(training, {"probe_every": every})
         loop = LoopSettings(save_every=10**9, log_every=min(10, every))
         with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(self.subjects(arm, training), training, loop, Path(folder), self.accelerator, judge)
-            kept = trainer.train().best_step
+            Trainer(self.subjects(arm, training), training, loop, Path(folder), self.accelerator, judge).train()
         steps = [0, *range(every, training.steps + 1, every)]
         steps += [training.steps] if steps[-1] != training.steps else []
         curve = [{"step": step, **row} for step, row in zip(steps, judge.curve, strict=True)]
-        return {"seconds": round(time.monotonic() - began, 1), "kept": kept, "curve": curve}
+        return {"seconds": round(time.monotonic() - began, 1), "curve": curve}
 
     def overhead(self, steps: int) -> dict[str, float]:
         """Steps per second of the trainer, and of a bare loop of the same passes on one batch that lies ready.
@@ -264,6 +264,8 @@ def _begun(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(result: dict[str, Any], out: Path) -> None:
+    for row in (row for section in ("recovery", "parts") for rows in result[section].values() for row in rows):
+        row["kept"] = kept(row)["step"]
     result["verdicts"] = {budget: verdict(rows) for budget, rows in result["recovery"].items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_suffix(".tmp")
@@ -293,9 +295,8 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def kept(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The point of an arm's curve whose weights it ends with."""
-    found: Mapping[str, Any] = next(point for point in row["curve"] if point["step"] == row["kept"])
-    return found
+    """The point of an arm's curve whose weights the trainer keeps: the first of least damage."""
+    return min(row["curve"], key=lambda point: point["damage"])
 
 
 def _share_to_reach(curve: Sequence[Mapping[str, Any]], measure: str, value: float, sign: int) -> float | None:

@@ -110,9 +110,9 @@ class Distillation(Strict):
     """A whole training; `batch` is images per step over all devices. `lora_rank` matters where LoRA trains.
 
     `experts_share` is the share of the steps that train the slots alone where `trains` is `auto` and there are slots.
-    Every `probe_every` steps (0 is never) the averaged weights are measured on so many held-out prompts, and the best
-    are what is kept. `pairs` are features to compare in place of those that `losses.features` finds; `expected` is
-    told, not used.
+    Every `probe_every` steps (0 is never) the averaged weights are measured on so many held-out prompts, and those of
+    least damage are what is kept. `pairs` are features to compare in place of those that `losses.features` finds;
+    `expected` is told, not used.
     """
 
     preset: str | None = None

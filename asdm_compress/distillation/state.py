@@ -26,7 +26,7 @@ class TrainingState:
     logged: int = 0
     smoothed: float | None = None
     lowest: float = math.inf
-    best_error: float = math.inf
+    best_damage: float = math.inf
     best_step: int | None = None
     first: tuple[float, float] | None = None
 

@@ -244,22 +244,25 @@ class Trainer:
         self.journal.write(record)
 
     def _probe(self) -> ProbeResult:
-        """Measure the averaged weights, keep them where they are the best so far, and tell all processes."""
+        """Measure the averaged weights, keep them where they are the best so far, and tell all processes.
+
+        The best are those of least damage: it is a mean over far more than the latents that a few prompts end at.
+        """
         error = torch.zeros(2, device=self.accelerator.device, dtype=torch.float64)
         with self.engine.averaged(self.subjects.student, self.ema) as student:
             if self.accelerator.is_main_process:
                 assert self.probe is not None
                 found = self.probe.measure(student)
                 error += torch.tensor([found.latent_error, found.damage], device=error.device, dtype=error.dtype)
-                if found.latent_error < self.state.best_error:
+                if found.damage < self.state.best_damage:
                     self._save_best(self.state.step, student)
                 self.probed(self.state.step)
                 record = {"step": self.state.step, "latent_error": found.latent_error, "damage": found.damage}
                 self.journal.write(record)
         error = self.accelerator.reduce(error, "sum")
         result = ProbeResult(float(error[0]), float(error[1]))
-        if result.latent_error < self.state.best_error:
-            self.state.best_error, self.state.best_step = result.latent_error, self.state.step
+        if result.damage < self.state.best_damage:
+            self.state.best_damage, self.state.best_step = result.damage, self.state.step
         self.last = result
         return result
 
