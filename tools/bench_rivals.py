@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import RESULTS, Bench, check_alone, in_turns, plain
+from measuring import RESULTS, Bench, Turns, check_alone, in_turns, plain
 from PIL.Image import Image
 from rival_packages import PACKAGES, Setting, every_setting, package_versions, refusals
 
@@ -45,7 +45,8 @@ from asdm_compress.workflows.calibrate import VALIDATION_SEED, CalibrateSettings
 ABOUT = __doc__ or ""
 TEST_SEED, IMAGE_SEED = 6_262, 70_000  # of the captions and of the first image that nothing is chosen on
 OURS = "calibrated schedule"
-TOGETHER = 6  # settings that are timed in turns with one full run
+LEAST_USED = 0.75  # of a budget, by settings that are tried for it where there are such
+TOGETHER = 10  # settings that are timed in turns with one full run
 
 
 class Kept:
@@ -60,7 +61,7 @@ class Kept:
             before = json.loads(path.read_text(encoding="utf-8"))
             same = ("format", "machine", "packages", "setup")
             if all(before.get(name) == self.content[name] for name in same):
-                self.content = before
+                self.content = before | {"command": self.content["command"]}
             else:
                 print("the results there are of other settings or another machine: beginning anew", flush=True)
 
@@ -90,7 +91,15 @@ class Contest:
         self.sampling = SamplingSettings(arguments.steps, arguments.guidance)
         few = arguments.validation_prompts
         self.ours = CalibrateSettings(
-            Goal(), self.sampling, None, None, arguments.calibration_prompts, few, max(2, few // 2), curve=0
+            Goal(),
+            self.sampling,
+            None,
+            None,
+            arguments.calibration_prompts,
+            few,
+            max(2, few // 2),
+            repeats=arguments.final_repeats,
+            curve=0,
         )
         prompts = split_prompts(self.pipeline, self.ours)
         self.one = encode(self.pipeline, prompts.validation, arguments.guidance)[:1]
@@ -108,6 +117,10 @@ class Contest:
         found: dict[str, dict[str, Any]] = self.kept.content["grid"]
         return found
 
+    def timed(self, loops: Mapping[str, Loop], repeats: int) -> Turns:
+        """Loops in turns."""
+        return in_turns(loops, repeats, processor_time=self.arguments.processor_time)
+
     def try_caches(self) -> None:
         """What diffusers' own caches do here."""
         if not self.kept.content["refusals"]:
@@ -117,20 +130,21 @@ class Contest:
     def time_all(self) -> None:
         """The time of every setting over the full run's; of settings that fail the error."""
         full = Loop(self.pipeline, self.one, self.sampling)
-        waiting = [key for key in self.settings if key not in self.grid]
+        short = replace(self.sampling, steps=2)
+        waiting = [key for key in self.settings if not {"share", "error"} & self.grid.get(key, {}).keys()]
         for first in range(0, len(waiting), TOGETHER):
             keys = waiting[first : first + TOGETHER]
             loops = {}
             for key in keys:
                 try:
-                    loop = self.settings[key].loop(self.pipeline, self.one, self.sampling)
-                    loop()
-                    loops[key] = loop
+                    setting = self.settings[key]
+                    replace(setting, steps=None).loop(self.pipeline, self.one, short)()
+                    loops[key] = setting.loop(self.pipeline, self.one, self.sampling)
                 except Exception as error:  # a package's own, at a setting that it takes
                     self.grid[key] = {"error": f"{type(error).__name__}: {error}"}
-            turns = in_turns({"full": full, **loops}, self.arguments.repeats)
+            turns = self.timed({"full": full, **loops}, self.arguments.repeats)
             for key in loops:
-                self.grid[key] = {"share": plain(turns.ratio(key, "full").value)}
+                self.grid[key] = {**self.grid.get(key, {}), "share": plain(turns.ratio(key, "full").value)}
                 print(key, self.grid[key], flush=True)
             self.kept.write()
 
@@ -144,21 +158,22 @@ class Contest:
         return decode(self.pipeline, torch.cat(latents), judge.batch)
 
     def best(self, rival: str, budget: float) -> tuple[list[str], str | None]:
-        """The settings of a rival within a time, and the one that is best on validation prompts."""
+        """The settings of a rival within a time, and of those that use most of it the best on validation prompts."""
         known = [key for key, found in self.grid.items() if "share" in found and key in self.settings]
         within = [
             key
             for key in known
             if self.settings[key].rival == rival and self.grid[key]["share"] <= budget * (1 + TIMING_TOLERANCE)
         ]
-        for key in within:
+        near = [key for key in within if self.grid[key]["share"] >= LEAST_USED * budget] or within
+        for key in near:
             if "psnr" not in self.grid[key]:
                 pictures = self.pictures(self.validation, self.settings[key])
                 psnr, _ = compare_pairs(pictures, self.validation.pictures)
                 self.grid[key]["psnr"] = plain(sum(psnr) / len(psnr))
                 print(key, self.grid[key], flush=True)
                 self.kept.write()
-        return within, max(within, key=lambda key: self.grid[key]["psnr"], default=None)
+        return within, max(near, key=lambda key: self.grid[key]["psnr"], default=None)
 
     def schedule(self, budget: float) -> Schedule:
         """Ours, found in Python as a user would."""
@@ -185,7 +200,7 @@ class Contest:
         loops = {name: setting.loop(self.pipeline, self.one, self.sampling) for name, setting in chosen.items()}
         loops |= {"full": Loop(self.pipeline, self.one, self.sampling)}
         loops |= {OURS: way.loop(self.pipeline, self.one, self.sampling)}
-        turns = in_turns(loops, self.arguments.final_repeats)
+        turns = self.timed(loops, self.arguments.final_repeats)
         ours = self.test.pictures_of(way)
         our_psnr, _ = compare_pairs(ours, self.test.pictures)
         for name, images in [(OURS, ours), *((r, self.pictures(self.test, s)) for r, s in chosen.items())]:
@@ -207,7 +222,7 @@ class Contest:
 
     def full_run(self) -> None:
         """The row of the run that computes everything."""
-        turns = in_turns({"full": Loop(self.pipeline, self.one, self.sampling)}, self.arguments.final_repeats)
+        turns = self.timed({"full": Loop(self.pipeline, self.one, self.sampling)}, self.arguments.final_repeats)
         right = load_reader().accuracy(to_tensor(self.test.pictures), self.captions)
         self.kept.add(
             {"budget": None, "rival": "full run", "seconds": turns.median("full"), "right": intervals.share(right)}
@@ -227,6 +242,7 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--test-prompts", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3, help="turns in which the grid is timed")
     parser.add_argument("--final-repeats", type=int, default=9, help="turns in which the chosen ones are timed")
+    parser.add_argument("--processor-time", action="store_true", help="count processor time: beside other work")
     parser.add_argument("--fresh", action="store_true", help="begin anew, whatever is there")
     arguments = parser.parse_args(words)
     if arguments.quick:
@@ -239,9 +255,17 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Try the caches, time the grid, and hold the contest for every budget."""
     arguments = parsed()
-    if not arguments.quick:
+    if not (arguments.quick or arguments.processor_time):
         check_alone()
-    names = ("scheduler", "steps", "guidance", "calibration_prompts", "validation_prompts", "test_prompts")
+    names = (
+        "processor_time",
+        "scheduler",
+        "steps",
+        "guidance",
+        "calibration_prompts",
+        "validation_prompts",
+        "test_prompts",
+    )
     setup = {name: getattr(arguments, name) for name in names}
     bench = Bench("rivals", ABOUT, torch.device("cpu"))
     kept = Kept(RESULTS / "rivals.json", bench, setup, arguments.fresh, not arguments.quick)

@@ -74,8 +74,27 @@ class Turns:
         return intervals.median_ratio(self.seconds[base], self.seconds[name])
 
 
-def in_turns(passes: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device | None = None) -> Turns:
-    """Time passes in turns, so that a slow moment of the machine meets all; each runs once before, uncounted."""
+def in_turns(
+    passes: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    device: torch.device | None = None,
+    processor_time: bool = False,
+) -> Turns:
+    """Time passes in turns, so that a slow moment of the machine meets all; each runs once before, uncounted.
+
+    With `processor_time` only what this process has had processors for is counted, which says more beside other work;
+    of several threads it is the sum.
+    """
+    if processor_time:
+        for run in passes.values():
+            run()
+        found: dict[str, list[float]] = {name: [] for name in passes}
+        for _ in range(repeats):
+            for name, run in passes.items():
+                began = time.process_time()
+                run()
+                found[name].append(time.process_time() - began)
+        return Turns(found)
     samples = time_side_by_side(list(passes.values()), repeats, device or torch.device("cpu"))
     return Turns(dict(zip(passes, samples, strict=True)))
 

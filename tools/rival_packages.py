@@ -37,14 +37,14 @@ Install = Callable[[StableDiffusionPipeline], Around]
 
 DEEPCACHE, TOMESD, PRUNING = "DeepCache", "tomesd", "torch-pruning"
 BROADCAST, FASTER_CACHE, TAYLOR = "PyramidAttentionBroadcast", "FasterCache", "TaylorSeer"
-FEWER, BEST_SAMPLER = "fewer steps", "fewer steps, best sampler"
+FEWER, OTHER_SAMPLER = "fewer steps", "fewer steps of another sampler"
 # What a rival is a part of; what has no package is the sampler's.
 PACKAGES: Final = {
     DEEPCACHE: "DeepCache", TOMESD: "tomesd", PRUNING: "torch-pruning",
     BROADCAST: "diffusers", FASTER_CACHE: "diffusers", TAYLOR: "diffusers",
 }  # fmt: skip
 WHOLE_RUN: Final = (-1, 1001)  # of timesteps
-SOLVERS: Final = ("ddim", "dpm++", "unipc")
+SOLVERS: Final = ("ddim", "unipc")
 # Modules that return one tensor, which is what TaylorSeer can forecast; its own names match nothing of a UNet.
 TAYLOR_PARTS: Final = {
     "transformers": r".*\.transformer_blocks\.\d+",
@@ -232,11 +232,11 @@ def pruned(shares: Sequence[float]) -> Iterator[Setting]:
 
 
 def fewer_steps(steps: Sequence[int]) -> Iterator[Setting]:
-    """Fewer steps of the pipeline's own sampler, and of other solvers."""
+    """Fewer steps of the pipeline's own sampler (mini-sd's is DPM-Solver++), and of other solvers."""
     for count in steps:
         yield Setting(FEWER, f"{count} steps", None, count)
     for count, solver in product(steps, SOLVERS):
-        yield Setting(BEST_SAMPLER, f"{count} steps of {solver}", None, count, solver)
+        yield Setting(OTHER_SAMPLER, f"{count} steps of {solver}", None, count, solver)
 
 
 def every_setting(steps: int, budgets: Sequence[float], quick: bool = False) -> list[Setting]:
@@ -245,12 +245,12 @@ def every_setting(steps: int, budgets: Sequence[float], quick: bool = False) -> 
     if has(DEEPCACHE):
         found += deepcache((3,) if quick else (2, 3, 4, 5, 7, 10), (0,) if quick else (0, 1, 2, 3, 6))
     if has(TOMESD):
-        found += token_merging((0.5,) if quick else (0.25, 0.5, 0.75), (1,) if quick else (1, 2, 4))
-    found += attention_broadcast((None, 2) if quick else (None, 2, 4, 8))
-    found += faster_cache((3,) if quick else (2, 3, 5, 10), (1.1,) if quick else (1.0, 1.1))
-    found += taylor_seer((3,) if quick else (2, 3, 5, 8), (1,) if quick else (0, 1, 2))
-    found += pruned((0.25,) if quick else tuple(i / 16 for i in (1, 2, 3, 4, 6, 8, 10, 12)))
-    counts = {round(budget * steps) + more for budget in budgets for more in (-1, 0, 1)}
+        found += token_merging((0.5,) if quick else (0.25, 0.5, 0.75), (1,) if quick else (1, 4))
+    found += attention_broadcast((None, 2) if quick else (None, 2, 5))
+    found += faster_cache((3,) if quick else (2, 3, 5), (1.1,) if quick else (1.0, 1.1))
+    found += taylor_seer((3,) if quick else (2, 3, 5), (1,) if quick else (0, 1))
+    found += pruned((0.25,) if quick else (1 / 16, 1 / 8, 1 / 4, 1 / 2))
+    counts = {round(budget * steps) + more for budget in budgets for more in (-1, 0)}
     found += fewer_steps(sorted(count for count in counts if 1 < count < steps))
     return found
 

@@ -16,10 +16,11 @@ def rivals_setting() -> str:
     found = results("rivals")
     setup, versions = found["setup"], found["packages"]
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    clock = "processor time" if setup["processor_time"] else "time"
     sampler = setup["scheduler"] or "the model's own sampler"
     return (
         f"{setup['steps']} steps of {sampler} at guidance {setup['guidance']:g}, one image, "
-        f"{found['machine']['threads']} thread of {found['machine']['processor']}; all chosen on "
+        f"{clock} of {found['machine']['threads']} thread on {found['machine']['processor']}; all chosen on "
         f"{setup['validation_prompts']} validation prompts, judged on {setup['test_prompts']} held-out captions and "
         f"seeds; {named} ({source('rivals', 'bench_rivals')})"
     )
