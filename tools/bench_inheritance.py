@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from inheritance_full_size import full_size, on_paper
+from inheritance_macs import add_shares, macs_share, planned_macs
 from inheritance_results import RESULTS, SLACK, Kept, Rows
 from measuring import LoadMeter, check_alone
 from rival_schedules import block_caching_ways, encoder_schedules, gates, power_caches, relative_changes
@@ -39,15 +40,11 @@ from asdm_compress.core.units import parse_budget
 from asdm_compress.evaluation.distances import frechet_distance
 from asdm_compress.evaluation.fidelity import compare_pairs, to_tensor
 from asdm_compress.evaluation.quality import scene_features
-from asdm_compress.inheritance.costs import fitted_macs, run_macs
-from asdm_compress.inheritance.evaluator import Evaluator
 from asdm_compress.inheritance.forecast import HOLD
 from asdm_compress.inheritance.modes import Mode, parse_mode
 from asdm_compress.inheritance.schedule import Schedule
-from asdm_compress.inheritance.shapes import value_shapes
 from asdm_compress.models.loading import load_pipeline
 from asdm_compress.models.source import LoadOptions
-from asdm_compress.profiling.counting import count
 from asdm_compress.reporting.calibration import steps_svg
 from asdm_compress.reporting.grid import labelled_grid
 from asdm_compress.sampling.schedulers import make_scheduler
@@ -55,7 +52,7 @@ from asdm_compress.sampling.settings import SamplingSettings, encode
 from asdm_compress.scenes.captions import sample_captions
 from asdm_compress.scenes.reader import load_reader
 from asdm_compress.scheduling.goals import Choosing, Goal, Plan, choose_schedule
-from asdm_compress.scheduling.menu import cut_sources, kind_of, light_name
+from asdm_compress.scheduling.menu import kind_of, light_name
 from asdm_compress.scheduling.rollouts import Judge, Score, gain
 from asdm_compress.scheduling.search import DynamicProgram, find_front
 from asdm_compress.scheduling.timing import time_runs
@@ -144,6 +141,7 @@ class Bench:
             "sampler": self.sampler, "steps": self.steps, "budget": budget, "role": role, "way": way.name,
             "predicted_share": way.seconds / self.choosing.every_times.full_run if way.seconds else None,
             "share": share, "wall_share": wall, **self.scores[role].as_json(),
+            "macs_share": macs_share(self.pipeline, way, self.settings.sampling),
             "right": right, "full_right": self.full_right,
             "frechet_to_full": frechet_distance(scene_features(to_tensor(pictures)), self.features),
         }  # fmt: skip
@@ -178,17 +176,11 @@ class Bench:
 
     def macs(self, schedule: Schedule) -> dict[str, int]:
         """The planned and the executed MACs of a run for one image."""
-        unet, guided = self.pipeline.unet, self.one.shape[1] == 2
         loop = Way("", self.steps, 0.0, schedule).loop(self.pipeline, self.one, self.settings.sampling)
         # torch does not know the operations of the CPU's fused attention; of its products it does.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             loop()
-        plan = Evaluator(unet).plan(schedule.actions, self.choosing.surrogate.timeline, guided)
-        rows, size = (2 if guided else 1), int(unet.config["sample_size"])
-        tokens = int(self.pipeline.tokenizer.model_max_length)
-        shapes = value_shapes(unet, cut_sources(unet), size, size)
-        planned = sum(run_macs(plan, count(unet, rows, size, size, tokens), count(unet, 1, size, size, tokens)))
-        planned += sum(fitted_macs(plan, schedule.corrections, shapes, rows))
+        planned = planned_macs(self.pipeline, schedule, self.settings.sampling)
         return {"planned_macs": planned, "executed_macs": counter.get_total_flops() // 2}
 
     def best(self, ways: Sequence[Way]) -> Way:
@@ -304,6 +296,13 @@ class Bench:
         labelled_grid(rows, [c.text for c in self.captions[:6]]).save(RESULTS / "inheritance_grid.png")
 
 
+def add_full_size(repeats: int) -> None:
+    """Measure at the size of Stable Diffusion 1.5, and write it."""
+    found = full_size(repeats)
+    print(json.dumps(found), flush=True)
+    (RESULTS / "inheritance_full_size.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Every sampler, number of steps and budget."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -318,6 +317,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-ablations", action="store_true", help="ours alone, with all ingredients")
     parser.add_argument("--full-size", action="store_true", help="predicted and measured time at the size of SD 1.5")
+    parser.add_argument("--macs", action="store_true", help="count the MACs of rows that lack them; times nothing")
     parser.add_argument("--fresh", action="store_true", help="begin anew, whatever is there")
     arguments = parser.parse_args()
     check_alone()
@@ -327,12 +327,10 @@ def main() -> None:
         arguments.repeats = 2
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    if arguments.full_size:
-        found = full_size(arguments.repeats)
-        print(json.dumps(found), flush=True)
-        (RESULTS / "inheritance_full_size.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        return
     kept = Kept(RESULTS / "inheritance.json", arguments, arguments.fresh)
+    if arguments.full_size or arguments.macs:
+        add_full_size(arguments.repeats) if arguments.full_size else add_shares(kept)
+        return
     middle = sorted(arguments.budgets)[len(arguments.budgets) // 2]
     for steps in arguments.steps:
         for sampler in arguments.samplers:

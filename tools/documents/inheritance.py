@@ -90,13 +90,14 @@ def inheritance_all() -> str:
                     NAMES.get(row["role"], row["role"]),
                     row["way"] if row["role"] != "calibrated" else "",
                     share(row["share"]),
+                    "" if row.get("macs_share") is None else share(row["macs_share"]),
                     f"{row['psnr']:.1f} ± {row['psnr_interval']:.1f} dB",
                     f"{row['ssim']:.3f}",
                     f"{row['right']} (full run {row['full_right']})",
                     f"{row['frechet_to_full']:.2f}",
                 ]
             )
-    titles = ("sampler, steps", "", "way", "time", "PSNR", "SSIM", "captions right", "Fréchet to full run")
+    titles = ("sampler, steps", "", "way", "time", "MACs", "PSNR", "SSIM", "captions right", "Fréchet to full run")
     return table(titles, lines)
 
 
