@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 
 import pytest
+from inheritance_macs import _way_called, macs_share
 from inheritance_results import LINES, Kept, picture, summary
+
+from asdm_compress.sampling.settings import SamplingSettings
 
 
 def row(role, share, psnr, budget=0.4, **more):
@@ -60,3 +63,19 @@ def test_runs_for_different_samplers_add_to_one_file_and_other_settings_begin_an
     assert path.exists()
     assert not Kept(path, settings, True).has(("ddim", 20, 0.4))
     assert not path.exists()
+
+
+def test_macs_of_what_a_name_tells(pipeline):
+    settings = SamplingSettings(20, 4.0)
+
+    def share(name):
+        way = _way_called(name, 20, pipeline.unet)
+        return None if way is None else macs_share(pipeline, way, settings)
+
+    light = (20 * share("uniform:20,branch=0,forecast=hold") - 1) / 19  # one full step, 19 light ones
+    assert 0.05 < light < 0.1
+    assert share("uniform:3,branch=0,forecast=hold") == pytest.approx((7 + 13 * light) / 20)
+    assert share("uniform:1,guidance=2") == pytest.approx(0.75, abs=0.01)
+    assert share("10 steps of dpm++") == 0.5
+    assert 0.5 < share("T-GATE, gate 8") < 0.8 and share("Faster Diffusion, every 2") < 1
+    assert share("Block Caching, δ 0.22") is None

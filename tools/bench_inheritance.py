@@ -154,7 +154,7 @@ class Bench:
         self.rows.append(row)
         print(json.dumps(row), flush=True)
 
-    def timed(self, way: Way) -> tuple[float, float]:
+    def timed(self, way: Way, turns: int | None = None) -> tuple[float, float]:
         """A way's share of the full run's time in turns with it: of its thread's processor time, and on the clock.
 
         On a machine of one's own the two are the same. With several threads both are what the clock says.
@@ -163,7 +163,7 @@ class Bench:
         loops = [w.loop(self.pipeline, self.one, self.settings.sampling) for w in ways]
         alone = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         taken: list[tuple[float, float]] = []
-        for turn in range(self.settings.repeats + 1):
+        for turn in range((turns or self.settings.repeats) + 1):
             marks = [(alone(), time.perf_counter())]
             for loop in loops:
                 loop()
@@ -228,9 +228,9 @@ class Bench:
         return plan
 
     def share(self, way: Way) -> float:
-        """The measured time of a way whose time is not predicted; measured once."""
+        """About the time of a way whose time is not predicted; measured once."""
         if way.name not in self.known_shares:
-            self.known_shares[way.name] = self.timed(way)[0]
+            self.known_shares[way.name] = self.timed(way, 2)[0]
         return self.known_shares[way.name]
 
     def best_cuts(self, ways: Sequence[Way], count: int = 3) -> list[int]:
