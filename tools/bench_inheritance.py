@@ -29,8 +29,9 @@ from typing import Any
 import torch
 from inheritance_full_size import full_size, on_paper
 from inheritance_macs import add_shares, macs_share, planned_macs
-from inheritance_results import RESULTS, SLACK, Kept, Rows
+from inheritance_results import RESULTS, SLACK, Kept, Rows, shown_row
 from measuring import LoadMeter, check_alone
+from PIL.Image import Image
 from rival_schedules import block_caching_ways, encoder_schedules, gates, power_caches, relative_changes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,7 +46,6 @@ from asdm_compress.inheritance.modes import Mode, parse_mode
 from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.models.loading import load_pipeline
 from asdm_compress.models.source import LoadOptions
-from asdm_compress.reporting.calibration import steps_svg
 from asdm_compress.reporting.grid import labelled_grid
 from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.sampling.settings import SamplingSettings, encode
@@ -63,6 +63,7 @@ from asdm_compress.workflows.progress import Silent
 
 TEST_SEED, IMAGE_SEED = 5_151, 90_000
 MOST_ROUNDS = 2
+SHOWN = 6  # columns of the grid
 NEVER = 1e6  # seconds: what is left out of a search is given a time that no budget has
 ABLATIONS = (
     "forecasts", "dynamic program", "fitted corrections", "guidance reuse", "skipped steps", "the unit level",
@@ -128,7 +129,7 @@ class Bench:
         self.rows: Rows = []
         self.known_shares: dict[str, float] = {}  # of ways without a predicted time, as measured, by their names
         self.scores: dict[str, Score] = {}  # of the last budget, by role
-        self.shown: dict[str, Any] = {}  # the last budget's pictures by role, and our schedule
+        self.shown: dict[str, tuple[float, list[Image]]] = {}  # the last budget's shares and pictures, by role
 
     def keep(self, budget: float, role: str, way: Way, plan: Plan | None = None) -> None:
         """Time a way beside the full run, and look at its pictures of the test prompts."""
@@ -149,8 +150,7 @@ class Bench:
             schedule = schedule_of(plan, self.steps)
             row |= self.macs(schedule) | on_paper(schedule.actions)
             row["steps_of_it"] = " ".join(action.name for action in schedule.actions)
-            self.shown["schedule"] = schedule
-        self.shown[role] = (share, pictures[:6])
+        self.shown[role] = (share, pictures[:SHOWN])
         self.rows.append(row)
         print(json.dumps(row), flush=True)
 
@@ -286,14 +286,15 @@ class Bench:
         self.rows.append(row)
         print(json.dumps(row), flush=True)
 
-    def pictures(self) -> None:
-        """The heat map of the last budget's schedule, and the grid of full, DeepCache and ours."""
-        schedule: Schedule = self.shown["schedule"]
-        (RESULTS / "inheritance_steps.svg").write_text(steps_svg(schedule.actions, ()), encoding="utf-8")
+    def grid(self) -> Image:
+        """The last budget's pictures: the full run's, ours, DeepCache's and those of fewer steps."""
         roles = {"calibrated": "ours", "DeepCache": "DeepCache", "fewer steps": "fewer steps"}
-        rows = [("full\n1.00x", self.test.pictures[:6])]
-        rows += [(f"{name}\n{self.shown[r][0]:.2f}x", self.shown[r][1]) for r, name in roles.items() if r in self.shown]
-        labelled_grid(rows, [c.text for c in self.captions[:6]]).save(RESULTS / "inheritance_grid.png")
+        rows = [("full\n1.00x", self.test.pictures[:SHOWN])]
+        for role, name in roles.items():
+            if role in self.shown:
+                share, pictures = self.shown[role]
+                rows.append((f"{name}\n{share:.2f}x, {self.scores[role].mean():.1f} dB", pictures))
+        return labelled_grid(rows, [c.text for c in self.captions[:SHOWN]])
 
 
 def add_full_size(repeats: int) -> None:
@@ -303,8 +304,7 @@ def add_full_size(repeats: int) -> None:
     (RESULTS / "inheritance_full_size.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def main() -> None:
-    """Every sampler, number of steps and budget."""
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="DDIM, 8 steps, 4 prompts, one budget, nothing written")
     parser.add_argument("--samplers", nargs="+", default=["ddim", "dpm++", "unipc", "euler-a"])
@@ -320,18 +320,28 @@ def main() -> None:
     parser.add_argument("--macs", action="store_true", help="count the MACs of rows that lack them; times nothing")
     parser.add_argument("--fresh", action="store_true", help="begin anew, whatever is there")
     arguments = parser.parse_args()
-    check_alone()
     if arguments.quick:
         arguments.samplers, arguments.steps, arguments.budgets = ["ddim"], [8], [0.55]
         arguments.prompts = arguments.test_prompts = 4
         arguments.repeats = 2
+    return arguments
+
+
+def main() -> None:
+    """Every sampler, number of steps and budget."""
+    arguments = _arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     kept = Kept(RESULTS / "inheritance.json", arguments, arguments.fresh)
-    if arguments.full_size or arguments.macs:
-        add_full_size(arguments.repeats) if arguments.full_size else add_shares(kept)
+    if arguments.macs:
+        add_shares(kept)
+        return
+    check_alone()
+    if arguments.full_size:
+        add_full_size(arguments.repeats)
         return
     middle = sorted(arguments.budgets)[len(arguments.budgets) // 2]
+    grids: dict[tuple[Any, ...], Image] = {}
     for steps in arguments.steps:
         for sampler in arguments.samplers:
             cells = [(sampler, steps, share) for share in arguments.budgets]
@@ -348,10 +358,12 @@ def main() -> None:
                     bench.deepcache_itself(3, 0)
                 else:
                     bench.budget(float(cell[2]))
-                    if kept.writes and cell[2] == middle and "pictured" not in kept.content:
-                        bench.pictures()
-                        kept.content["pictured"] = cell
+                    grids[cell] = bench.grid()
                 kept.add(cell, bench.rows, time.perf_counter() - began, meter.others())
+                shown = shown_row(kept.content["rows"])
+                where = (shown["sampler"], shown["steps"], shown["budget"]) if shown else None
+                if kept.writes and where in grids:
+                    grids[where].save(RESULTS / "inheritance_grid.png")
                 bench.rows, began, meter = [], time.perf_counter(), LoadMeter()
     for row in kept.content.get("summary", []):
         print(json.dumps(row), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from typing import Any
 
 from diffusers import StableDiffusionPipeline
@@ -53,7 +54,8 @@ def macs_share(pipeline: StableDiffusionPipeline, way: Way, settings: SamplingSe
 
 
 def add_shares(kept: Kept) -> None:
-    """Count the MACs of all rows that lack them and whose way its name tells."""
+    """Count the MACs of all rows on disk that lack them and whose way its name tells, whatever their settings."""
+    kept.content = json.loads(kept.path.read_text(encoding="utf-8"))
     pipeline = load_pipeline("mini-sd", LoadOptions())
     for row in kept.content["rows"]:
         if "macs_share" in row or "way" not in row:
