@@ -144,8 +144,8 @@ def inheritance_predictions() -> str:
     return (
         f"the predicted time of the calibrated schedules ({len(cells)}) on `mini-sd` is off by {percent(median(off))} "
         f"in the median and by {percent(max(off))} at most, on a machine that others used meanwhile; planned and "
-        f"executed MACs are equal in {equal} of {len(cells)}, and in {full} of {len(ours)} where the same schedules are gone "
-        f"through at the size of Stable Diffusion 1.5. There they hold at most {max(held):.1f} MiB per "
+        f"executed MACs are equal in {equal} of {len(cells)}, and in {full} of {len(ours)} where the same schedules "
+        f"are gone through at the size of Stable Diffusion 1.5. There they hold at most {max(held):.1f} MiB per "
         f"sample in half precision ({source(*BENCH)})"
     )
 
