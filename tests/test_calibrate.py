@@ -34,6 +34,7 @@ from asdm_compress.profiling.counting import count
 from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.sampling.settings import SamplingSettings, encode
 from asdm_compress.scenes.captions import sample_captions
+from asdm_compress.scheduling import timing
 from asdm_compress.scheduling.check_steps import check_steps
 from asdm_compress.scheduling.fits import Fitter, only_fitted
 from asdm_compress.scheduling.goals import COHERENCES, RESTARTS, Choosing, Goal, too_small
@@ -53,7 +54,7 @@ from asdm_compress.scheduling.responses import REACH, Responses
 from asdm_compress.scheduling.rollouts import Judge, Score, gain
 from asdm_compress.scheduling.search import DynamicProgram, find_front, improved
 from asdm_compress.scheduling.surrogate import COHERENT, Surrogate
-from asdm_compress.scheduling.timing import KindTimes, Loop
+from asdm_compress.scheduling.timing import LOOP, KindTimes, Loop
 from asdm_compress.scheduling.ways import Way, cheapest_cache, fewer_steps, uniform_caches
 from asdm_compress.workflows.calibrate import (
     CalibrateSettings,
@@ -310,6 +311,37 @@ def test_a_batch_is_timed_in_full_where_prompts_are_few(pipeline):
     texts = timed_batch(pipeline, Splits((), (), ("a circle", "a cross")), settings)
     assert texts.shape[:2] == (3, 2)
     assert torch.equal(texts[0], texts[2])
+
+
+def test_slow_moments_of_the_machine_do_not_change_what_kinds_take(pipeline, monkeypatch):
+    """Every loop is met by moments of another speed; a full step that keeps something takes a tenth more."""
+    menu = menu_of(pipeline.unet, (skip(), cut(0)), (HOLD, LINEAR), True)
+    true = {(WHOLE, False): 1.0, (0, False): 0.02, (1, False): 0.1, (WHOLE, True): 0.6, (1, True): 0.06}
+    slower = [1.0, 3.0, 1.5, 2.0, 1.2]
+    light = [kind for kind in menu.kinds() if kind != EVERYTHING.kind]
+    fitted = [0.13]  # the cut with a correction
+
+    def steps(plain, loops, repeats):
+        assert len(loops) == len(light) + len(fitted)
+        runs = [[3 * s, *[s] * (LOOP - 1), 0.5 * s] for s in slower]
+        shares = [*(true[kind] for kind in light), *fitted]
+        return runs, [
+            [[4 * s, 1.1 * s, 1.1 * s, *[share * s] * (LOOP - 3), 0.5 * s] for s in slower[i:] + slower[:i]]
+            for i, share in enumerate(shares)
+        ]
+
+    monkeypatch.setattr(timing, "_time_steps", steps)
+    texts = encode(pipeline, ["a cross"], GUIDANCE)
+    times = timing.time_kinds(pipeline, menu, menu.kinds(), texts, SamplingSettings(20, GUIDANCE))
+    kept = 0.1 * 3 / (LOOP - 3)  # what the three full steps of a loop keep is put on its light ones
+    full = times.full_step
+    assert full == 1.5 and times.outside == pytest.approx(2.5 * 1.5)
+    for kind in light:
+        assert times.seconds[kind] / full == pytest.approx(true[kind] + kept)
+    assert times.fitted == {
+        (1, False): pytest.approx(full * (0.13 + kept)),
+        (1, True): pytest.approx(full * (0.06 + 0.03 + kept)),
+    }
 
 
 def test_one_step_is_refused(pipeline):

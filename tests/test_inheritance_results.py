@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 
 import pytest
-from inheritance_results import LINES, Kept, picture, summary
+from inheritance_macs import _way_called, macs_share
+from inheritance_results import LINES, Kept, actions_called, picture, shown_row, summary
+
+from asdm_compress.inheritance.actions import FULL, conditional_only, cut, elementary_actions, inherit
+from asdm_compress.inheritance.forecast import LINEAR, Forecast
+from asdm_compress.sampling.settings import SamplingSettings
 
 
 def row(role, share, psnr, budget=0.4, **more):
@@ -15,7 +20,10 @@ def row(role, share, psnr, budget=0.4, **more):
 
 def ours(share, psnr, budget, executed=7):
     gains = {role: [psnr - 30.0, 1.5] for role in LINES}
-    return row("calibrated", share, psnr, budget, planned_macs=7, executed_macs=executed, gains=gains)
+    names = "full cut.0:linear"
+    return row(
+        "calibrated", share, psnr, budget, planned_macs=7, executed_macs=executed, gains=gains, steps_of_it=names
+    )
 
 
 ROWS = [
@@ -60,3 +68,34 @@ def test_runs_for_different_samplers_add_to_one_file_and_other_settings_begin_an
     assert path.exists()
     assert not Kept(path, settings, True).has(("ddim", 20, 0.4))
     assert not path.exists()
+
+
+def test_macs_of_what_a_name_tells(pipeline):
+    settings = SamplingSettings(20, 4.0)
+
+    def share(name):
+        way = _way_called(name, 20, pipeline.unet)
+        return None if way is None else macs_share(pipeline, way, settings)
+
+    light = (20 * share("uniform:20,branch=0,forecast=hold") - 1) / 19  # one full step, 19 light ones
+    assert 0.05 < light < 0.1
+    assert share("uniform:3,branch=0,forecast=hold") == pytest.approx((7 + 13 * light) / 20)
+    assert share("uniform:1,guidance=2") == pytest.approx(0.75, abs=0.01)
+    assert share("10 steps of dpm++") == 0.5
+    assert 0.5 < share("T-GATE, gate 8") < 0.8 and share("Faster Diffusion, every 2") < 1
+    assert share("Block Caching, δ 0.22") is None
+
+
+def test_actions_are_told_by_their_names(unet):
+    tried = [
+        *elementary_actions(unet, LINEAR), conditional_only(Forecast(1, "index", 0.5), cut(2, LINEAR, True)),
+        inherit(["mid_block", "up_blocks.0.resnets.0"], "branch"), FULL,
+    ]  # fmt: skip
+    assert actions_called(" ".join(action.name for action in tried)) == tuple(tried)
+
+
+def test_the_schedule_that_is_shown_is_the_first_sampler_s_for_the_middle_time():
+    others = [ours(0.2, 30.0, 0.2) | {"sampler": "dpm++"}]
+    assert shown_row([]) is None
+    assert shown_row(ROWS[6:])["budget"] == 0.3
+    assert shown_row([*ROWS, ours(0.5, 50.0, 0.55), *others])["budget"] == 0.4

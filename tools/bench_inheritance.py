@@ -28,8 +28,10 @@ from typing import Any
 
 import torch
 from inheritance_full_size import full_size, on_paper
-from inheritance_results import RESULTS, SLACK, Kept, Rows
+from inheritance_macs import add_shares, macs_share, planned_macs
+from inheritance_results import RESULTS, SLACK, Kept, Rows, shown_row
 from measuring import LoadMeter, check_alone
+from PIL.Image import Image
 from rival_schedules import block_caching_ways, encoder_schedules, gates, power_caches, relative_changes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,23 +41,18 @@ from asdm_compress.core.units import parse_budget
 from asdm_compress.evaluation.distances import frechet_distance
 from asdm_compress.evaluation.fidelity import compare_pairs, to_tensor
 from asdm_compress.evaluation.quality import scene_features
-from asdm_compress.inheritance.costs import fitted_macs, run_macs
-from asdm_compress.inheritance.evaluator import Evaluator
 from asdm_compress.inheritance.forecast import HOLD
 from asdm_compress.inheritance.modes import Mode, parse_mode
 from asdm_compress.inheritance.schedule import Schedule
-from asdm_compress.inheritance.shapes import value_shapes
 from asdm_compress.models.loading import load_pipeline
 from asdm_compress.models.source import LoadOptions
-from asdm_compress.profiling.counting import count
-from asdm_compress.reporting.calibration import steps_svg
 from asdm_compress.reporting.grid import labelled_grid
 from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.sampling.settings import SamplingSettings, encode
 from asdm_compress.scenes.captions import sample_captions
 from asdm_compress.scenes.reader import load_reader
 from asdm_compress.scheduling.goals import Choosing, Goal, Plan, choose_schedule
-from asdm_compress.scheduling.menu import cut_sources, kind_of, light_name
+from asdm_compress.scheduling.menu import kind_of, light_name
 from asdm_compress.scheduling.rollouts import Judge, Score, gain
 from asdm_compress.scheduling.search import DynamicProgram, find_front
 from asdm_compress.scheduling.timing import time_runs
@@ -66,6 +63,7 @@ from asdm_compress.workflows.progress import Silent
 
 TEST_SEED, IMAGE_SEED = 5_151, 90_000
 MOST_ROUNDS = 2
+SHOWN = 6  # columns of the grid
 NEVER = 1e6  # seconds: what is left out of a search is given a time that no budget has
 ABLATIONS = (
     "forecasts", "dynamic program", "fitted corrections", "guidance reuse", "skipped steps", "the unit level",
@@ -131,7 +129,7 @@ class Bench:
         self.rows: Rows = []
         self.known_shares: dict[str, float] = {}  # of ways without a predicted time, as measured, by their names
         self.scores: dict[str, Score] = {}  # of the last budget, by role
-        self.shown: dict[str, Any] = {}  # the last budget's pictures by role, and our schedule
+        self.shown: dict[str, tuple[float, list[Image]]] = {}  # the last budget's shares and pictures, by role
 
     def keep(self, budget: float, role: str, way: Way, plan: Plan | None = None) -> None:
         """Time a way beside the full run, and look at its pictures of the test prompts."""
@@ -144,6 +142,7 @@ class Bench:
             "sampler": self.sampler, "steps": self.steps, "budget": budget, "role": role, "way": way.name,
             "predicted_share": way.seconds / self.choosing.every_times.full_run if way.seconds else None,
             "share": share, "wall_share": wall, **self.scores[role].as_json(),
+            "macs_share": macs_share(self.pipeline, way, self.settings.sampling),
             "right": right, "full_right": self.full_right,
             "frechet_to_full": frechet_distance(scene_features(to_tensor(pictures)), self.features),
         }  # fmt: skip
@@ -151,12 +150,11 @@ class Bench:
             schedule = schedule_of(plan, self.steps)
             row |= self.macs(schedule) | on_paper(schedule.actions)
             row["steps_of_it"] = " ".join(action.name for action in schedule.actions)
-            self.shown["schedule"] = schedule
-        self.shown[role] = (share, pictures[:6])
+        self.shown[role] = (share, pictures[:SHOWN])
         self.rows.append(row)
         print(json.dumps(row), flush=True)
 
-    def timed(self, way: Way) -> tuple[float, float]:
+    def timed(self, way: Way, turns: int | None = None) -> tuple[float, float]:
         """A way's share of the full run's time in turns with it: of its thread's processor time, and on the clock.
 
         On a machine of one's own the two are the same. With several threads both are what the clock says.
@@ -165,7 +163,7 @@ class Bench:
         loops = [w.loop(self.pipeline, self.one, self.settings.sampling) for w in ways]
         alone = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         taken: list[tuple[float, float]] = []
-        for turn in range(self.settings.repeats + 1):
+        for turn in range((turns or self.settings.repeats) + 1):
             marks = [(alone(), time.perf_counter())]
             for loop in loops:
                 loop()
@@ -178,17 +176,11 @@ class Bench:
 
     def macs(self, schedule: Schedule) -> dict[str, int]:
         """The planned and the executed MACs of a run for one image."""
-        unet, guided = self.pipeline.unet, self.one.shape[1] == 2
         loop = Way("", self.steps, 0.0, schedule).loop(self.pipeline, self.one, self.settings.sampling)
         # torch does not know the operations of the CPU's fused attention; of its products it does.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             loop()
-        plan = Evaluator(unet).plan(schedule.actions, self.choosing.surrogate.timeline, guided)
-        rows, size = (2 if guided else 1), int(unet.config["sample_size"])
-        tokens = int(self.pipeline.tokenizer.model_max_length)
-        shapes = value_shapes(unet, cut_sources(unet), size, size)
-        planned = sum(run_macs(plan, count(unet, rows, size, size, tokens), count(unet, 1, size, size, tokens)))
-        planned += sum(fitted_macs(plan, schedule.corrections, shapes, rows))
+        planned = planned_macs(self.pipeline, schedule, self.settings.sampling)
         return {"planned_macs": planned, "executed_macs": counter.get_total_flops() // 2}
 
     def best(self, ways: Sequence[Way]) -> Way:
@@ -236,9 +228,9 @@ class Bench:
         return plan
 
     def share(self, way: Way) -> float:
-        """The measured time of a way whose time is not predicted; measured once."""
+        """About the time of a way whose time is not predicted; measured once."""
         if way.name not in self.known_shares:
-            self.known_shares[way.name] = self.timed(way)[0]
+            self.known_shares[way.name] = self.timed(way, 2)[0]
         return self.known_shares[way.name]
 
     def best_cuts(self, ways: Sequence[Way], count: int = 3) -> list[int]:
@@ -294,18 +286,25 @@ class Bench:
         self.rows.append(row)
         print(json.dumps(row), flush=True)
 
-    def pictures(self) -> None:
-        """The heat map of the last budget's schedule, and the grid of full, DeepCache and ours."""
-        schedule: Schedule = self.shown["schedule"]
-        (RESULTS / "inheritance_steps.svg").write_text(steps_svg(schedule.actions, ()), encoding="utf-8")
+    def grid(self) -> Image:
+        """The last budget's pictures: the full run's, ours, DeepCache's and those of fewer steps."""
         roles = {"calibrated": "ours", "DeepCache": "DeepCache", "fewer steps": "fewer steps"}
-        rows = [("full\n1.00x", self.test.pictures[:6])]
-        rows += [(f"{name}\n{self.shown[r][0]:.2f}x", self.shown[r][1]) for r, name in roles.items() if r in self.shown]
-        labelled_grid(rows, [c.text for c in self.captions[:6]]).save(RESULTS / "inheritance_grid.png")
+        rows = [("full\n1.00x", self.test.pictures[:SHOWN])]
+        for role, name in roles.items():
+            if role in self.shown:
+                share, pictures = self.shown[role]
+                rows.append((f"{name}\n{share:.2f}x, {self.scores[role].mean():.1f} dB", pictures))
+        return labelled_grid(rows, [c.text for c in self.captions[:SHOWN]])
 
 
-def main() -> None:
-    """Every sampler, number of steps and budget."""
+def add_full_size(repeats: int) -> None:
+    """Measure at the size of Stable Diffusion 1.5, and write it."""
+    found = full_size(repeats)
+    print(json.dumps(found), flush=True)
+    (RESULTS / "inheritance_full_size.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="DDIM, 8 steps, 4 prompts, one budget, nothing written")
     parser.add_argument("--samplers", nargs="+", default=["ddim", "dpm++", "unipc", "euler-a"])
@@ -318,22 +317,31 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-ablations", action="store_true", help="ours alone, with all ingredients")
     parser.add_argument("--full-size", action="store_true", help="predicted and measured time at the size of SD 1.5")
+    parser.add_argument("--macs", action="store_true", help="count the MACs of rows that lack them; times nothing")
     parser.add_argument("--fresh", action="store_true", help="begin anew, whatever is there")
     arguments = parser.parse_args()
-    check_alone()
     if arguments.quick:
         arguments.samplers, arguments.steps, arguments.budgets = ["ddim"], [8], [0.55]
         arguments.prompts = arguments.test_prompts = 4
         arguments.repeats = 2
+    return arguments
+
+
+def main() -> None:
+    """Every sampler, number of steps and budget."""
+    arguments = _arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    if arguments.full_size:
-        found = full_size(arguments.repeats)
-        print(json.dumps(found), flush=True)
-        (RESULTS / "inheritance_full_size.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        return
     kept = Kept(RESULTS / "inheritance.json", arguments, arguments.fresh)
+    if arguments.macs:
+        add_shares(kept)
+        return
+    check_alone()
+    if arguments.full_size:
+        add_full_size(arguments.repeats)
+        return
     middle = sorted(arguments.budgets)[len(arguments.budgets) // 2]
+    grids: dict[tuple[Any, ...], Image] = {}
     for steps in arguments.steps:
         for sampler in arguments.samplers:
             cells = [(sampler, steps, share) for share in arguments.budgets]
@@ -350,10 +358,12 @@ def main() -> None:
                     bench.deepcache_itself(3, 0)
                 else:
                     bench.budget(float(cell[2]))
-                    if kept.writes and cell[2] == middle and "pictured" not in kept.content:
-                        bench.pictures()
-                        kept.content["pictured"] = cell
+                    grids[cell] = bench.grid()
                 kept.add(cell, bench.rows, time.perf_counter() - began, meter.others())
+                shown = shown_row(kept.content["rows"])
+                where = (shown["sampler"], shown["steps"], shown["budget"]) if shown else None
+                if kept.writes and where in grids:
+                    grids[where].save(RESULTS / "inheritance_grid.png")
                 bench.rows, began, meter = [], time.perf_counter(), LoadMeter()
     for row in kept.content.get("summary", []):
         print(json.dumps(row), flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +13,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from measuring import fingerprint
 
+from asdm_compress.inheritance.actions import FULL, Action, Inherit
+from asdm_compress.inheritance.forecast import parse_forecast
+from asdm_compress.inheritance.graph import PREDICTION
+from asdm_compress.inheritance.places import Thing
+from asdm_compress.models.loading import load_pipeline
+from asdm_compress.models.source import LoadOptions
+from asdm_compress.reporting.calibration import steps_svg
 from asdm_compress.reporting.plots import as_svg
 
 RESULTS: Final = Path(__file__).parent / "results"
@@ -67,6 +75,7 @@ def summary(rows: Rows) -> Rows:
 def picture(rows: Rows) -> str:
     """PSNR over measured time, one panel for every sampler and number of steps."""
     rows = [row for row in rows if row["role"] in LINES]
+    shown = {role: line for role, line in LINES.items() if any(row["role"] == role for row in rows)}
     panels = list(dict.fromkeys((row["sampler"], row["steps"]) for row in rows))
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
@@ -75,7 +84,7 @@ def picture(rows: Rows) -> str:
     for axes in every[len(panels) :]:
         axes.set_axis_off()
     for axes, (sampler, steps) in zip(every, panels, strict=False):
-        for role, (label, colour, marker) in LINES.items():
+        for role, (label, colour, marker) in shown.items():
             points = sorted(
                 (row["share"], row["psnr"])
                 for row in rows
@@ -83,14 +92,50 @@ def picture(rows: Rows) -> str:
             )
             ours = role == "calibrated"
             style = {"linewidth": 2.4 if ours else 1.2, "markersize": 6 if ours else 4, "zorder": 3 if ours else 2}
-            # Empty ones too: the legend is that of all panels.
+            # Where there are none, too: the legend is that of all panels.
             axes.plot([x for x, _ in points], [y for _, y in points], color=colour, marker=marker, label=label, **style)
         axes.set_title(f"{sampler}, {steps} steps", loc="left", fontsize=10)
         axes.set_xlabel("time of the full run")
         axes.set_ylabel("PSNR to the full run, dB")
         axes.grid(alpha=0.25)
-    figure.legend(*every[0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=4, loc="outside upper center")
+    figure.legend(
+        *every[0].get_legend_handles_labels(),
+        frameon=False,
+        fontsize=8,
+        ncols=2 * min(columns, 2),
+        loc="outside upper center",
+    )
     return as_svg(figure)
+
+
+def actions_called(names: str) -> tuple[Action, ...]:
+    """The actions of these names, as rows hold them; see `Action.name`."""
+    return tuple(_action(name) for name in names.split())
+
+
+def _action(name: str) -> Action:
+    found = FULL
+    # "+fit" marks what stands before it; "+" goes between places.
+    for part in [] if name == "full" else name.replace("+fit", "!").split("+"):
+        where, _, how = part.rstrip("!").partition(":")
+        if where == "conditional":
+            found = replace(found, guidance=parse_forecast(how))
+            continue
+        thing: Thing = "branch" if where.endswith(".branch") else "output"
+        place = PREDICTION if where == "skip" else where.removesuffix(".branch")
+        entry = Inherit(place, thing, parse_forecast(how), part.endswith("!"))
+        found = replace(found, inherits=(*found.inherits, entry))
+    return found
+
+
+def shown_row(rows: Rows) -> dict[str, Any] | None:
+    """The first sampler's schedule for the middle one of the times that are done."""
+    ours = [row for row in rows if row["role"] == "calibrated"]
+    of_first = sorted(
+        (row for row in ours if (row["sampler"], row["steps"]) == (ours[0]["sampler"], ours[0]["steps"])),
+        key=lambda row: row["budget"],
+    )
+    return of_first[len(of_first) // 2] if of_first else None
 
 
 class Kept:
@@ -127,10 +172,7 @@ class Kept:
 
     def add(self, cell: Sequence[Any], rows: Rows, seconds: float, load: float) -> None:
         """Write a cell that is done; `load` is how many cores other processes used meanwhile."""
-        pictured = self.content.get("pictured")
         self._read()
-        if pictured is not None:
-            self.content["pictured"] = pictured
         self.content["cells"].append(list(cell))
         self.content["rows"] += rows
         name = " ".join(map(str, cell))
@@ -144,5 +186,10 @@ class Kept:
         if self.writes:
             self.path.parent.mkdir(exist_ok=True)
             self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-            if self.content["rows"]:
+            shown = shown_row(self.content["rows"])
+            if shown is not None:
                 self.path.with_suffix(".svg").write_text(picture(self.content["rows"]), encoding="utf-8")
+                drawn = steps_svg(
+                    load_pipeline("mini-sd", LoadOptions()).unet, actions_called(shown["steps_of_it"]), ()
+                )
+                self.path.with_name(f"{self.path.stem}_steps.svg").write_text(drawn, encoding="utf-8")

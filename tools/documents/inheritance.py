@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any, Final
 
-from documents.figures import decibels, percent, results, share, source, table
+from documents.figures import RESULTS, decibels, percent, results, share, source, table
 
 BENCH: Final = ("inheritance", "bench_inheritance")
 NAMES: Final = {"calibrated": "**calibrated (ours)**"}
+CELLS: Final = 4 * 3 * 3  # samplers, numbers of steps, times
 ALONE: Final = "search alone"
 
 
@@ -37,7 +38,7 @@ def inheritance_against() -> str:
         "sampler, steps", "time asked for", "calibrated", "best cache of others", "ours nearer by",
         "time for its PSNR", "fewer steps, best sampler", "ours nearer by",
     )  # fmt: skip
-    return table(titles, lines)
+    return f"{table(titles, lines)}\n\n{_measured(found)}"
 
 
 def inheritance_short() -> str:
@@ -54,7 +55,8 @@ def inheritance_short() -> str:
                 _reached(fewer),
             ]
         )
-    return table(("full run, time asked for", "calibrated", "best cache of others", "fewer steps, best sampler"), lines)
+    titles = ("full run, time asked for", "calibrated", "best cache of others", "fewer steps, best sampler")
+    return f"{table(titles, lines)}\n\n{_measured(found)}"
 
 
 def inheritance_setting() -> str:
@@ -62,12 +64,18 @@ def inheritance_setting() -> str:
     found = results("inheritance")
     settings, machine, load = found["settings"], found["machine"], found["other_load_cores"].values()
     timed = [row for row in found["rows"] if "wall_share" in row]
+    twice = [
+        [row["share"] for row in _rows(found, cell) if row["role"].startswith("fewer steps")]
+        for cell in found["summary"]
+    ]
+    apart = max((max(shares) / min(shares) - 1 for shares in twice if len(shares) > 1), default=0.0)
     pairs, clock = timed[0]["pairs"], median(abs(row["wall_share"] / row["share"] - 1) for row in timed)
     return (
         f"{pairs} test prompts and seeds, chosen on {settings['prompts']} others, one image at a time on "
         f"{machine['threads']} thread of {machine['device']}, each time the median ratio of the thread's processor "
         f"time in {settings['repeats']} runs in turns with the full run; other processes used up to "
-        f"{max(load):.1f} cores meanwhile, and on the clock the ratios differ by {percent(clock)} in the median "
+        f"{max(load):.1f} cores meanwhile. On the clock the ratios differ by {percent(clock)} in the median; how sure "
+        f"they are is told by the same number of full steps timed twice, which came out up to {percent(apart)} apart "
         f"({source(*BENCH)})"
     )
 
@@ -90,13 +98,14 @@ def inheritance_all() -> str:
                     NAMES.get(row["role"], row["role"]),
                     row["way"] if row["role"] != "calibrated" else "",
                     share(row["share"]),
+                    "" if row.get("macs_share") is None else share(row["macs_share"]),
                     f"{row['psnr']:.1f} ± {row['psnr_interval']:.1f} dB",
                     f"{row['ssim']:.3f}",
                     f"{row['right']} (full run {row['full_right']})",
                     f"{row['frechet_to_full']:.2f}",
                 ]
             )
-    titles = ("sampler, steps", "", "way", "time", "PSNR", "SSIM", "captions right", "Fréchet to full run")
+    titles = ("sampler, steps", "", "way", "time", "MACs", "PSNR", "SSIM", "captions right", "Fréchet to full run")
     return table(titles, lines)
 
 
@@ -104,6 +113,8 @@ def inheritance_parts() -> str:
     """Ours without one ingredient at a time."""
     found = results("inheritance")
     rows = [row for row in found["rows"] if row["role"].startswith(ALONE)]
+    if not rows:
+        return f"Not measured yet (`tools/{BENCH[1]}.py` without `--no-ablations`)."
     lines = []
     for row in rows:
         whole = next(
@@ -131,16 +142,18 @@ def inheritance_predictions() -> str:
     full = sum(_equal(row) for row in ours)
     held = [row["sd15_mib_per_sample"] for row in ours]
     return (
-        f"the predicted time of the {len(cells)} calibrated schedules on `mini-sd` is off by {percent(median(off))} in "
-        f"the median and by {percent(max(off))} at most, on a machine that others used meanwhile; planned and executed "
-        f"MACs are equal in {equal} of {len(cells)}, and in {full} of {len(ours)} where the same schedules are gone "
-        f"through at the size of Stable Diffusion 1.5. There they hold {min(held):.1f} to {max(held):.1f} MiB per "
+        f"the predicted time of the calibrated schedules ({len(cells)}) on `mini-sd` is off by {percent(median(off))} "
+        f"in the median and by {percent(max(off))} at most, on a machine that others used meanwhile; planned and "
+        f"executed MACs are equal in {equal} of {len(cells)}, and in {full} of {len(ours)} where the same schedules "
+        f"are gone through at the size of Stable Diffusion 1.5. There they hold at most {max(held):.1f} MiB per "
         f"sample in half precision ({source(*BENCH)})"
     )
 
 
 def inheritance_full_size() -> str:
     """Predicted against measured time at the size of Stable Diffusion 1.5."""
+    if not (RESULTS / "inheritance_full_size.json").exists():
+        return f"Not measured yet (`tools/{BENCH[1]}.py --full-size`)."
     found = results("inheritance_full_size")
     rows = [
         [
@@ -163,6 +176,8 @@ def inheritance_full_size() -> str:
 
 def inheritance_overhead() -> str:
     """What the run time costs by itself, and what it holds."""
+    if not (RESULTS / "inheritance_overhead.json").exists():
+        return "What the run time costs by itself is not measured yet (`tools/bench_inheritance_overhead.py`)"
     found = results("inheritance_overhead")
     held = {row["rule"]: row["mib_per_sample"] for row in found["held"]}
     full, small = found.get("sd15 bf16"), found["mini-sd"]
@@ -179,6 +194,15 @@ def inheritance_overhead() -> str:
     )
 
 
+def inheritance_pictures() -> str:
+    """Of one of the schedules: what every step does, and its pictures beside those of others."""
+    shown = {
+        "inheritance_steps.svg": "Parts of the UNet over steps: computed, held, forecast",
+        "inheritance_grid.png": "Full run, ours, DeepCache and fewer steps at the same prompts and seeds",
+    }
+    return "\n\n".join(f"![{text}]({{results}}/{name})" for name, text in shown.items() if (RESULTS / name).exists())
+
+
 def inheritance_deepcache() -> str:
     """DeepCache's own package beside our schedule of the same settings."""
     rows = [row for row in results("inheritance")["rows"] if row["role"] == "DeepCache 0.1.1 itself"]
@@ -193,6 +217,11 @@ def inheritance_deepcache() -> str:
 def _rows(found: Any, cell: Any) -> Sequence[dict[str, Any]]:
     where = (cell["sampler"], cell["steps"], cell["budget"])
     return [row for row in found["rows"] if (row["sampler"], row["steps"], row.get("budget")) == where]
+
+
+def _measured(found: Any) -> str:
+    count = len(found["summary"])
+    return f"The bench goes through {CELLS} combinations of sampler, steps and time; measured so far: {count}."
 
 
 def _reached(row: Any) -> str:
