@@ -72,6 +72,24 @@ def test_members_hold_what_they_share_once(unet, students, switch):
     assert sum(t.nbytes for t in switched.state_dict().values()) == expected
 
 
+def test_what_a_third_member_has_of_the_second_is_held_once_too(pipeline, unet, students, inputs):
+    # Both have solved the same layer anew, so that its unit is more like the other student's than like the teacher's.
+    third = copy.deepcopy(students["tiny"])
+    third.get_submodule("up_blocks.1.resnets.0.conv2").weight.mul_(1.01)
+    three = {"teacher": unet, "tiny": students["tiny"], "third": third}
+    schedule = schedule_of(pipeline, "small-first:2", ("third", "teacher"))
+    switched = SwitchedUNet2DConditionModel.of(three, schedule)
+    assert (
+        held(switched)
+        == held(unet)
+        + own_bytes(unet, {"tiny": students["tiny"]})
+        + third.get_submodule("up_blocks.1.resnets.0.conv2").weight.nbytes
+    )
+    with torch.no_grad():
+        for name, member in three.items():
+            assert torch.equal(switched.alone(name)(*inputs).sample, member(*inputs).sample)
+
+
 def test_a_moved_model_still_runs_as_its_members_do(pipeline, members, switch):
     twin = copy.deepcopy(switch("small-first:1/2")).to(torch.float64)
     exact = {name: copy.deepcopy(member).to(torch.float64) for name, member in members.items()}

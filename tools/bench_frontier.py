@@ -130,7 +130,22 @@ class Report:
             "rows": [],
         }  # fmt: skip
         if path is not None and path.exists():
-            self.content["rows"] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if self._setting(before) != self._setting(self.content):
+                raise SystemExit(f"{path} is of other members or settings; move it away to begin anew")
+            self.content["rows"] = before["rows"]
+
+    @staticmethod
+    def _setting(content: dict[str, Any]) -> list[Any]:
+        """What rows of one file have in common."""
+        reference = content["reference"]
+        return [
+            reference["steps"],
+            reference["guidance"],
+            content["prompts"],
+            content["test_prompts"],
+            *content["members"],
+        ]
 
     @property
     def rows(self) -> list[dict[str, Any]]:

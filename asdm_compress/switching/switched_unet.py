@@ -99,16 +99,20 @@ class SwitchedUNet2DConditionModel(AssembledUNet2DConditionModel):
         config = _plain_config(body)
         entries: list[dict[str, Any]] = [{"name": body_name}]
         tensors = dict(body.state_dict())
+        lent: dict[str, str] = {}
         for number, (name, unet) in enumerate(others):
             _check_exchangeable(body_name, body, name, unet)
             shared: Shared = find_shared(unet, owners)
+            # What is like another member's may be the body's there too.
+            owner_of = {key: lent.get(other, other) for key, other in shared.tensors.items()}
+            lent |= {f"{_OTHERS}.{number}.{key}": owner for key, owner in owner_of.items()}
             own = _plain_config(unet)
             entries.append(
                 {
                     "name": name,
                     "config": {key: value for key, value in own.items() if _as_list(value) != _as_list(config[key])},
                     "edits": dict(unet.config.get("edits") or {}),
-                    "shared": as_prefixes([n for n, _ in unet.named_parameters()], shared.tensors),
+                    "shared": as_prefixes([n for n, _ in unet.named_parameters()], owner_of),
                     "units": dict(shared.units),
                 }
             )

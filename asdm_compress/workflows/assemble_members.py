@@ -30,7 +30,7 @@ from asdm_compress.models.resolve import resolve
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.scheduling.goals import Goal
 from asdm_compress.switching.switched_unet import SwitchedUNet2DConditionModel
-from asdm_compress.workflows.assemble import SCHEDULE_PROMPTS, Target, with_unet
+from asdm_compress.workflows.assemble import Target, with_unet
 from asdm_compress.workflows.calibrate import CalibrateSettings
 from asdm_compress.workflows.calibrate_members import SwitchingFound, calibrate_members
 from asdm_compress.workflows.plan import Measured, PlanSettings, measure
@@ -38,6 +38,7 @@ from asdm_compress.workflows.progress import Progress
 
 TEACHER: Final = "teacher"
 FILE_NAME: Final = "members.json"
+SWITCH_PROMPTS: Final = 4  # that exchanges of members are measured on, and as many to choose on: each is a whole run
 FASTER: Final = 0.75  # times the budget: some of the ladder's plans are made for less than it
 
 
@@ -204,7 +205,7 @@ def _names(rungs: Sequence[Rung], students: Sequence[int]) -> dict[int, str]:
 
 def _calibration(share: float, settings: PlanSettings, prompts: PromptSplit) -> CalibrateSettings:
     """Who takes which step is chosen on some of the prompts of the fits, and reported on those kept out of them."""
-    chosen = tuple(prompts.calibration[: 2 * SCHEDULE_PROMPTS])
+    chosen = tuple(prompts.calibration[: 2 * SWITCH_PROMPTS])
     few = max(1, len(chosen) // 2)
     return CalibrateSettings(
         Goal(limit=Limit("latency", share, relative=True)), settings.sampling, None, (*chosen, *prompts.held_out),

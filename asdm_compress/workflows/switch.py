@@ -115,8 +115,10 @@ def open_models(
                 pipeline = open_pipeline(source, options)
                 found = {_name_of(model): pipeline.unet}
             else:
-                # Stored in another precision, a student would share nothing.
-                found = _apart(model, open_unet(source, options).to(pipeline.unet.dtype), pipeline.unet)
+                other = open_unet(source, options)
+                if other.dtype != pipeline.unet.dtype:
+                    other = other.to(pipeline.unet.dtype)  # else it would share nothing
+                found = _apart(model, other, pipeline.unet)
         for note in source.notes:
             progress.note(note)
         for name, unet in found.items():
