@@ -275,7 +275,10 @@ def _write(result: dict[str, Any], out: Path) -> None:
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How far ours is from the teacher, and at what share of the steps it has reached what each rival keeps."""
+    """How far ours is from the teacher, and at what share of the steps it has reached where each rival ends.
+
+    That is the rival's last step: which weights to keep is our rule, not theirs.
+    """
     named = {row["name"]: row for row in rows}
     if "ours" not in named:
         return {}
@@ -286,7 +289,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name, row in named.items():
         if name == "ours":
             continue
-        end = kept(row)
+        end = row["curve"][-1]
         found[f"share of the steps to where {name} ends"] = {
             measure: _share_to_reach(ours, measure, end[measure], sign)
             for measure, sign in (("psnr", 1), ("frechet", -1), ("student_right", 1), ("latent_error", -1))

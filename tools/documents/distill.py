@@ -32,9 +32,27 @@ def distill_recovery() -> str:
             )
     titles = (
         "budget", "student", "damage", "PSNR", "Fréchet distance", "weights that are kept",
-        "ours is at that PSNR after",
+        "ours has the last PSNR after",
     )  # fmt: skip
     return table(titles, lines) + "\n\n" + _how(found)
+
+
+def distill_line() -> str:
+    """What a short training does for our students, in a sentence."""
+    found = results("distill")
+    parts = []
+    for budget, rows in found["recovery"].items():
+        row = next(row for row in rows if row["name"] == "ours")
+        first, last = row["curve"][0], _kept(row)
+        parts.append(
+            f"at {budget} damage {small(first['damage'])} → {small(last['damage'])}, "
+            f"{decibels(first['psnr'])} → {decibels(last['psnr'])}"
+        )
+    training = found["training"]
+    return (
+        f"{training['steps']} steps of {training['batch']} images, with the weights of the best probe: "
+        f"{'; '.join(parts)} ({source('distill', 'bench_distill')})"
+    )
 
 
 def distill_parts() -> str:
