@@ -52,6 +52,8 @@ CHEAPER = {
     "profile": "--repeats 1",
     "distill": "--steps 2 --batch 2 --data-size 4 --probe-every 0 --set data.guidance=1",
 }
+# Minutes each even so: run with `-m slow`. Modules of their own test them in every way.
+LONG = {"calibrate", "distill", "evaluate", "frontier", "optimize"}
 # What others need comes first.
 ORDER = ("assemble", "apply", "calibrate", "switch", "optimize")
 
@@ -87,7 +89,15 @@ def folder(pipeline, tmp_path_factory):
     return place
 
 
-@pytest.mark.parametrize("line", shown())
+def cases():
+    """What is shown, with the long ones marked, and those that need what a long one leaves."""
+    return [
+        pytest.param(line, marks=[pytest.mark.slow] * (line.split()[0] in LONG or "inheritance.yaml" in line), id=line)
+        for line in shown()
+    ]
+
+
+@pytest.mark.parametrize("line", cases())
 def test_a_command_of_a_document_runs(line, folder, monkeypatch, capsys):
     if line in NOT_RUN:
         pytest.skip(NOT_RUN[line])
