@@ -45,7 +45,8 @@ CHEAPER = {
     "assemble": f"{SEARCH} --held-out-prompts 2 --neighbours 0",
     "apply": "--slot-start zero",
     "calibrate": f"{SAMPLING} {PROMPTS} --no-corrections --curve 0",
-    "optimize": f"--steps 16 --guidance 3 {PROMPTS}",  # of fewer, no run takes a third with text and picture
+    # Of fewer steps no run takes a third of the time, text and picture counted in.
+    "optimize": f"--steps 16 --guidance 3 {PROMPTS}",
     "generate": SAMPLING,
     "evaluate": "--steps 2 --images 2 --batch 2 --repeats 0 --keep-images 2",
     "frontier": f"{SEARCH} --patience 0.2 --images 0",
