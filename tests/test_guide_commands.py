@@ -24,7 +24,8 @@ from asdm_compress.cli.main import app
 
 COMMAND = re.compile(r"(?:\.venv/bin/)?asdm-compress ([a-z][^`\n&]*)")
 STANDS_FOR = {
-    "[MODEL]": "mini-sd", "MODEL": "mini-sd", "TEACHER": "mini-sd", "FOLDER": "mini-light", "LORA": "given/lora.safetensors",
+    "[MODEL]": "mini-sd", "MODEL": "mini-sd", "TEACHER": "mini-sd", "FOLDER": "mini-light",
+    "LORA": "given/lora.safetensors",
     "STUDENT…": "mini-light", "STUDENT,…": "mini-light", "STUDENT": "mini-light",
     "recipe.yaml": "mini-light/recipe.yaml",
 }  # fmt: skip
