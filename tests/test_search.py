@@ -12,10 +12,12 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from asdm_compress.assembly.calibration import Calibration
 from asdm_compress.assembly.damage import Damage
+from asdm_compress.assembly.in_time import Clock, search_in_time
 from asdm_compress.assembly.options import Option, find_options
+from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.polish import Problem, polish
-from asdm_compress.assembly.search import solve
-from asdm_compress.assembly.verify import Attempt, Search, search_verified
+from asdm_compress.assembly.search import Solution, solve
+from asdm_compress.assembly.verify import PLAIN_ATTEMPTS, Attempt, Search, search_verified
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.units import Limit
 from asdm_compress.profiling.profile import ProfileSettings
@@ -223,6 +225,51 @@ def test_pairs_of_edits_that_a_search_may_not_use_do_not_matter(unet, mini_profi
     assert slot not in left.options
     assert mid in left.options
     assert left.solve(left.limits, pairs, 0.0).damage < 1
+
+
+def test_a_plain_search_goes_by_what_cuts_damage_before_anything_is_fitted(unet, mini_profile):
+    options = list(find_options(unet, mini_profile, {}, {}))
+    small = next(o for o in options if ".transformer_blocks." in o.site)
+    damages = {o.name: Damage((0.01,), 0.01) for o in options}
+    plain = {o.name: Damage((0.5,), 0.5) for o in options}
+    limits = [Limit("latency", 0.9, True)]
+    bare = Search(unet, mini_profile, options, damages, limits, ProfileSettings(), None)
+    units, parts = PLAIN_ATTEMPTS[0], PLAIN_ATTEMPTS[1]
+    assert bare.suited_to(units) is None  # where nothing is refitted there are no others
+    search = replace(bare, plain_damages=plain)
+    whole, all_parts = search.suited_to(units), search.suited_to(parts)
+    assert whole is not None
+    assert all_parts is not None
+    assert small not in whole.options
+    assert small in all_parts.options
+    solution = whole.solve(limits, {}, units.belief)
+    assert solution.damage == pytest.approx(0.5 * len(solution.options))
+    assert "before anything makes up for it" in units.sums
+    assert Attempt(1.0).sums == ""
+
+
+def test_limits_that_another_search_has_tightened_are_loosened_again(unet, mini_profile):
+    """Plans measured 2 % slower than predicted, found first under limits that were tightened by 10 %."""
+    slow = Plan({"mid_block": "drop"})
+    fast = Plan({"mid_block": "drop", "down_blocks.2.layers.1": "drop"})
+    predicted = {"slow": 0.68, "fast": 0.62}
+    clock = Clock(
+        unet, mini_profile, (Limit("latency", 0.7, True),), ProfileSettings(),
+        {frozenset(plan.edits.items()): 1.02 * predicted[name] for name, plan in (("slow", slow), ("fast", fast))},
+    )  # fmt: skip
+    asked = []
+
+    def solved(limits):
+        asked.append(limits[0].absolute(mini_profile.latency) / mini_profile.latency)
+        name = "slow" if asked[-1] >= predicted["slow"] else "fast"
+        latency = predicted[name] * mini_profile.latency
+        plan, damage = (slow, 0.1) if name == "slow" else (fast, 0.2)
+        return Solution(plan, (), damage, damage, True, {"latency": latency, "macs": 0, "params": 0}, 0)
+
+    found = search_in_time(solved, clock, (Limit("latency", 0.63, True),))
+    assert found.solution.plan == slow
+    assert found.latency_ratio == pytest.approx(1.02 * 0.68)
+    assert asked[:2] == pytest.approx([0.63, 0.7 / 1.02])
 
 
 def test_a_budget_that_only_the_table_of_costs_meets_names_what_was_measured(unet, mini_profile):

@@ -134,6 +134,7 @@ class Bench:
                     self.shape,
                     found.calibration,
                     self.refit,
+                    plain_damages=found.plain_damages,
                 )
             )
         except AsdmError as error:

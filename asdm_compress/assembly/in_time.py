@@ -107,9 +107,13 @@ def search_in_time(solve: Callable[[Sequence[Limit]], Solution], clock: Clock, i
             continue
         if best is None or solution.damage < best.solution.damage:
             best = InTime(solution, costs, ratio, inner, number)
-        if not clock.leaves_much(costs) or (too_slow is None and slower >= 1):
+        if not clock.leaves_much(costs):
             break
-        inner = _scaled(inner, slower, whole) if too_slow is None else _between(inner, too_slow, whole)
+        # `inner` may be another search's, which was off by more than this one.
+        looser = _scaled(clock.limits, slower, whole) if too_slow is None else _between(inner, too_slow, whole)
+        if _share(looser, whole) <= _share(inner, whole) * (1 + TIMING_TOLERANCE / 2):
+            break
+        inner = looser
     if best is None:
         raise _missed(ratios, clock.limits)
     return best
@@ -129,6 +133,11 @@ def _between(tight: Sequence[Limit], loose: Sequence[Limit], whole: Mapping[Reso
         shares = [limit.absolute(whole[limit.resource]) / whole[limit.resource] for limit in (a, b)]
         halves.append(Limit("latency", sum(shares) / 2, relative=True) if a.resource == "latency" else a)
     return tuple(halves)
+
+
+def _share(limits: Sequence[Limit], whole: Mapping[Resource, float]) -> float:
+    """The share of the latency that limits leave."""
+    return min(limit.absolute(whole["latency"]) / whole["latency"] for limit in limits if limit.resource == "latency")
 
 
 def _scaled(limits: Sequence[Limit], factor: float, whole: Mapping[Resource, float]) -> tuple[Limit, ...]:

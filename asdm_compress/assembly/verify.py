@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from statistics import median
 from typing import Final
@@ -16,7 +16,7 @@ from asdm_compress.assembly.calibration import Calibration
 from asdm_compress.assembly.damage import Damage, measure_plan, predictions
 from asdm_compress.assembly.in_time import Clock, InTime, search_in_time
 from asdm_compress.assembly.option_fit import OPTION_MOMENTS, absorber
-from asdm_compress.assembly.options import Option, teacher_costs
+from asdm_compress.assembly.options import Finest, Option, is_coarse_enough, teacher_costs
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.plan_fit import RefitChoice, fit_plan
 from asdm_compress.assembly.search import TIME_LIMIT_SECONDS, Interaction, Pairs, Solution, solve
@@ -38,10 +38,24 @@ class Attempt:
 
     How much of the errors' scalar products it believes: they hold for small errors, and come from few samples. And
     whether it may use what is fitted in the cut places, which can do worse on unseen prompts than one-shot damages say.
+
+    A `plain` attempt takes edits by what they damage before anything makes up for it (`Search.plain_damages`), perhaps
+    units and larger parts alone: what a whole plan's refit makes up for is then found out by its fit.
     """
 
     belief: float
     with_weights: bool = True
+    plain: bool = False
+    units_alone: bool = False
+
+    @property
+    def sums(self) -> str:
+        """Which plans it sums what up of, where that is not every plan and what edits damage once fitted."""
+        if self.with_weights:
+            return ""
+        among = "whole units and layers" if self.units_alone else "parts"
+        before = ", before anything makes up for it" if self.plain else ""
+        return f"{before}, among plans that only take {among} out"
 
 
 # Made in this order until one is measured as predicted.
@@ -52,6 +66,12 @@ ATTEMPTS: Final = (
     Attempt(0.0, with_weights=False),
     Attempt(0.0),
 )
+# Made always. The first is the knapsack of LAPTOP-Diff (2404.11098); its plans come out well once they are refitted.
+PLAIN_ATTEMPTS: Final = (
+    Attempt(0.0, with_weights=False, plain=True, units_alone=True),
+    Attempt(0.0, with_weights=False, plain=True),
+    Attempt(1.0, with_weights=False, plain=True),
+)
 LEAST_ATTEMPTS: Final = 2
 NEIGHBOUR_PATIENCE: Final = 2.0  # seconds of a search for one of them
 
@@ -61,7 +81,8 @@ class Verified:
     """A solution, the student built from it, and what the student costs as measured (latency) and counted (the rest).
 
     `solved_for` are the limits that the solution's proof holds for: others than the user's where a first plan
-    measured slower or faster than predicted. Its damage holds the terms of pairs, of which `pairs` were looked at.
+    measured slower or faster than predicted, and for the plans and damages of the `attempt` that led to it. Its damage
+    holds the terms of pairs, of which `pairs` were looked at.
     `predicted_damage` is the sum of damages and pair terms times the factor by which the other plans searched were
     measured to be off, and `measured_damage` that of the whole plan on prompts that were kept out of its fit. The
     student and `slot_weights` are fitted to all prompts.
@@ -77,11 +98,16 @@ class Verified:
     predicted_damage: float
     measured_damage: float
     pairs: int
+    attempt: Attempt = ATTEMPTS[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """Everything that a verified search is made with. `limits` are the user's."""
+    """Everything that a verified search is made with. `limits` are the user's.
+
+    `damages` are of edits with what is fitted for each, `plain_damages` of those that only take out, without: none
+    where nothing is refitted, since they would be the same.
+    """
 
     teacher: UNet2DConditionModel
     profile: Profile
@@ -92,6 +118,7 @@ class Search:
     calibration: Calibration
     refit: RefitChoice = "none"
     neighbours_seconds: float = NEIGHBOURS_SECONDS
+    plain_damages: Mapping[str, Damage] = field(default_factory=dict)
 
     def fit(self, plan: Plan, calibration: Calibration) -> SlotWeights:
         """The weights of a plan fitted on some moments."""
@@ -102,7 +129,11 @@ class Search:
         if attempt.with_weights:
             return self
         left = [option for option in self.options if not has_weights(option.edit)]
-        return replace(self, options=left) if len(left) < len(self.options) else None
+        if not attempt.plain:
+            return replace(self, options=left) if len(left) < len(self.options) else None
+        smallest: Finest = "unit" if attempt.units_alone else "sub-unit"
+        left = [o for o in left if o.name in self.plain_damages and is_coarse_enough(o.site, smallest)]
+        return replace(self, options=left, damages=self.plain_damages) if left else None
 
     def without(self, name: str) -> Search:
         """The same search without one option."""
@@ -162,8 +193,9 @@ def search_verified(search: Search) -> Verified:
     The search takes one-shot errors to add up (`Damage.interaction`). Where the plan's measured damage is not what that
     says, the pairs of edits that weigh most are fitted and measured together, and the search is made again with what
     they add and less belief in the rest; sums are taken times what other plans were off by. Some searches only take
-    out (see `ATTEMPTS`). Then the best plan's neighbours are tried (see `_neighbours`). Of all plans found on the way,
-    the one of least measured damage is returned, fitted anew to all prompts. Raises AsdmError with exit code 3 when no
+    out (see `ATTEMPTS`), and some of these know nothing of refits (see `PLAIN_ATTEMPTS`). Then the best plan's
+    neighbours are tried (see `_neighbours`). Of all plans found on the way, the one of least measured damage is
+    returned, fitted anew to all prompts. Raises AsdmError with exit code 3 when no
     plan meets the limits, or none is measured to within the rounds of `search_in_time`.
     """
     fitting, measuring = search.calibration.parts()
@@ -190,6 +222,7 @@ def search_verified(search: Search) -> Verified:
         predicted_damage=search.predicted(solution.options, pairs) * (median(off) if off else 1.0),
         measured_damage=best.measured,
         pairs=solution.pairs,
+        attempt=best.attempt,
     )
 
 
@@ -203,12 +236,13 @@ def _attempts(
     found: list[_Found] = []
     refused: AsdmError | None = None
     limits = {with_weights: tuple(search.limits) for with_weights in (False, True)}
-    for number, attempt in enumerate(ATTEMPTS, start=1):
+    settled = False
+    for number, attempt in enumerate((*ATTEMPTS, *PLAIN_ATTEMPTS), start=1):
         here = search.suited_to(attempt)
-        if here is None:
+        if here is None or (settled and not attempt.plain):
             continue
         try:
-            in_time = search_in_time(_solver(here, pairs, attempt.belief), clock, limits[attempt.with_weights])
+            in_time = search_in_time(_solver(here, attempt, pairs), clock, limits[attempt.with_weights])
         except AsdmError as error:
             if error.exit_code != ExitCode.INFEASIBLE:
                 raise
@@ -221,9 +255,8 @@ def _attempts(
         others = _factors(search, found, pairs)
         predicted = search.predicted(solution.options, pairs) * (median(others) if others else 1.0)
         found.append(_Found(attempt, in_time, measured, seconds))
-        if number >= LEAST_ATTEMPTS and abs(measured - predicted) <= DAMAGE_TOLERANCE * predicted:
-            break
-        if attempt.with_weights and number < len(ATTEMPTS):
+        settled |= number >= LEAST_ATTEMPTS and abs(measured - predicted) <= DAMAGE_TOLERANCE * predicted
+        if attempt.with_weights and not settled and number < len(ATTEMPTS):
             pairs |= _measure_pairs(search, solution.options, pairs, moments)
     return found, refused
 
@@ -255,7 +288,7 @@ def _neighbours(
         without = max(untried, key=lambda o: weighs[o.name]).name
         tried.add((plan, without))
         since = time.monotonic()
-        solver = _solver(here.without(without), pairs, best.attempt.belief, NEIGHBOUR_PATIENCE)
+        solver = _solver(here.without(without), best.attempt, pairs, NEIGHBOUR_PATIENCE)
         try:
             in_time = search_in_time(solver, clock, best.in_time.solved_for)
         except AsdmError as error:
@@ -283,9 +316,10 @@ def _factors(search: Search, found: Sequence[_Found], pairs: Pairs) -> list[floa
 
 
 def _solver(
-    search: Search, pairs: Pairs, belief: float, patience: float = TIME_LIMIT_SECONDS
+    search: Search, attempt: Attempt, pairs: Pairs, patience: float = TIME_LIMIT_SECONDS
 ) -> Callable[[Sequence[Limit]], Solution]:
-    return lambda limits: search.solve(limits, pairs, belief, patience)
+    known = {} if attempt.plain else pairs  # which hold for edits with what is fitted for them
+    return lambda limits: search.solve(limits, known, attempt.belief, patience)
 
 
 def _measure_pairs(

@@ -35,7 +35,9 @@ def proof_text(verified: Verified, budget: Sequence[str]) -> str:
     limits = re.sub(r"\d+\.\d{5,}", lambda number: f"{float(number[0]):.4f}", f"predicted {', '.join(solved_for)}")
     if solved_for != list(budget):
         limits += f", changed in round {verified.rounds} to keep {', '.join(budget)} as measured"
-    summed = f"Summed damage{f' with the terms of {verified.pairs} pairs' if verified.pairs else ''}"
+    pairs = f" with the terms of {verified.pairs} pairs" if verified.pairs else ""
+    sums = verified.attempt.sums
+    summed = f"Summed damage{pairs}{sums}{':' if sums else ''}"
     if solution.proven:
         return f"{summed} {solution.damage:.4g}, proven optimal (lower bound {solution.bound:.4g}) for {limits}."
     return f"{summed} {solution.damage:.4g}, at most {solution.gap:.1%} above the best possible for {limits}."

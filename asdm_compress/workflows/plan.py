@@ -27,7 +27,7 @@ from asdm_compress.assembly.slot_fit import check_fits, check_prompts
 from asdm_compress.assembly.store import measurement_folder, recorded
 from asdm_compress.assembly.verify import Search, Verified, search_verified
 from asdm_compress.core.defaults import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS, NARROW_SHARES, NEIGHBOURS_SECONDS
-from asdm_compress.core.edits import Routing
+from asdm_compress.core.edits import Routing, has_weights
 from asdm_compress.core.processes import ALONE, Processes
 from asdm_compress.core.units import Limit, parse_budget
 from asdm_compress.evaluation.prompts import PromptSplit, choose_prompts
@@ -86,6 +86,7 @@ class Measured:
     calibration: Calibration
     options: Sequence[Option]
     damages: Mapping[str, Damage]
+    plain_damages: Mapping[str, Damage]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,7 @@ class PlanResult:
     calibration: Calibration
     options: Sequence[Option]
     damages: Mapping[str, Damage]
+    plain_damages: Mapping[str, Damage]
 
 
 def plan(
@@ -127,10 +129,10 @@ def choose(
     with progress.stage("Searching, fitting and verifying the plan"):
         search = Search(
             pipeline.unet, m.profile, m.options, m.damages, m.limits, m.shape, m.calibration, settings.refit,
-            settings.neighbours_seconds,
+            settings.neighbours_seconds, m.plain_damages,
         )  # fmt: skip
         verified = search_verified(search)
-    return PlanResult(verified, m.profile, m.prompts, m.calibration, m.options, m.damages)
+    return PlanResult(verified, m.profile, m.prompts, m.calibration, m.options, m.damages, m.plain_damages)
 
 
 def measure(
@@ -180,9 +182,15 @@ def measure(
         options = processes.on_main(lambda: _options(teacher, costs, limits, shape, settings))
     with progress.bar("Fitting and measuring the damage of every edit") as bar:
         refit = settings.refit == "full"
-        store = folder / f"damages{'_refitted' if refit else '' if is_fitted else '_unfitted'}.jsonl"
+        plain_store = folder / ("damages.jsonl" if is_fitted else "damages_unfitted.jsonl")
+        store = folder / "damages_refitted.jsonl" if refit else plain_store
         damages = measure_options(teacher, options, calibration, store, bar, refit, processes)
-    return Measured(limits, shape, costs, prompts, calibration, options, damages)
+    plain: dict[str, Damage] = {}
+    if refit:
+        cuts = [option for option in options if not has_weights(option.edit)]
+        with progress.bar("Measuring what nothing makes up for") as bar:
+            plain = measure_options(teacher, cuts, calibration, plain_store, bar, False, processes)
+    return Measured(limits, shape, costs, prompts, calibration, options, damages, plain)
 
 
 def _costs(teacher: UNet2DConditionModel, shape: ProfileSettings, settings: PlanSettings, model_name: str) -> Profile:
