@@ -182,8 +182,8 @@ def measure(
         options = processes.on_main(lambda: _options(teacher, costs, limits, shape, settings))
     with progress.bar("Fitting and measuring the damage of every edit") as bar:
         refit = settings.refit == "full"
-        plain_store = folder / "damages.jsonl"
-        store = folder / f"damages{'_refitted' if refit else '' if is_fitted else '_unfitted'}.jsonl"
+        plain_store = folder / ("damages.jsonl" if is_fitted else "damages_unfitted.jsonl")
+        store = folder / "damages_refitted.jsonl" if refit else plain_store
         damages = measure_options(teacher, options, calibration, store, bar, refit, processes)
     plain: dict[str, Damage] = {}
     if refit:
