@@ -60,9 +60,9 @@ def test_budget(capsys):
 
 def test_inherit(tmp_path):
     settings = CalibrateSettings(
-        Goal(), SamplingSettings(6, 5.0), None, None, 2, 2, 2, repeats=2, corrections=False, curve=0
+        Goal(), SamplingSettings(4, 1.0), None, None, 2, 2, 2, repeats=2, corrections=False, curve=0
     )
-    full, cached, scheduled = (np.asarray(image) for image in example("inherit").main(tmp_path, settings, steps=6))
+    full, cached, scheduled = (np.asarray(image) for image in example("inherit").main(tmp_path, settings, 4, 1.0))
     assert full.shape == cached.shape == scheduled.shape == (128, 128, 3)
     assert not np.array_equal(full, cached)
     assert not np.array_equal(full, scheduled)

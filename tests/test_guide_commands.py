@@ -25,7 +25,7 @@ from asdm_compress.cli.main import app
 COMMAND = re.compile(r"(?:\.venv/bin/)?asdm-compress ([a-z][^`\n&]*)")
 STANDS_FOR = {
     "[MODEL]": "mini-sd", "MODEL": "mini-sd", "TEACHER": "mini-sd", "FOLDER": "mini-light",
-    "LORA": "given/lora.safetensors",
+    "LORA": "teacher-lora.safetensors",
     "STUDENT…": "mini-light", "STUDENT,…": "mini-light", "STUDENT": "mini-light",
     "recipe.yaml": "mini-light/recipe.yaml",
 }  # fmt: skip
@@ -34,9 +34,12 @@ NAMED_ONLY = {"distill …", "export", "optimize --members"}
 NOT_RUN = {
     "apply bk-sdm-base-v1": "needs a checkpoint of the size of Stable Diffusion 1.x",
     "apply bk-sdm-base-v1 MODEL": "the same",
+    "calibrate MODEL --budget latency=0.5x": "the guide to inheritance has the same with a sampler, which is run",
+    "calibrate TEACHER --members STUDENT,… --budget latency=0.6x": "slow; test_calibrate_members.py runs it",
+    "optimize MODEL --members STUDENT,… --budget latency=0.33x": "slow; test_calibrate_members.py runs it",
     "recipes list": "test_recipes.py runs it; it builds every student at full size, on the meta device",
 }
-SAMPLING = "--steps 6 --guidance 3"
+SAMPLING = "--steps 4 --guidance 1"
 PROMPTS = "--calibration-prompts 2 --validation-prompts 2 --test-prompts 2 --repeats 2"
 SEARCH = (
     "--steps 2 --bands 2 --calibration-prompts 2 --calibration-triples 4 --probes 1 --finest unit --slot none "
@@ -46,16 +49,12 @@ CHEAPER = {
     "assemble": f"{SEARCH} --held-out-prompts 2 --neighbours 0",
     "apply": "--slot-start zero",
     "calibrate": f"{SAMPLING} {PROMPTS} --no-corrections --curve 0",
-    # Of fewer steps no run takes a third of the time, text and picture counted in.
-    "optimize": f"--steps 16 --guidance 3 {PROMPTS}",
     "generate": SAMPLING,
     "evaluate": "--steps 2 --images 2 --batch 2 --repeats 0 --keep-images 2",
     "frontier": f"{SEARCH} --patience 0.2 --images 0",
     "profile": "--repeats 1",
     "distill": "--steps 2 --batch 2 --data-size 4 --probe-every 0 --set data.guidance=1",
 }
-# Minutes each even so: run with `-m slow`. Modules of their own test them in every way.
-LONG = {"calibrate", "distill", "evaluate", "frontier", "optimize"}
 # What others need comes first.
 ORDER = ("assemble", "apply", "calibrate", "switch", "optimize")
 
@@ -87,20 +86,11 @@ def folder(pipeline, tmp_path_factory):
     unet = copy.deepcopy(pipeline.unet)
     unet.add_adapter(LoraConfig(r=1, lora_alpha=1, target_modules=["to_q", "to_v"]))
     layers = get_peft_model_state_dict(unet)
-    (place / "given").mkdir()
-    StableDiffusionPipeline.save_lora_weights(place / "given", layers, weight_name="lora.safetensors")
+    StableDiffusionPipeline.save_lora_weights(place, layers, weight_name="teacher-lora.safetensors")
     return place
 
 
-def cases():
-    """What is shown, with the long ones marked, and those that need what a long one leaves."""
-    return [
-        pytest.param(line, marks=[pytest.mark.slow] * (line.split()[0] in LONG or "inheritance.yaml" in line), id=line)
-        for line in shown()
-    ]
-
-
-@pytest.mark.parametrize("line", cases())
+@pytest.mark.parametrize("line", shown())
 def test_a_command_of_a_document_runs(line, folder, monkeypatch, capsys):
     if line in NOT_RUN:
         pytest.skip(NOT_RUN[line])

@@ -26,6 +26,6 @@ EXAMPLES: Final = {
     "evaluate": "asdm-compress evaluate mini-light --against mini-sd",
     "report": "asdm-compress report mini-light",
     "export": "asdm-compress export mini-light --format portable --out elsewhere",
-    "lora": "asdm-compress lora lora.safetensors mini-light --out light-lora.safetensors",
+    "lora": "asdm-compress lora teacher-lora.safetensors mini-light --out light-lora.safetensors",
     "doctor": "asdm-compress doctor",
 }

@@ -10,14 +10,16 @@ from asdm_compress.inheritance.schedule_file import save_schedule
 from asdm_compress.workflows.calibrate import CalibrateSettings
 
 
-def main(folder: Path, settings: CalibrateSettings | None = None, steps: int = 25) -> list[Image]:
+def main(
+    folder: Path, settings: CalibrateSettings | None = None, steps: int = 25, guidance: float = 5.0
+) -> list[Image]:
     """The same image in full, by DeepCache's rule, and by a schedule for half of the time."""
     pipeline = asdm_compress.load_pipeline("mini-sd")
 
     def draw() -> Image:
         prompt = "a small red circle above a large blue square"
         noise = torch.Generator().manual_seed(0)
-        found = pipeline(prompt, num_inference_steps=steps, guidance_scale=5.0, generator=noise)
+        found = pipeline(prompt, num_inference_steps=steps, guidance_scale=guidance, generator=noise)
         image: Image = found.images[0]
         return image
 
