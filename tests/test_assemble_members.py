@@ -82,6 +82,15 @@ def test_more_students_are_never_worse_and_two_beat_the_best_one():
     assert damages[1] < damages[0]
 
 
+def test_what_a_step_takes_beside_the_unet_is_no_students_to_save():
+    found = line_up(RUNGS, WEIGHTS, 6, 0.65, 2, overhead=0.2)
+    slower = [rung(0.2 + 0.8 * r.latency, *r.damage.bands) for r in RUNGS]
+    assert found.predicted == pytest.approx(by_trying(slower, 6, 0.65, 2), rel=1e-6)
+    with pytest.raises(AsdmError, match="no students") as refused:
+        line_up(RUNGS, WEIGHTS, 6, 0.4, 2, overhead=0.2)
+    assert "0.4400x" in str(refused.value.hint)
+
+
 def test_a_time_that_no_student_keeps_is_refused():
     with pytest.raises(AsdmError, match="no students") as refused:
         line_up(RUNGS, WEIGHTS, 6, 0.29, 2)

@@ -98,12 +98,15 @@ def climb(search: Search, shares: Sequence[float] = SHARES, progress: Progress |
     return sorted(rungs, key=lambda rung: -rung.latency)
 
 
-def line_up(rungs: Sequence[Rung], band_weights: Sequence[float], steps: int, share: float, most: int) -> Lineup:
+def line_up(
+    rungs: Sequence[Rung], band_weights: Sequence[float], steps: int, share: float, most: int, overhead: float = 0.0
+) -> Lineup:
     """The at most `most` students, and who takes which steps, of least damage within a share of the teacher's time.
 
     The errors of different steps are taken to be independent, so that their squares add up: a step in band b by a
-    student of damage d_b adds w_b d_b / n_b, with the band's weight and its number of steps. All sets of students are
-    in one integer program. Raises AsdmError with exit code 3 where none takes so little time.
+    student of damage d_b adds w_b d_b / n_b, with the band's weight and its number of steps. `overhead` is the part of
+    a step's time that is not the UNet's, which no student makes shorter. All sets of students are in one integer
+    program. Raises AsdmError with exit code 3 where none takes so little time.
     """
     bands = len(band_weights)
     lengths = [sum(step * bands // steps == band for step in range(steps)) for band in range(bands)]
@@ -118,7 +121,8 @@ def line_up(rungs: Sequence[Rung], band_weights: Sequence[float], steps: int, sh
         model.add(sum(row) == length)
         for variable, there in zip(row[1:], chosen, strict=True):
             model.add(variable <= length * there)
-    ticks = [_TICKS, *(-int(-rung.latency * _TICKS // 1) for rung in rungs)]
+    shares = [overhead + (1 - overhead) * rung.latency for rung in rungs]
+    ticks = [_TICKS, *(-int(-each * _TICKS // 1) for each in shares)]
     model.add(sum(t * n for row in counts for t, n in zip(ticks, row, strict=True)) <= int(share * steps * _TICKS))
     costs = [
         [0.0, *(weight * rung.damage.bands[band] / max(length, 1) for rung in rungs)]
@@ -142,7 +146,7 @@ def line_up(rungs: Sequence[Rung], band_weights: Sequence[float], steps: int, sh
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         raise AsdmError(
             f"no students that were found take turns in {share:.4g}x of the teacher's time",
-            f"The fastest of them takes latency={min(rung.latency for rung in rungs):.4f}x by itself. Allow more.",
+            f"The fastest of them takes latency={min(shares):.4f}x by itself. Allow more.",
             ExitCode.INFEASIBLE,
         )
     taken = [[solver.value(variable) for variable in row] for row in counts]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from asdm_compress.assembly.in_time import TIMING_TOLERANCE
 from asdm_compress.assembly.ladder import SHARES, Lineup, Rung, climb, line_up
@@ -23,12 +23,15 @@ from asdm_compress.core.provenance import versions
 from asdm_compress.core.recipe import Base, EditEntry, Recipe, dump_recipe
 from asdm_compress.core.units import Limit
 from asdm_compress.evaluation.prompts import PromptSplit
+from asdm_compress.inheritance.actions import FULL
 from asdm_compress.models.edits import SlotWeights
 from asdm_compress.models.families import architecture
 from asdm_compress.models.loading import open_pipeline
 from asdm_compress.models.resolve import resolve
 from asdm_compress.models.source import LoadOptions
+from asdm_compress.sampling.settings import encode
 from asdm_compress.scheduling.goals import Goal
+from asdm_compress.scheduling.switch_times import SKIP, time_options
 from asdm_compress.switching.switched_unet import SwitchedUNet2DConditionModel
 from asdm_compress.workflows.assemble import Target, with_unet
 from asdm_compress.workflows.calibrate import CalibrateSettings
@@ -136,7 +139,9 @@ def run_assemble_members(
     share = limits[0].absolute(measured.profile.latency) / measured.profile.latency
     if share >= 1:
         raise AsdmError("the teacher is within this time already", "Ask for less than 1x.")
-    students = make_students(teacher, measured, share, settings, most, progress)
+    with progress.stage("Timing what a step takes beside the UNet"):
+        overhead = step_overhead(pipeline, measured.prompts.held_out[:1], settings)
+    students = make_students(teacher, measured, share, overhead, settings, most, progress)
     found = calibrate_members(
         pipeline, students.with_teacher(teacher), _calibration(share, settings, measured.prompts), progress,
         students.bystanders,
@@ -164,28 +169,39 @@ def make_students(
     teacher: UNet2DConditionModel,
     measured: Measured,
     share: float,
+    overhead: float,
     settings: PlanSettings,
     most: int,
     progress: Progress,
 ) -> Students:
     """The students that switch best together in a share of the teacher's time, from what was measured of the teacher.
 
-    Raises AsdmError with exit code 3 where no students take so little.
+    Of the teacher's time `overhead` is not its UNet's. Raises AsdmError with exit code 3 where no students take so
+    little.
     """
-    limits = (Limit("latency", share, relative=True),)
+    of_unet = max((share - overhead) / (1 - overhead), 1e-3)
+    limits = (Limit("latency", of_unet, relative=True),)
     search = Search(
         teacher, measured.profile, measured.options, measured.damages, limits, measured.shape, measured.calibration,
         settings.refit,
     )  # fmt: skip
     with progress.bar("Fitting and measuring students of several sizes") as bar:
         # One of the budget itself could take all steps.
-        rungs = climb(search, (*SHARES, share, FASTER * share), bar)
+        rungs = climb(search, (*SHARES, of_unet, FASTER * of_unet), bar)
     with progress.stage("Solving for the students that switch best together"):
-        lineup = line_up(rungs, measured.calibration.band_weights, settings.sampling.steps, share, most)
-        names = _names(rungs, (*lineup.students, *_single(rungs, share)))
+        weights = measured.calibration.band_weights
+        lineup = line_up(rungs, weights, settings.sampling.steps, share, most, overhead)
+        names = _names(rungs, (*lineup.students, *_single(rungs, of_unet)))
     with progress.stage("Fitting them to all prompts"):
         fitted = {i: search.fit(rungs[i].plan, measured.calibration) for i in names}
     return Students(rungs, lineup, names, fitted)
+
+
+def step_overhead(pipeline: StableDiffusionPipeline, prompts: Sequence[str], settings: PlanSettings) -> float:
+    """The part of a sampling step's time that is not the UNet's: the scheduler's, guidance, Python."""
+    texts = encode(pipeline, prompts, settings.sampling.guidance)
+    times = time_options(pipeline, (FULL, SKIP), texts, settings.sampling, settings.profile.repeats)
+    return min(times.seconds[SKIP] / times.teacher, 0.9)
 
 
 def _single(rungs: Sequence[Rung], share: float) -> tuple[int, ...]:
