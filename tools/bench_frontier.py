@@ -59,6 +59,7 @@ FULL_STEPS = (50, 25, 20, 15, 10, 8)
 SOLVERS = ("ddim", "dpm++")
 ROLES = ("full model", "DeepCache", "guidance reuse", "inheritance", "switching", "T-Stitch", "all together")
 TOLERANCE = 1.01  # times the budget, which a measured time may come to
+NEAR = 6  # steps around the predicted number of T-Stitch's small ones
 STUDENTS = ("--members", "2", "--budget", "latency=0.5x", "--dtype", "fp32")
 QUICK = (
     *("--steps", "5", "--calibration-prompts", "4", "--calibration-triples", "16", "--bands", "2", "--probes", "1"),
@@ -90,8 +91,9 @@ def rivals(search: Search, share: float, arguments: argparse.Namespace) -> Itera
             order = small_first(student, search.teacher, steps, search.times, budget)
             if order is None:
                 continue
-            # One step more of the student too, where timing has the first slightly over the budget.
-            for count in range(order.count(student), min(order.count(student) + 2, steps + 1)):
+            # Some steps fewer and more of the student's too: which of them is in time is measured.
+            fewest = order.count(student)
+            for count in range(max(fewest - NEAR, 0), min(fewest + NEAR, steps) + 1):
                 actions = (student,) * count + (search.teacher,) * (steps - count)
                 name = f"{count} of {steps} steps of {solver} by {student.member} first"
                 yield "T-Stitch", Way(name, steps, search.times.run(actions), Schedule(actions), solver)

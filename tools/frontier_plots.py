@@ -36,7 +36,11 @@ def _plot(content: Mapping[str, Any], key: str, label: str, roles: tuple[str, ..
     figure = Figure(figsize=(7, 4.5))
     axes = figure.add_subplot()
     for role in roles or dict.fromkeys(row["role"] for row in content["rows"]):
-        points = sorted((row["image_share"], row[key]) for row in content["rows"] if row["role"] == role)
+        # The full run against itself would leave no room for the rest.
+        rows = [row for row in content["rows"] if row["role"] == role and (key != "psnr" or row["latent_error"])]
+        points = sorted((row["image_share"], row[key]) for row in rows)
+        if not points:
+            continue
         # Ways of the full model are of two samplers, between which there is no line.
         style = "o" if role == "full model" else "o-"
         axes.plot(*zip(*points, strict=True), style, label=role, color=COLOURS[role], markersize=4)
