@@ -45,6 +45,7 @@ def test_cut(tmp_path, capsys):
     assert unet.mid_block is None
 
 
+@pytest.mark.slow
 def test_budget(capsys):
     settings = PlanSettings(
         ProfileSettings(repeats=2), SamplingSettings(steps=2), calibration_prompts=2, held_out_prompts=1, bands=2,
@@ -58,6 +59,7 @@ def test_budget(capsys):
     assert float(printed.split("x of the time")[0]) < 0.75
 
 
+@pytest.mark.slow
 def test_inherit(tmp_path):
     settings = CalibrateSettings(
         Goal(), SamplingSettings(4, 1.0), None, None, 2, 2, 2, repeats=2, corrections=False, curve=0

@@ -90,6 +90,7 @@ def folder(pipeline, tmp_path_factory):
     return place
 
 
+@pytest.mark.slow  # minutes together; what each command does has tests of its own
 @pytest.mark.parametrize("line", shown())
 def test_a_command_of_a_document_runs(line, folder, monkeypatch, capsys):
     if line in NOT_RUN:
