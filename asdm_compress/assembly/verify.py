@@ -70,7 +70,6 @@ ATTEMPTS: Final = (
 PLAIN_ATTEMPTS: Final = (
     Attempt(0.0, with_weights=False, plain=True, units_alone=True),
     Attempt(0.0, with_weights=False, plain=True),
-    Attempt(1.0, with_weights=False, plain=True),
 )
 LEAST_ATTEMPTS: Final = 2
 NEIGHBOUR_PATIENCE: Final = 2.0  # seconds of a search for one of them
