@@ -103,7 +103,7 @@ def test_a_model_is_taken_from_the_hub_by_its_id(hub: Hub, cli, monkeypatch):
 @pytest.mark.parametrize(
     ("refused", "words"),
     [
-        ("POST /api/repos/create", "You have no right to do this"),
+        ("POST /api/repos/create", "403 Forbidden"),
         ("PUT /objects/", "Error while uploading"),
         ("POST .*/commit/main", "You have no right to do this"),
     ],
