@@ -98,6 +98,7 @@ def test_a_time_that_no_student_keeps_is_refused():
     assert "0.3000x" in str(refused.value.hint)
 
 
+@pytest.mark.slow
 def test_assemble_writes_students_that_take_turns(unet, tmp_path, monkeypatch):
     monkeypatch.setenv("ASDM_COMPRESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(assemble_members, "SHARES", (0.8, 0.4))  # each is searched for some seconds

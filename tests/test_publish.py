@@ -100,6 +100,7 @@ def test_a_model_is_taken_from_the_hub_by_its_id(hub: Hub, cli, monkeypatch):
     assert json.loads(again.stdout)["parameters"] == json.loads(taken.stdout)["parameters"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("refused", "words"),
     [
