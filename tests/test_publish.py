@@ -106,7 +106,7 @@ def test_a_model_is_taken_from_the_hub_by_its_id(hub: Hub, cli, monkeypatch):
     [
         ("POST /api/repos/create", "403 Forbidden"),
         ("PUT /objects/", "Error while uploading"),
-        ("POST .*/commit/main", "You have no right to do this"),
+        ("POST .*/commit/main", "403 Forbidden"),
     ],
 )
 def test_a_hub_that_refuses_is_said_and_leaves_the_student_here(hub: Hub, cli, tmp_path, refused, words):
