@@ -2,7 +2,7 @@
 
     python tools/bench_gpu.py                                   # cuda, fp16, SD 1.5 and 2.1; alone on the machine
     python tools/bench_gpu.py --models sd15 --modes eager       # a part of it
-    python tools/bench_gpu.py --device cpu --dtype fp32 --width 32 --size 128 --steps 4 --repeats 2 --out /tmp/trial
+    python tools/bench_gpu.py --device cpu --dtype fp32 --width 32 --size 128 --steps 4 --repeats 2 --out trial
 
 Random weights: this is about time alone. Timed beside the teacher, in turns: one pass (one image with guidance) of
 BK-SDM's students and of our recipes, and the sampling loop under our schedules and under DeepCache 0.1.1 where it is
