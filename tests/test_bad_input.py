@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from command_lines import run_all
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
@@ -35,24 +33,6 @@ NO_TEXT = TYPO.replace("edit: drop", "edit: off")
 OTHER_SITE = TYPO.replace("mid_block", "mid_blok").replace("conv5x5", "drop")
 MISSPELT = TYPO.replace("edits:", "edit:")
 GOOD = "asdm_recipe: 1\nbase: {model: any, architecture: {}}\nedits: [{site: mid_block, edit: drop}]\n"
-# The program itself, run on several command lines in one process: starting torch anew for each would take minutes.
-RUN_ALL = """
-import contextlib, io, json, resource, sys
-from asdm_compress.cli.main import main
-results = []
-before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-for line, limit in json.loads(sys.stdin.read()):
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    sys.argv = ["asdm-compress", *line]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit or before, most))
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-    results.append([code, out.getvalue(), err.getvalue()])
-print(json.dumps(results))
-"""
 
 
 @dataclass(frozen=True)
@@ -197,14 +177,7 @@ def place(tmp_path_factory, unet, pipeline):
 def results(place):
     before = _contents(place)
     lines = [([*case.arguments, *_out(case)], case.file_limit) for case in CASES.values()]
-    environment = {**os.environ, "ASDM_COMPRESS_CACHE": str(place / "cache"), "NO_COLOR": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", RUN_ALL], cwd=place, env=environment, input=json.dumps(lines), capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "Traceback" not in result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
+    found = run_all(place, lines)
     return dict(zip(CASES, found, strict=True)), before, _contents(place)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from command_lines import run_all
 
 from asdm_compress.cli.examples import EXAMPLES
 from asdm_compress.profiling.profile import load_profile
@@ -15,6 +16,60 @@ COMMANDS = (
     *("profile", "assemble", "apply", "distill", "calibrate", "generate"),
     *("switch", "optimize", "evaluate", "frontier", "report", "export", "lora", "recipes", "doctor"),
 )
+
+
+MISTAKES = [
+    (["assemble", "--budget", "latency=fast"], 2, "does not parse"),
+    (["assemble"], 2, "no budget"),
+    (["assemble", "--budget", "latency=0.7x", "--out", "there"], 2, "exists already"),
+    (["assemble", "mini-ds", "--budget", "latency=0.7x"], 2, "Did you mean mini-sd"),
+    (["assemble", "--budget", "params=0.5x", "--prompts", "none.txt"], 2, "none.txt cannot be read"),
+    (["assemble", "--budget", "macs=0.7x", "--slot", "5x5"], 2, "Slots: auto, all, 1x1"),
+    (["assemble", "--budget", "macs=0.7x", "--routing", "magic"], 2, "Routings: none, timestep"),
+    (["assemble", "--budget", "macs=0.7x", "--experts", "9"], 2, "cannot be fitted on 8 timestep bands"),
+    (["assemble", "--budget", "macs=0.7x", "--calibration-prompts", "2"], 2, "too few to fit convolutions"),
+    (["assemble", "--budget", "macs=0.7x", "--narrow", "1.5"], 2, "no share of a width"),
+    (["apply", "good.yaml", "--slot-start", "guess"], 2, "Use fit, zero, random or copied"),
+    (["profile", "sd15"], 4, "not on this machine"),
+    (["profile", "--device", "cuda:77"], 4, "not available"),
+    (["profile", "--device", "abacus"], 2, "unknown device"),
+    (["assemble", "--budget", "macs=0.7x", "--scheduler", "heun"], 2, "--scheduler dpm++"),
+    (["assemble", "--budget", "macs=0.7x", "--steps", "4"], 2, "cannot be split into 8"),
+    (["assemble", "--budget", "macs=0.7x", "--out", "typo.yaml/x"], 2, "no folder that can be written"),
+    (["assemble", "there", "--budget", "macs=0.7x"], 2, "neither model_index.json nor"),
+    (["calibrate"], 2, "calibrate takes one goal"),
+    (["calibrate", "--budget", "latency=0.5x", "--steps", "0"], 2, "Invalid value for '--steps'"),
+    (["profile", "--dtype", "int3"], 2, "unknown dtype"),
+    (["apply", "none.yaml"], 2, "there is no recipe"),
+    (["apply", "typo.yaml"], 2, "typo.yaml:3: bugdet: unknown key"),
+    (["generate", "mini-sd", "a red circle", "--scheduler", "magic"], 2, "unknown scheduler"),
+    (["generate", "mini-sd", "a red circle", "--image-size", "100"], 2, "no multiple of 64"),
+]
+
+
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory):
+    """What became of every mistake, and of the folder that all were made in."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    (folder / "there").mkdir()
+    (folder / "typo.yaml").write_text("asdm_recipe: 1\nbase: {model: m, architecture: {}}\nbugdet: []\nedits: []\n")
+    (folder / "good.yaml").write_text("asdm_recipe: 1\nbase: {model: m, architecture: {}}\nedits: []\n")
+    before = _contents(folder)
+    found = run_all(folder, [(arguments, None) for arguments, _, _ in MISTAKES])
+    assert _contents(folder) == before
+    return found
+
+
+def _contents(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "cache" not in path.parts)
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=lambda number: " ".join(MISTAKES[number][0]))
+def test_mistakes_end_in_one_message_and_the_right_code(mistaken, number):
+    (found, _, err), (_, code, words) = mistaken[number], MISTAKES[number]
+    assert found == code, err
+    assert words in " ".join(err.split())
+    assert "Traceback" not in err
 
 
 def test_help_is_complete_and_imports_no_torch():
@@ -38,49 +93,6 @@ def test_help_is_complete_and_imports_no_torch():
 def test_version_and_missing_command(cli):
     assert cli("--version").stdout.startswith("asdm-compress 0.")
     assert cli("paint").returncode == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
-    [
-        (["assemble", "--budget", "latency=fast"], 2, "does not parse"),
-        (["assemble"], 2, "no budget"),
-        (["assemble", "--budget", "latency=0.7x", "--out", "there"], 2, "exists already"),
-        (["assemble", "mini-ds", "--budget", "latency=0.7x"], 2, "Did you mean mini-sd"),
-        (["assemble", "--budget", "params=0.5x", "--prompts", "none.txt"], 2, "none.txt cannot be read"),
-        (["assemble", "--budget", "macs=0.7x", "--slot", "5x5"], 2, "Slots: auto, all, 1x1"),
-        (["assemble", "--budget", "macs=0.7x", "--routing", "magic"], 2, "Routings: none, timestep"),
-        (["assemble", "--budget", "macs=0.7x", "--experts", "9"], 2, "cannot be fitted on 8 timestep bands"),
-        (["assemble", "--budget", "macs=0.7x", "--calibration-prompts", "2"], 2, "too few to fit convolutions"),
-        (["assemble", "--budget", "macs=0.7x", "--narrow", "1.5"], 2, "no share of a width"),
-        (["apply", "good.yaml", "--slot-start", "guess"], 2, "Use fit, zero, random or copied"),
-        (["profile", "sd15"], 4, "not on this machine"),
-        (["profile", "--device", "cuda:77"], 4, "not available"),
-        (["profile", "--device", "abacus"], 2, "unknown device"),
-        (["assemble", "--budget", "macs=0.7x", "--scheduler", "heun"], 2, "--scheduler dpm++"),
-        (["assemble", "--budget", "macs=0.7x", "--steps", "4"], 2, "cannot be split into 8"),
-        (["assemble", "--budget", "macs=0.7x", "--out", "typo.yaml/x"], 2, "no folder that can be written"),
-        (["assemble", "there", "--budget", "macs=0.7x"], 2, "neither model_index.json nor"),
-        (["calibrate"], 2, "calibrate takes one goal"),
-        (["calibrate", "--budget", "latency=0.5x", "--steps", "0"], 2, "Invalid value for '--steps'"),
-        (["profile", "--dtype", "int3"], 2, "unknown dtype"),
-        (["apply", "none.yaml"], 2, "there is no recipe"),
-        (["apply", "typo.yaml"], 2, "typo.yaml:3: bugdet: unknown key"),
-        (["generate", "mini-sd", "a red circle", "--scheduler", "magic"], 2, "unknown scheduler"),
-        (["generate", "mini-sd", "a red circle", "--image-size", "100"], 2, "no multiple of 64"),
-    ],
-)
-def test_mistakes_end_in_one_message_and_the_right_code(cli, tmp_path, arguments, code, words):
-    (tmp_path / "there").mkdir()
-    (tmp_path / "typo.yaml").write_text("asdm_recipe: 1\nbase: {model: m, architecture: {}}\nbugdet: []\nedits: []\n")
-    (tmp_path / "good.yaml").write_text("asdm_recipe: 1\nbase: {model: m, architecture: {}}\nedits: []\n")
-    before = sorted(p.name for p in tmp_path.iterdir())
-    result = cli(*arguments)
-    assert result.returncode == code, result.stderr
-    assert words in " ".join(result.stderr.split())
-    assert "Traceback" not in result.stderr
-    after = sorted(p.name for p in tmp_path.iterdir())
-    assert [name for name in after if name != "cache"] == before
 
 
 def test_errors_are_json_when_json_is_asked_for(cli):

@@ -262,7 +262,7 @@ def run(folder, monkeypatch, student="student", out="new", **values):
 
 def test_a_training_that_harms_gives_back_what_it_was_given(place, monkeypatch):
     changes = {
-        "optimiser.learning_rate": 0.1, "optimiser.schedule": "constant", "optimiser.warmup_steps": 0, "trains": "all",
+        "optimiser.learning_rate": 0.01, "optimiser.schedule": "constant", "optimiser.warmup_steps": 0, "trains": "all",
         "probe_every": 4, "probe_prompts": 2,
     }  # fmt: skip
     result = run(place, monkeypatch, out="harmed", changes=changes)

@@ -275,7 +275,8 @@ def test_limits_that_another_search_has_tightened_are_loosened_again(unet, mini_
 def test_a_budget_that_only_the_table_of_costs_meets_names_what_was_measured(unet, mini_profile):
     first = find_options(unet, mini_profile, {}, {})[0]
     far_too_good = replace(first, savings={**first.savings, "latency": mini_profile.latency})
-    inputs = GuidedInputs(torch.zeros(4, 4, 16, 16), torch.arange(4.0), torch.zeros(4, 2, 16, 64), 3.0)
+    text = torch.zeros(4, 2, 16, unet.config["cross_attention_dim"])
+    inputs = GuidedInputs(torch.zeros(4, 4, 16, 16), torch.arange(4.0), text, 3.0)
     calibration = Calibration(inputs, torch.arange(4), torch.arange(4), (0.25,) * 4, (3, 2, 1, 0))
     damages = {far_too_good.name: Damage((0.01,), 0.01)}
     limits = [Limit("latency", 0.001, True)]

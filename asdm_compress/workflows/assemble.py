@@ -33,6 +33,7 @@ from asdm_compress.reporting.assembly import GRID_COLUMNS, PlanRow, plan_rows, t
 from asdm_compress.sampling.images import Samples, sample
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.scheduling.goals import Goal
+from asdm_compress.scheduling.timing import REPEATS
 from asdm_compress.workflows.assembly_files import Facts, assembly_record, frontier_record, save_assembly
 from asdm_compress.workflows.calibrate import CalibrateSettings, find_schedule, write_schedule
 from asdm_compress.workflows.calibrated import Calibrated
@@ -213,7 +214,7 @@ def _calibrated(
     few = min(settings.calibration_prompts, SCHEDULE_PROMPTS)
     wanted = CalibrateSettings(
         Goal(limit=inherit), settings.sampling, None, settings.prompts, few, few,
-        min(settings.held_out_prompts, SCHEDULE_PROMPTS), curve=0,
+        min(settings.held_out_prompts, SCHEDULE_PROMPTS), repeats=min(settings.profile.repeats, REPEATS), curve=0,
     )  # fmt: skip
     try:
         return _Schedule(name, find_schedule(with_unet(pipeline, verified.student), wanted, progress), wanted)
