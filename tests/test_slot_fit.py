@@ -267,6 +267,10 @@ def test_a_calibration_of_two_parts_keeps_prompts_apart(calibration):
     assert alone.parts() == (alone, alone)
     unfitted = replace(calibration, held_out=False)
     assert all(len(part) == len(calibration) for part in unfitted.parts())
+    many = replace(calibration, prompts=torch.arange(len(calibration)) % 12)
+    for parts, share in ((many.parts(), 1 / 6), (many.halves(), 1 / 2)):
+        assert [len(part) for part in parts] == [round((1 - share) * len(many)), round(share * len(many))]
+    assert [len(part) for part in calibration.halves()] == [len(part) for part in calibration.parts()]
 
 
 def test_other_starts_are_of_kept_kernels_or_of_the_right_size(unet):

@@ -169,11 +169,16 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class _Moments:
-    """What plans are fitted on, what they are measured on, and what the teacher predicts for the latter."""
+    """What is fitted on, what is measured on, and what the teacher predicts for the latter."""
 
     fitting: Calibration
     measuring: Calibration
     reference: Tensor
+
+    @classmethod
+    def of(cls, teacher: UNet2DConditionModel, parts: tuple[Calibration, Calibration]) -> _Moments:
+        """Those of the two parts of a calibration."""
+        return cls(*parts, predictions(teacher, parts[1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +202,7 @@ def search_verified(search: Search) -> Verified:
     returned, fitted anew to all prompts. Raises AsdmError with exit code 3 when no
     plan meets the limits, or none is measured to within the rounds of `search_in_time`.
     """
-    fitting, measuring = search.calibration.parts()
-    moments = _Moments(fitting, measuring, predictions(search.teacher, measuring))
+    moments = _Moments.of(search.teacher, search.calibration.halves())
     clock = Clock(search.teacher, search.profile, search.limits, search.settings)
     pairs: dict[frozenset[str], float] = {}
     found, refused = _attempts(search, clock, pairs, moments)
@@ -236,6 +240,7 @@ def _attempts(
     refused: AsdmError | None = None
     limits = {with_weights: tuple(search.limits) for with_weights in (False, True)}
     settled = False
+    as_single = _Moments.of(search.teacher, search.calibration.parts())  # as single edits were measured
     for number, attempt in enumerate((*ATTEMPTS, *PLAIN_ATTEMPTS), start=1):
         here = search.suited_to(attempt)
         if here is None or (settled and not attempt.plain):
@@ -256,7 +261,7 @@ def _attempts(
         found.append(_Found(attempt, in_time, measured, seconds))
         settled |= number >= LEAST_ATTEMPTS and abs(measured - predicted) <= DAMAGE_TOLERANCE * predicted
         if attempt.with_weights and not settled and number < len(ATTEMPTS):
-            pairs |= _measure_pairs(search, solution.options, pairs, moments)
+            pairs |= _measure_pairs(search, solution.options, pairs, as_single)
     return found, refused
 
 
