@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,6 +19,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from switched import STEPS, make_students, schedule_of
+from warm_start import WarmStart
 
 from asdm_compress.assembly.store import weights_hash
 from asdm_compress.models.families import FAMILIES
@@ -80,22 +82,33 @@ def inputs(unet: UNet2DConditionModel) -> tuple[torch.Tensor, torch.Tensor, torc
     return sample, torch.tensor([400, 20]), torch.randn(2, 40, unet.config["cross_attention_dim"], generator=generator)
 
 
-@pytest.fixture
-def cli(tmp_path: Path) -> Cli:
-    """Run `python -m asdm_compress` in `tmp_path`, with caches of its own."""
+@pytest.fixture(scope="session")
+def warm_start() -> Iterator[WarmStart]:
+    started = WarmStart()
+    yield started
+    started.close()
 
-    def run(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+
+@pytest.fixture(scope="session")
+def cli_in(warm_start: WarmStart) -> Cli:
+    """Run `python -m asdm_compress` in a folder, with caches of its own."""
+
+    def run(folder: Path, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "ASDM_COMPRESS_CACHE": str(folder / "cache"), "NO_COLOR": "1"}
+        if warm_start.suits():
+            return warm_start.run(arguments, folder, environment, timeout)
         return subprocess.run(
-            [sys.executable, "-m", "asdm_compress", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "ASDM_COMPRESS_CACHE": str(tmp_path / "cache"), "NO_COLOR": "1"},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+            [sys.executable, "-m", "asdm_compress", *arguments], cwd=folder, env=environment, capture_output=True,
+            text=True, timeout=timeout, check=False,
+        )  # fmt: skip
 
     return run
+
+
+@pytest.fixture
+def cli(tmp_path: Path, cli_in: Cli) -> Cli:
+    """The same in `tmp_path`."""
+    return partial(cli_in, tmp_path)
 
 
 @pytest.fixture

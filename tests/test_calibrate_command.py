@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from PIL import Image
@@ -25,9 +23,7 @@ from asdm_compress.profiling.counting import count
 from asdm_compress.sampling.settings import SamplingSettings, encode
 from asdm_compress.scheduling.goals import Goal
 from asdm_compress.scheduling.measure import sampler_timeline
-from asdm_compress.scheduling.menu import (
-    cut_sources,
-)
+from asdm_compress.scheduling.menu import cut_sources
 from asdm_compress.scheduling.timing import Loop
 from asdm_compress.scheduling.ways import Way
 from asdm_compress.workflows.calibrate import (
@@ -49,17 +45,10 @@ ARGUMENTS = (
 
 
 @pytest.fixture(scope="module")
-def calibrated(tmp_path_factory):
+def calibrated(tmp_path_factory, cli_in):
     """One real run of the command, small in prompts and steps; several tests look at what it left."""
     folder = tmp_path_factory.mktemp("calibrated")
-    environment = {**os.environ, "ASDM_COMPRESS_CACHE": str(folder / "cache"), "NO_COLOR": "1"}
-
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "asdm_compress", *more],
-            cwd=folder, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-
+    run = partial(cli_in, folder)
     result = run(*ARGUMENTS, "--budget", "latency=0.7x", "--out", "out")
     assert result.returncode == 0, result.stderr
     return folder, json.loads(result.stdout), run

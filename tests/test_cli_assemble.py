@@ -27,10 +27,9 @@ from asdm_compress.inheritance.schedule_file import load_schedule
 
 
 @pytest.fixture(scope="module")
-def assembled(tmp_path_factory):
+def assembled(tmp_path_factory, cli_in):
     """One real run of the main job, small in prompts alone; several tests look at what it left."""
     folder = tmp_path_factory.mktemp("assembled")
-    environment = {**os.environ, "ASDM_COMPRESS_CACHE": str(folder / "cache"), "NO_COLOR": "1"}
     arguments = ["assemble", "mini-sd", "--out", "out", "--json"]
     shared = ["--calibration-prompts", "3", "--repeats", "3", "--steps", "8"]
     small = [*shared, "--held-out-prompts", "2", "--slot", "1x1", "--neighbours", "6"]
@@ -38,10 +37,7 @@ def assembled(tmp_path_factory):
     def run(budget: str | None, *more: str, command=None) -> subprocess.CompletedProcess[str]:
         options = small if command is None else shared
         asked = [] if budget is None else ["--budget", budget]
-        return subprocess.run(
-            [sys.executable, "-m", "asdm_compress", *(command or arguments), *options, *asked, *more],
-            cwd=folder, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        return cli_in(folder, *(command or arguments), *options, *asked, *more)
 
     result = run("macs=0.7x,params=0.75x", "--inherit", "latency=0.7x")
     assert result.returncode == 0, result.stderr

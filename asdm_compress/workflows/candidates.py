@@ -121,7 +121,7 @@ class Search:
     def ways(self, share: float, longer: Sequence[float] = LONGER) -> list[tuple[str, Way]]:
         """Everything that is to be tried for a share of the time, and what a user would do instead.
 
-        `longer` are the steps of the tried schedules, over those that compute everything in the time.
+        `longer` are the steps of the tried schedules, over those that the teacher computes everything of in the time.
         """
         budget = share * self.whole - self.outside
         ways = self._fewer(budget)
@@ -131,7 +131,9 @@ class Search:
             solver = ways[int(np.argmax([score.mean() for score in scores]))][1].scheduler
         else:
             solver = SOLVERS[-1]
-        most = max((way.steps for _, way in ways), default=1)
+        # Counted from the teacher's own steps: from a fast student's there would be so many that measuring takes hours.
+        own = [way.steps for role, way in ways if role == "fewer steps"]
+        most = max(own or [way.steps for _, way in ways], default=1)
         for steps in dict.fromkeys(min(self.settings.sampling.steps, max(2, round(f * most))) for f in longer):
             ways += self.joint(steps, solver, budget)
         return ways
