@@ -31,7 +31,8 @@ from asdm_compress.scheduling.switch_times import SKIP, StepTimes
 from asdm_compress.switching.schedules import SwitchingSchedule, noise_of
 from asdm_compress.switching.switched_unet import SwitchedUNet2DConditionModel
 from asdm_compress.workflows.calibrate import CalibrateSettings, find_schedule
-from asdm_compress.workflows.calibrate_members import _Search, run_calibrate_members
+from asdm_compress.workflows.calibrate_members import run_calibrate_members
+from asdm_compress.workflows.members_search import MembersSearch
 from asdm_compress.workflows.progress import Silent
 
 TEACHER, SMALL, TINY = (Action(member=name) for name in ("teacher", "small", "tiny"))
@@ -126,7 +127,7 @@ def test_what_takes_more_when_it_is_timed_is_solved_again_for_less(pipeline, une
     pipe = StableDiffusionPipeline(**{**pipeline.components, "unet": switched}, requires_safety_checker=False)
     bench = Bench(pipe, timeline, PROMPTS[:1], SamplingSettings(4, 4.0))
     truth, full = bench.final_latents(schedule.actions), times.full(4)
-    search = _Search(bench, truth, bench, truth, (TEACHER, SMALL), times, Silent())
+    search = MembersSearch(bench, truth, bench, truth, (TEACHER, SMALL), times, Silent())
     search.run(schedule.actions, 0.92 * full)
     timed = []
 

@@ -35,7 +35,7 @@ from rival_plans import (
 )
 
 from asdm_compress.assembly.calibration import Calibration, record
-from asdm_compress.assembly.damage import compare_predictions, measure_damages, measure_plan
+from asdm_compress.assembly.damage import compare_predictions, measure_plan
 from asdm_compress.assembly.in_time import measured_ratio
 from asdm_compress.assembly.options import Option
 from asdm_compress.assembly.plan import Plan
@@ -102,9 +102,7 @@ class Bench:
         self.shape = replace(settings.profile, text_tokens=int(pipeline.tokenizer.model_max_length))
         self.judge = Judge(pipeline, prompts, guidance, self.found)
         # The rivals cut and leave it at that: they are given the damages of cuts that nothing makes up for.
-        plain = without_weights(self.found.options)
-        _, measuring = self.found.calibration.parts()
-        self.damages = {name: d.total for name, d in measure_damages(self.teacher, plain, measuring).items()}
+        self.damages = {name: damage.total for name, damage in self.found.plain_damages.items()}
         self.rows: list[dict[str, Any]] = []
         self.pruned = pruned_ratios(self.teacher, self.ratio_of, self.shape.tokens)
 
