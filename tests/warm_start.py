@@ -69,6 +69,8 @@ def _serve() -> None:
     for module in pkgutil.walk_packages(asdm_compress.__path__, "asdm_compress."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+    import torchmetrics.functional.image  # noqa: F401 - which commands import when they compare
+
     gc.freeze()  # what is never collected is never copied
     for line in sys.stdin:
         asked = json.loads(line)

@@ -10,11 +10,6 @@ import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
 
 from asdm_compress.sampling.images import Samples
 
@@ -43,6 +38,9 @@ def compare_pairs(ours: Sequence[Image], theirs: Sequence[Image]) -> tuple[list[
 
     Identical images have infinite PSNR; 100 dB stands for "no difference that eight bits can hold".
     """
+    # Which brings scipy and matplotlib with it: seconds for every command, most of which compare nothing.
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
     a, b = to_tensor(ours), to_tensor(theirs)
     psnr = peak_signal_noise_ratio(a, b, data_range=1.0, reduction="none", dim=(1, 2, 3))
     ssim = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
@@ -62,6 +60,8 @@ def ms_ssim(ours: Sequence[Image], theirs: Sequence[Image]) -> list[float] | Non
 
     None for images that are too small for a single one.
     """
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
     a, b = to_tensor(ours), to_tensor(theirs)
     scales = ms_ssim_scales(min(a.shape[2:]))
     if scales == 0:
