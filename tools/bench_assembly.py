@@ -1,8 +1,10 @@
 """Our plans against those that others would make, at the same measured latency, without any training.
 
-    python tools/bench_assembly.py      # alone on the machine
+    python tools/bench_assembly.py                          # alone on the machine
+    python tools/bench_assembly.py --budgets 0.6 --extras   # a part of it
 
-Every row is measured on held-out prompts and seeds. Writes tools/results/assembly.json and assembly.svg.
+Every row is measured on held-out prompts and seeds. Writes tools/results/assembly.json and assembly.svg; rows that lie
+there and are of the same prompts, machine and versions stay until they are measured anew.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from rival_plans import (
 )
 
 from asdm_compress.assembly.calibration import Calibration, record
-from asdm_compress.assembly.damage import compare_predictions, measure_plan
+from asdm_compress.assembly.damage import compare_predictions, measure_plan, predictions
 from asdm_compress.assembly.in_time import measured_ratio
 from asdm_compress.assembly.options import Option
 from asdm_compress.assembly.plan import Plan
@@ -55,19 +57,22 @@ from asdm_compress.sampling.images import Samples, sample
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.scenes.captions import sample_captions
 from asdm_compress.workflows.assemble import with_unet
-from asdm_compress.workflows.plan import PlanResult, PlanSettings, plan
+from asdm_compress.workflows.plan import Measured, PlanSettings, measure
+from asdm_compress.workflows.progress import Silent
 
 RESULTS = Path(__file__).parent / "results"
 BUDGETS = (0.7, 0.9, 0.8, 0.6, 0.5)
 HELD_OUT_SEED, IMAGE_SEED = 4_242, 70_000
 RANDOM_PLANS = 100
 SHOWN = 0.7  # at this budget the search is also made without anything that is fitted
+EXTRAS = ("cuts", "patterns")  # that search; BK-SDM's removals, as they are and fitted
+FILE = RESULTS / "assembly.json"
 
 
 class Judge:
     """Held-out prompts, and the teacher's pictures of them."""
 
-    def __init__(self, pipeline: StableDiffusionPipeline, count: int, guidance: float, found: PlanResult) -> None:
+    def __init__(self, pipeline: StableDiffusionPipeline, count: int, guidance: float, found: Measured) -> None:
         self.pipeline, self.teacher = pipeline, pipeline.unet
         self.captions = sample_captions(count, HELD_OUT_SEED)
         self.prompts = [c.text for c in self.captions]
@@ -92,23 +97,28 @@ class Judge:
 class Bench:
     """The rows so far, and what they are measured with."""
 
-    def __init__(self, prompts: int, guidance: float, budget: float) -> None:
+    def __init__(self, prompts: int, guidance: float) -> None:
         self.prompts, self.guidance = prompts, guidance
         pipeline = load_pipeline("mini-sd", LoadOptions())
         pipeline.set_progress_bar_config(disable=True)
         self.teacher = pipeline.unet
         settings = PlanSettings(ProfileSettings(repeats=15), SamplingSettings(25, guidance))
-        self.found, self.refit = plan(pipeline, f"latency={budget}x", settings), settings.refit
-        self.shape = replace(settings.profile, text_tokens=int(pipeline.tokenizer.model_max_length))
+        limits = [Limit("latency", SHOWN, True)]  # whose number says nothing, only that it is time
+        self.found, self.refit = measure(pipeline, limits, settings, Silent(), "mini-sd"), settings.refit
         self.judge = Judge(pipeline, prompts, guidance, self.found)
         # The rivals cut and leave it at that: they are given the damages of cuts that nothing makes up for.
         self.damages = {name: damage.total for name, damage in self.found.plain_damages.items()}
+        self.measuring = self.found.calibration.parts()[1]
         self.rows: list[dict[str, Any]] = []
-        self.pruned = pruned_ratios(self.teacher, self.ratio_of, self.shape.tokens)
+
+    @cached_property
+    def pruned(self) -> dict[float, float]:
+        """The time that torch-pruning's narrowing leaves, by the share that it prunes."""
+        return pruned_ratios(self.teacher, self.ratio_of, self.found.shape.tokens)
 
     def ratio_of(self, student: Any) -> float:
         """Measured latency over the teacher's."""
-        return measured_ratio(self.teacher, student, self.shape)
+        return measured_ratio(self.teacher, student, self.found.shape)
 
     def keep(self, budget: float | None, maker: str, chosen: Plan, student: Any, **more: Any) -> None:
         """Measure a student and write its row down."""
@@ -129,7 +139,7 @@ class Bench:
                     options,
                     found.damages,
                     limits,
-                    self.shape,
+                    found.shape,
                     found.calibration,
                     self.refit,
                     plain_damages=found.plain_damages,
@@ -155,11 +165,11 @@ class Bench:
 
     def rivals(self, budget: float) -> None:
         """The plans that others would make."""
-        found, measuring = self.found, self.found.calibration.parts()[1]
+        found = self.found
         makers = {
             "greedy": lambda share: greedy(found.options, self.damages, found.profile, share),
             "drop-only knapsack": lambda share: knapsack(found.options, self.damages, found.profile, share),
-            "best of 100 random": lambda share: _best_random(self.teacher, found, share, measuring),
+            "best of 100 random": lambda share: _best_random(self.teacher, found, share, self.measuring),
         }
         for name, maker in makers.items():
             made = within_measured(maker, budget, self.ratio_of, self.teacher)
@@ -174,7 +184,7 @@ class Bench:
         maker = "torch-pruning by magnitude"
         kept = [share for share, ratio in self.pruned.items() if ratio <= budget * 1.01]
         share = kept[0] if kept else min(self.pruned, key=self.pruned.__getitem__)
-        student = torch_pruned(self.teacher, share, self.shape.tokens)
+        student = torch_pruned(self.teacher, share, self.found.shape.tokens)
         if kept:
             self.keep(budget, maker, Plan({}), student, ratio=self.pruned[share], pruned_share=share)
         else:
@@ -190,32 +200,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=24, help="held-out prompts")
     parser.add_argument("--guidance", type=float, default=SamplingSettings().guidance)
-    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
+    parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS)
+    parser.add_argument("--extras", nargs="*", choices=EXTRAS, default=EXTRAS)
     arguments = parser.parse_args()
     check_alone()
-    first = arguments.budgets[0]
-    bench = Bench(arguments.prompts, arguments.guidance, first)
+    bench = Bench(arguments.prompts, arguments.guidance)
     bench.keep(1.0, "teacher", Plan({}), bench.teacher, ratio=1.0)
-    for name, pattern in BK_PATTERNS.items():
-        bench.keep(None, name, pattern, assemble(bench.teacher, pattern))
     for budget in arguments.budgets:
-        if budget == first:
-            bench.keep_ours(budget, "ours", bench.found.verified)
-        else:
-            bench.search(budget, "ours", bench.found.options)
+        bench.search(budget, "ours", bench.found.options)
         bench.rivals(budget)
         _write(bench)
-    if SHOWN in arguments.budgets:
+    if "cuts" in arguments.extras:
         bench.search(SHOWN, "ours, only taking out", without_weights(bench.found.options))
-    _fitted_patterns(bench)
+    if "patterns" in arguments.extras:
+        for name, pattern in BK_PATTERNS.items():
+            bench.keep(None, name, pattern, assemble(bench.teacher, pattern))
+        _fitted_patterns(bench)
     _write(bench)
 
 
-def _best_random(teacher: Any, found: PlanResult, share: float, calibration: Calibration) -> Plan | None:
+def _best_random(teacher: Any, found: Measured, share: float, calibration: Calibration) -> Plan | None:
     """The best of many on a part of the calibration that is large enough to rank them."""
     few = calibration.only(torch.arange(len(calibration)) % 2 == 0)
+    wanted = predictions(teacher, few)
     plans = list(random_plans(found.options, found.profile, share, RANDOM_PLANS, seed=round(1000 * share)))
-    return min(plans, key=lambda p: measure_plan(teacher, p, few).total) if plans else None
+    return min(plans, key=lambda p: measure_plan(teacher, p, few, None, wanted).total) if plans else None
 
 
 def _fitted_patterns(bench: Bench) -> None:
@@ -228,10 +237,15 @@ def _fitted_patterns(bench: Bench) -> None:
 
 
 def _write(bench: Bench) -> None:
-    rows = bench.rows
     RESULTS.mkdir(exist_ok=True)
     content = {"prompts": bench.prompts, "guidance": bench.guidance, "device": processor_name(), "versions": versions()}
-    (RESULTS / "assembly.json").write_text(json.dumps({**content, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    rows, new = [], {(row["budget"], row["maker"]) for row in bench.rows}
+    if FILE.exists():
+        before = json.loads(FILE.read_text(encoding="utf-8"))
+        if all(before.get(name) == value for name, value in content.items()):
+            rows = [row for row in before["rows"] if (row["budget"], row["maker"]) not in new]
+    rows += bench.rows
+    FILE.write_text(json.dumps({**content, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
