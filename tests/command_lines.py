@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _RUN_ALL = """
-import contextlib, io, json, resource, sys
+import contextlib, io, json, resource, sys, traceback
 from asdm_compress.cli.main import main
 results = []
 before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -23,6 +23,9 @@ for line, limit in json.loads(sys.stdin.read()):
             main()
         except SystemExit as end:
             code = end.code
+        except BaseException:
+            traceback.print_exc()
+            code = 1
     results.append([code, out.getvalue(), err.getvalue()])
 print(json.dumps(results))
 """
@@ -42,3 +45,8 @@ def run_all(folder: Path, lines: Sequence[tuple[Sequence[str], int | None]]) -> 
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     return [(code, out, err) for code, out, err in json.loads(result.stdout.splitlines()[-1])]
+
+
+def contents(folder: Path) -> list[str]:
+    """What lies in a folder, caches apart."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "cache" not in path.parts)

@@ -83,32 +83,48 @@ def inputs(unet: UNet2DConditionModel) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 @pytest.fixture(scope="session")
-def warm_start() -> Iterator[WarmStart]:
-    started = WarmStart()
+def warm_start() -> Iterator[WarmStart | None]:
+    """None where processes cannot be forked as on Linux."""
+    started = WarmStart() if sys.platform == "linux" else None
     yield started
-    started.close()
+    if started is not None:
+        started.close()
 
 
 @pytest.fixture(scope="session")
-def cli_in(warm_start: WarmStart) -> Cli:
-    """Run `python -m asdm_compress` in a folder, with caches of its own."""
+def cli_in(warm_start: WarmStart | None) -> Cli:
+    """Run `asdm_compress` in a folder, in a process of its own (see `warm_start.py`) with caches of its own."""
 
     def run(folder: Path, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "ASDM_COMPRESS_CACHE": str(folder / "cache"), "NO_COLOR": "1"}
-        if warm_start.suits():
-            return warm_start.run(arguments, folder, environment, timeout)
-        return subprocess.run(
-            [sys.executable, "-m", "asdm_compress", *arguments], cwd=folder, env=environment, capture_output=True,
-            text=True, timeout=timeout, check=False,
-        )  # fmt: skip
+        if warm_start is not None and warm_start.suits():
+            return warm_start.run(arguments, folder, _own(folder), timeout)
+        return _run_anew(folder, *arguments, timeout=timeout)
 
     return run
+
+
+def _own(folder: Path) -> dict[str, str]:
+    """The environment of a command that runs in a folder."""
+    return {**os.environ, "ASDM_COMPRESS_CACHE": str(folder / "cache"), "NO_COLOR": "1"}
+
+
+def _run_anew(folder: Path, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "asdm_compress", *arguments], cwd=folder, env=_own(folder), capture_output=True,
+        text=True, timeout=timeout, check=False,
+    )  # fmt: skip
 
 
 @pytest.fixture
 def cli(tmp_path: Path, cli_in: Cli) -> Cli:
     """The same in `tmp_path`."""
     return partial(cli_in, tmp_path)
+
+
+@pytest.fixture
+def cli_anew(tmp_path: Path) -> Cli:
+    """The same by `python -m asdm_compress`, started anew."""
+    return partial(_run_anew, tmp_path)
 
 
 @pytest.fixture

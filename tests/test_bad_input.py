@@ -7,11 +7,10 @@ import math
 import re
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from command_lines import run_all
+from command_lines import contents, run_all
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
@@ -175,10 +174,10 @@ def place(tmp_path_factory, unet, pipeline):
 
 @pytest.fixture(scope="module")
 def results(place):
-    before = _contents(place)
+    before = contents(place)
     lines = [([*case.arguments, *_out(case)], case.file_limit) for case in CASES.values()]
     found = run_all(place, lines)
-    return dict(zip(CASES, found, strict=True)), before, _contents(place)
+    return dict(zip(CASES, found, strict=True)), before, contents(place)
 
 
 def _out(case: Case) -> list[str]:
@@ -186,10 +185,6 @@ def _out(case: Case) -> list[str]:
         return []
     is_file = case.arguments[0] == "export" and "onnx" not in case.arguments
     return ["--out", "out.safetensors" if is_file else "out"]
-
-
-def _contents(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "cache" not in path.parts)
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -209,8 +204,8 @@ def test_nothing_is_left_of_any_of_them(results):
     assert after == before
 
 
-def test_a_process_of_its_own_ends_alike(place, cli):
-    result = cli("profile", str(place / "vae.safetensors"))
+def test_a_process_of_its_own_ends_alike(place, cli_anew):
+    result = cli_anew("profile", str(place / "vae.safetensors"))
     assert result.returncode == 2
     assert "is a VAE" in result.stderr
     assert "Traceback" not in result.stderr

@@ -32,6 +32,7 @@ from asdm_compress.switching.schedules import SwitchingSchedule, noise_of
 from asdm_compress.switching.switched_unet import SwitchedUNet2DConditionModel
 from asdm_compress.workflows.calibrate import CalibrateSettings, find_schedule
 from asdm_compress.workflows.calibrate_members import run_calibrate_members
+from asdm_compress.workflows.candidates import LONGER, tried_steps
 from asdm_compress.workflows.members_search import MembersSearch
 from asdm_compress.workflows.progress import Silent
 
@@ -236,3 +237,11 @@ def test_optimize_leaves_a_pipeline_that_keeps_the_time(pipeline, student, cli, 
     assert done.returncode == 0, done.stderr
     refused = cli(*arguments, *prompts, "-b", "latency=0.01x", "--out", "none")
     assert (refused.returncode, "Traceback" in refused.stderr) == (3, False), refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("teacher", "fastest", "expected"),
+    [(12, 60, [12, 17, 24]), (20, 90, [20, 25]), (2, 9, [8, 11, 16]), (1, 3, [3, 4, 6]), (1, 1, [2])],
+)
+def test_steps_are_counted_from_the_teachers_own_where_it_has_time_for_some(teacher, fastest, expected):
+    assert tried_steps(teacher, fastest, 25, LONGER) == expected

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from command_lines import run_all
+from command_lines import contents, run_all
 
 from asdm_compress.cli.examples import EXAMPLES
 from asdm_compress.profiling.profile import load_profile
@@ -54,22 +54,22 @@ def mistaken(tmp_path_factory):
     (folder / "there").mkdir()
     (folder / "typo.yaml").write_text("asdm_recipe: 1\nbase: {model: m, architecture: {}}\nbugdet: []\nedits: []\n")
     (folder / "good.yaml").write_text("asdm_recipe: 1\nbase: {model: m, architecture: {}}\nedits: []\n")
-    before = _contents(folder)
+    before = contents(folder)
     found = run_all(folder, [(arguments, None) for arguments, _, _ in MISTAKES])
-    assert _contents(folder) == before
-    return found
-
-
-def _contents(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "cache" not in path.parts)
+    return found, before, contents(folder)
 
 
 @pytest.mark.parametrize("number", range(len(MISTAKES)), ids=lambda number: " ".join(MISTAKES[number][0]))
 def test_mistakes_end_in_one_message_and_the_right_code(mistaken, number):
-    (found, _, err), (_, code, words) = mistaken[number], MISTAKES[number]
+    (found, _, err), (_, code, words) = mistaken[0][number], MISTAKES[number]
     assert found == code, err
     assert words in " ".join(err.split())
     assert "Traceback" not in err
+
+
+def test_nothing_is_left_of_any_mistake(mistaken):
+    _, before, after = mistaken
+    assert after == before
 
 
 def test_help_is_complete_and_imports_no_torch():
@@ -90,9 +90,9 @@ def test_help_is_complete_and_imports_no_torch():
     assert result.stdout.count("Example: asdm-compress") == len(COMMANDS) - 1 == len(EXAMPLES)
 
 
-def test_version_and_missing_command(cli):
-    assert cli("--version").stdout.startswith("asdm-compress 0.")
-    assert cli("paint").returncode == 2
+def test_version_and_missing_command(cli_anew):
+    assert cli_anew("--version").stdout.startswith("asdm-compress 0.")
+    assert cli_anew("paint").returncode == 2
 
 
 def test_errors_are_json_when_json_is_asked_for(cli):
@@ -103,8 +103,8 @@ def test_errors_are_json_when_json_is_asked_for(cli):
     assert "does not parse" in error["message"]
 
 
-def test_profile_writes_its_files_and_prints_json(cli, tmp_path):
-    result = cli("profile", "--out", "p", "--repeats", "2", "--json", "--cross-check")
+def test_profile_writes_its_files_and_prints_json(cli_anew, tmp_path):
+    result = cli_anew("profile", "--out", "p", "--repeats", "2", "--json", "--cross-check")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     printed = json.loads(result.stdout)
@@ -125,9 +125,9 @@ def test_profile_prints_a_table_and_quiet_prints_nothing(cli):
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
 
 
-def test_generating_twice_gives_the_same_bytes(cli, tmp_path):
-    for out in ("a", "b"):
-        assert cli("generate", "mini-sd", "a green cross", "--steps", "3", "--out", out, "-q").returncode == 0
+def test_generating_twice_gives_the_same_bytes(cli, cli_anew, tmp_path):
+    for out, run in (("a", cli), ("b", cli_anew)):
+        assert run("generate", "mini-sd", "a green cross", "--steps", "3", "--out", out, "-q").returncode == 0
     name = "image-0000-a-green-cross.png"
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 

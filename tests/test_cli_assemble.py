@@ -174,10 +174,10 @@ def test_an_infeasible_budget_ends_with_three_and_the_smallest(assembled):
     assert (folder / "out" / "recipe.yaml").read_text() == before
 
 
-def test_apply_replays_the_recipe_to_the_same_weights(assembled, cli, tmp_path):
+def test_apply_replays_the_recipe_to_the_same_weights(assembled, cli_anew, tmp_path):
     folder, printed, _ = assembled
     same = ["--calibration-prompts", "3", "--steps", "8"]
-    result = cli("apply", str(folder / "out" / "recipe.yaml"), "mini-sd", "--out", "again", "--json", *same)
+    result = cli_anew("apply", str(folder / "out" / "recipe.yaml"), "mini-sd", "--out", "again", "--json", *same)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["stock"] == printed["stock"]
     edits = load_recipe(folder / "out" / "recipe.yaml").as_edits()
@@ -253,28 +253,11 @@ def test_the_python_of_readme_and_guides_runs(assembled, tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals differ")
 def test_ctrl_c_half_way_leaves_no_half_written_folder(tmp_path):
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "asdm_compress",
-            "assemble",
-            "--budget",
-            "macs=0.7x",
-            "--out",
-            "out",
-            "--calibration-prompts",
-            "12",
-            "--steps",
-            "8",
-            "--repeats",
-            "2",
-        ],
-        cwd=tmp_path,
-        env={**os.environ, "ASDM_COMPRESS_CACHE": str(tmp_path / "cache")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+        [sys.executable, "-m", "asdm_compress", "assemble", "--budget", "macs=0.7x", "--out", "out",
+         "--calibration-prompts", "12", "--steps", "8", "--repeats", "2"],
+        cwd=tmp_path, env={**os.environ, "ASDM_COMPRESS_CACHE": str(tmp_path / "cache")},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     # The store of damages appears when the work is in full swing.
     deadline = time.monotonic() + 300
     while not list(tmp_path.glob("cache/measurements/*/damages*.jsonl")) and time.monotonic() < deadline:

@@ -261,7 +261,7 @@ def run(folder, monkeypatch, student="student", out="new", **values):
 
 
 def test_a_training_that_harms_gives_back_what_it_was_given(place, monkeypatch):
-    changes = {
+    changes = {  # at a rate that is far too high, though nothing overflows
         "optimiser.learning_rate": 0.01, "optimiser.schedule": "constant", "optimiser.warmup_steps": 0, "trains": "all",
         "probe_every": 4, "probe_prompts": 2,
     }  # fmt: skip

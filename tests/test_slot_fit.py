@@ -268,9 +268,9 @@ def test_a_calibration_of_two_parts_keeps_prompts_apart(calibration):
     unfitted = replace(calibration, held_out=False)
     assert all(len(part) == len(calibration) for part in unfitted.parts())
     many = replace(calibration, prompts=torch.arange(len(calibration)) % 12)
-    for parts, share in ((many.parts(), 1 / 6), (many.halves(), 1 / 2)):
+    for parts, share in ((many.parts(), 1 / 6), (many.for_plans(), 1 / 2)):
         assert [len(part) for part in parts] == [round((1 - share) * len(many)), round(share * len(many))]
-    assert [len(part) for part in calibration.halves()] == [len(part) for part in calibration.parts()]
+    assert [len(part) for part in calibration.for_plans()] == [len(part) for part in calibration.parts()]
 
 
 def test_other_starts_are_of_kept_kernels_or_of_the_right_size(unet):

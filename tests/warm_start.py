@@ -1,7 +1,8 @@
 """Command lines run in processes that are forked from one which has imported torch and the rest already.
 
-Each is a process of its own with its own folder, environment, output and exit code, as `python -m asdm_compress` is;
-only the seconds of starting anew are saved.
+Each is a process of its own with its own folder, environment, output and exit code, as `python -m asdm_compress` is,
+without the seconds that starting anew takes. They do not show what importing says or leaves out, have one seed of
+hashes, and are not taken down module by module: what depends on that is tested with `cli_anew`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -32,6 +34,7 @@ class WarmStart:
         self._server = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        self._asked = 0
 
     def suits(self) -> bool:
         """Whether what modules read of the environment when they are imported is still the same."""
@@ -46,8 +49,13 @@ class WarmStart:
         with tempfile.TemporaryDirectory() as aside:
             outputs = [str(Path(aside) / name) for name in ("out", "err")]
             asked = {"arguments": list(arguments), "folder": str(folder), "environment": dict(environment)}
-            print(json.dumps({**asked, "outputs": outputs, "timeout": timeout}), file=self._server.stdin, flush=True)
-            code = json.loads(self._server.stdout.readline())
+            self._asked += 1
+            more = {"number": self._asked, "outputs": outputs, "timeout": timeout}
+            print(json.dumps({**asked, **more}), file=self._server.stdin, flush=True)
+            answer = self._server.stdout.readline()
+            assert answer, f"the process that is forked from has ended with {self._server.wait()}"
+            number, code = json.loads(answer)
+            assert number == self._asked, "an answer to an earlier command line, which was interrupted"
             out, err = (Path(name).read_text(encoding="utf-8") for name in outputs)
         if code is None:
             raise subprocess.TimeoutExpired(list(arguments), timeout, out, err)
@@ -71,13 +79,13 @@ def _serve() -> None:
             importlib.import_module(module.name)
     import torchmetrics.functional.image  # noqa: F401 - which commands import when they compare
 
-    gc.freeze()  # what is never collected is never copied
+    gc.freeze()  # a collection in a child would write to all pages
     for line in sys.stdin:
         asked = json.loads(line)
         child = os.fork()
         if child == 0:
             _become(asked)
-        print(json.dumps(_outcome(child, asked["timeout"])), flush=True)
+        print(json.dumps([asked["number"], _outcome(child, asked["timeout"])]), flush=True)
 
 
 def _become(asked: Mapping[str, Any]) -> NoReturn:
@@ -95,15 +103,19 @@ def _become(asked: Mapping[str, Any]) -> NoReturn:
     try:
         runpy.run_module("asdm_compress", run_name="__main__", alter_sys=True)
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        code = end.code
+        if code is not None and not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
         code = 1
     # As the interpreter ends, but for taking down all that was imported, which takes seconds.
+    threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(code or 0)
 
 
 def _outcome(child: int, timeout: float) -> int | None:

@@ -3,17 +3,19 @@
     python tools/bench_assembly.py                          # alone on the machine
     python tools/bench_assembly.py --budgets 0.6 --extras   # a part of it
 
-Every row is measured on held-out prompts and seeds. Writes tools/results/assembly.json and assembly.svg; rows that lie
-there and are of the same prompts, machine and versions stay until they are measured anew.
+Every row is measured on held-out prompts and seeds. Writes tools/results/assembly.json and assembly.svg. Rows that lie
+there and are of the same prompts, machine and versions stay until they are measured anew; with those of others it ends,
+until the file is taken away. Every row says by a hash which code of the search it was measured with.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from rival_plans import (
     without_weights,
 )
 
+import asdm_compress
 from asdm_compress.assembly.calibration import Calibration, record
 from asdm_compress.assembly.damage import compare_predictions, measure_plan, predictions
 from asdm_compress.assembly.in_time import measured_ratio
@@ -43,7 +46,7 @@ from asdm_compress.assembly.options import Option
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.plan_fit import fit_plan
 from asdm_compress.assembly.surgery import assemble
-from asdm_compress.assembly.verify import Search, Verified, search_verified
+from asdm_compress.assembly.verify import Search, search_verified
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.core.units import Limit
@@ -64,9 +67,11 @@ RESULTS = Path(__file__).parent / "results"
 BUDGETS = (0.7, 0.9, 0.8, 0.6, 0.5)
 HELD_OUT_SEED, IMAGE_SEED = 4_242, 70_000
 RANDOM_PLANS = 100
+LAST_PLANS = 10  # of which are measured on everything
 SHOWN = 0.7  # at this budget the search is also made without anything that is fitted
 EXTRAS = ("cuts", "patterns")  # that search; BK-SDM's removals, as they are and fitted
 FILE = RESULTS / "assembly.json"
+OWN = ("bench_assembly", "rival_plans")
 
 
 class Judge:
@@ -108,6 +113,7 @@ class Bench:
         self.judge = Judge(pipeline, prompts, guidance, self.found)
         # The rivals cut and leave it at that: they are given the damages of cuts that nothing makes up for.
         self.damages = {name: damage.total for name, damage in self.found.plain_damages.items()}
+        self.code = code_hash()
         self.measuring = self.found.calibration.parts()[1]
         self.rows: list[dict[str, Any]] = []
 
@@ -123,7 +129,10 @@ class Bench:
     def keep(self, budget: float | None, maker: str, chosen: Plan, student: Any, **more: Any) -> None:
         """Measure a student and write its row down."""
         ratio = more.pop("ratio", None) or self.ratio_of(student)
-        row = {"budget": budget, "maker": maker, "latency_ratio": round(ratio, 4), **self.judge(student), **more}
+        row = {
+            "budget": budget, "maker": maker, "latency_ratio": round(ratio, 4), **self.judge(student), **more,
+            "code": self.code,
+        }  # fmt: skip
         self.rows.append({**row, "edits": dict(chosen.edits)})
         print(json.dumps(row), flush=True)
 
@@ -148,10 +157,6 @@ class Bench:
         except AsdmError as error:
             self.rows.append({"budget": budget, "maker": maker, "infeasible": True, "why": str(error)})
             return
-        self.keep_ours(budget, maker, ours, round(time.monotonic() - began, 1))
-
-    def keep_ours(self, budget: float, maker: str, ours: Verified, seconds: float | None = None) -> None:
-        """The row of a plan of ours."""
         self.keep(
             budget, maker, ours.solution.plan, ours.student,
             ratio=ours.latency_ratio,
@@ -160,7 +165,7 @@ class Bench:
             proven=ours.solution.proven,
             pairs_of_edits=ours.pairs,
             predicted_latency_ratio=round(ours.solution.costs["latency"] / self.found.profile.latency, 4),
-            seconds=seconds,
+            seconds=round(time.monotonic() - began, 1),
         )  # fmt: skip
 
     def rivals(self, budget: float) -> None:
@@ -204,6 +209,7 @@ def main() -> None:
     parser.add_argument("--extras", nargs="*", choices=EXTRAS, default=EXTRAS)
     arguments = parser.parse_args()
     check_alone()
+    _rows_before(_content(arguments.prompts, arguments.guidance))
     bench = Bench(arguments.prompts, arguments.guidance)
     bench.keep(1.0, "teacher", Plan({}), bench.teacher, ratio=1.0)
     for budget in arguments.budgets:
@@ -220,11 +226,14 @@ def main() -> None:
 
 
 def _best_random(teacher: Any, found: Measured, share: float, calibration: Calibration) -> Plan | None:
-    """The best of many on a part of the calibration that is large enough to rank them."""
-    few = calibration.only(torch.arange(len(calibration)) % 4 == 0)
-    wanted = predictions(teacher, few)
+    """The best of many on what single edits are measured on, of those that a fourth of it says are among the best."""
     plans = list(random_plans(found.options, found.profile, share, RANDOM_PLANS, seed=round(1000 * share)))
-    return min(plans, key=lambda p: measure_plan(teacher, p, few, None, wanted).total) if plans else None
+    few = calibration.only(torch.arange(len(calibration)) % 4 == 0)
+    for part, kept in ((few, LAST_PLANS), (calibration, 1)):
+        wanted = predictions(teacher, part)
+        damages = {id(p): measure_plan(teacher, p, part, None, wanted).total for p in plans}
+        plans = sorted(plans, key=lambda p: damages[id(p)])[:kept]
+    return plans[0] if plans else None
 
 
 def _fitted_patterns(bench: Bench) -> None:
@@ -236,15 +245,35 @@ def _fitted_patterns(bench: Bench) -> None:
         bench.keep(None, maker, pattern, assemble(bench.teacher, pattern, weights))
 
 
+def _content(prompts: int, guidance: float) -> dict[str, Any]:
+    """What rows of one file have in common."""
+    return {"prompts": prompts, "guidance": guidance, "device": processor_name(), "versions": versions()}
+
+
+def _rows_before(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows that are there; ends the bench where they are of another setting."""
+    if not FILE.exists():
+        return []
+    before: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+    if any(before.get(name) != value for name, value in content.items()):
+        raise SystemExit(f"{FILE} is of other prompts, another machine or other versions: take it away first")
+    return list(before["rows"])
+
+
+def code_hash() -> str:
+    """Of the search and of the plans that it is compared with."""
+    folder = Path(asdm_compress.__file__).parent / "assembly"
+    digest = hashlib.sha256()
+    for path in (*sorted(folder.glob("*.py")), *(Path(__file__).with_name(f"{name}.py") for name in OWN)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def _write(bench: Bench) -> None:
     RESULTS.mkdir(exist_ok=True)
-    content = {"prompts": bench.prompts, "guidance": bench.guidance, "device": processor_name(), "versions": versions()}
-    rows, new = [], {(row["budget"], row["maker"]) for row in bench.rows}
-    if FILE.exists():
-        before = json.loads(FILE.read_text(encoding="utf-8"))
-        if all(before.get(name) == value for name, value in content.items()):
-            rows = [row for row in before["rows"] if (row["budget"], row["maker"]) not in new]
-    rows += bench.rows
+    content = _content(bench.prompts, bench.guidance)
+    new = {(row["budget"], row["maker"]) for row in bench.rows}
+    rows = [row for row in _rows_before(content) if (row["budget"], row["maker"]) not in new] + bench.rows
     FILE.write_text(json.dumps({**content, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     matplotlib.use("Agg")
     from matplotlib import pyplot

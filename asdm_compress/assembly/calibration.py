@@ -68,19 +68,20 @@ class Calibration:
 
         One prompt in six is measured on, of few prompts one in three, and all where none are to be held out.
         """
-        return self._without_one_in(6 if int(self.prompts.max()) >= FEW - 1 else 3)
+        return self._without_one_in(6)
 
-    def halves(self) -> tuple[Calibration, Calibration]:
+    def for_plans(self) -> tuple[Calibration, Calibration]:
         """The same for whole plans, of which the best is picked: of many prompts every second is measured on.
 
-        A few prompts make up most of a damage, and the least of many damages on few prompts is too good to be true. A
-        fit loses little: on `mini-sd` half of the moments cost 2 to 4 % of the damage.
+        A few prompts make up most of a damage, and the least of many damages on few prompts is too good to be true,
+        while a fit loses little by having half of the moments.
         """
-        return self._without_one_in(2 if int(self.prompts.max()) >= FEW - 1 else 3)
+        return self._without_one_in(2)
 
-    def _without_one_in(self, every: int) -> tuple[Calibration, Calibration]:
+    def _without_one_in(self, share: int) -> tuple[Calibration, Calibration]:
         if not self.held_out:
             return self, self
+        every = share if int(self.prompts.max()) >= FEW - 1 else 3
         measured = self.prompts % every == every - 1
         if not measured.any():
             return self, self

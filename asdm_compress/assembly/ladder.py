@@ -68,7 +68,7 @@ def climb(search: Search, shares: Sequence[float] = SHARES, progress: Progress |
 
     Shares that no plan meets are left out. Raises AsdmError with exit code 3 where that is all of them.
     """
-    fitting, measuring = search.calibration.halves()
+    fitting, measuring = search.calibration.for_plans()
     plans: list[Solution] = []
     refused: AsdmError | None = None
     for share in sorted(set(shares), reverse=True):

@@ -202,7 +202,7 @@ def search_verified(search: Search) -> Verified:
     returned, fitted anew to all prompts. Raises AsdmError with exit code 3 when no
     plan meets the limits, or none is measured to within the rounds of `search_in_time`.
     """
-    moments = _Moments.of(search.teacher, search.calibration.halves())
+    moments = _Moments.of(search.teacher, search.calibration.for_plans())
     clock = Clock(search.teacher, search.profile, search.limits, search.settings)
     pairs: dict[frozenset[str], float] = {}
     found, refused = _attempts(search, clock, pairs, moments)
@@ -240,7 +240,6 @@ def _attempts(
     refused: AsdmError | None = None
     limits = {with_weights: tuple(search.limits) for with_weights in (False, True)}
     settled = False
-    as_single = _Moments.of(search.teacher, search.calibration.parts())  # as single edits were measured
     for number, attempt in enumerate((*ATTEMPTS, *PLAIN_ATTEMPTS), start=1):
         here = search.suited_to(attempt)
         if here is None or (settled and not attempt.plain):
@@ -256,11 +255,14 @@ def _attempts(
         if any(solution.plan == f.in_time.solution.plan for f in found):
             continue
         measured, seconds = _fitted_damage(search, solution.plan, moments)
+        # Which also takes in what these prompts differ by from those that single edits were measured on.
         others = _factors(search, found, pairs)
         predicted = search.predicted(solution.options, pairs) * (median(others) if others else 1.0)
         found.append(_Found(attempt, in_time, measured, seconds))
         settled |= number >= LEAST_ATTEMPTS and abs(measured - predicted) <= DAMAGE_TOLERANCE * predicted
         if attempt.with_weights and not settled and number < len(ATTEMPTS):
+            # On the prompts that single edits were measured on: what a pair adds is a difference of the two.
+            as_single = _Moments.of(search.teacher, search.calibration.parts())
             pairs |= _measure_pairs(search, solution.options, pairs, as_single)
     return found, refused
 

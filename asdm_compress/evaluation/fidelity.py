@@ -38,7 +38,7 @@ def compare_pairs(ours: Sequence[Image], theirs: Sequence[Image]) -> tuple[list[
 
     Identical images have infinite PSNR; 100 dB stands for "no difference that eight bits can hold".
     """
-    # Which brings scipy and matplotlib with it: seconds for every command, most of which compare nothing.
+    # Which brings scipy and matplotlib with it: a second or two of every command, most of which compare nothing.
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
     a, b = to_tensor(ours), to_tensor(theirs)

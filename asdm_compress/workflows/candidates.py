@@ -42,6 +42,7 @@ from asdm_compress.workflows.progress import Progress
 
 REFINED: Final = 1  # times that a schedule is measured around again
 LONGER: Final = (1.0, 1.4, 2.0)
+CHEAP: Final = 8  # steps, that are soon measured
 MOST_CHANGES: Final = 3  # in one refinement, one step in so many
 CUTS: Final = (0, 2)  # that a step may leave out what is inside of, where the UNet has them
 SLIGHTLY: Final = 1.2  # times the budget: schedules that take no more are solved again for less
@@ -75,6 +76,17 @@ def frontier_of(tried: Sequence[Candidate]) -> tuple[Candidate, ...]:
         if not found or candidate.validation.mean() > found[-1].validation.mean():
             found.append(candidate)
     return tuple(found)
+
+
+def tried_steps(teacher: int, fastest: int, reference: int, longer: Sequence[float]) -> list[int]:
+    """How many steps schedules are tried with, in which members and more are chosen together.
+
+    `longer` times those that the teacher computes in full in the time, at most the reference's. From the steps of the
+    `fastest` member there would be so many that measuring takes hours, but few of them are cheap, and the teacher alone
+    may have time for next to none.
+    """
+    most = max(teacher, min(fastest, CHEAP))
+    return list(dict.fromkeys(min(reference, max(2, round(factor * most))) for factor in longer))
 
 
 class Search:
@@ -121,7 +133,7 @@ class Search:
     def ways(self, share: float, longer: Sequence[float] = LONGER) -> list[tuple[str, Way]]:
         """Everything that is to be tried for a share of the time, and what a user would do instead.
 
-        `longer` are the steps of the tried schedules, over those that the teacher computes everything of in the time.
+        `longer` are the steps of the tried schedules, as in `tried_steps`.
         """
         budget = share * self.whole - self.outside
         ways = self._fewer(budget)
@@ -131,10 +143,9 @@ class Search:
             solver = ways[int(np.argmax([score.mean() for score in scores]))][1].scheduler
         else:
             solver = SOLVERS[-1]
-        # Counted from the teacher's own steps: from a fast student's there would be so many that measuring takes hours.
         own = [way.steps for role, way in ways if role == "fewer steps"]
-        most = max(own or [way.steps for _, way in ways], default=1)
-        for steps in dict.fromkeys(min(self.settings.sampling.steps, max(2, round(f * most))) for f in longer):
+        every = [way.steps for _, way in ways]
+        for steps in tried_steps(max(own, default=1), max(every, default=1), self.settings.sampling.steps, longer):
             ways += self.joint(steps, solver, budget)
         return ways
 
