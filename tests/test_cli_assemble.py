@@ -32,7 +32,7 @@ def assembled(tmp_path_factory, cli_in):
     folder = tmp_path_factory.mktemp("assembled")
     arguments = ["assemble", "mini-sd", "--out", "out", "--json"]
     shared = ["--calibration-prompts", "3", "--repeats", "3", "--steps", "8"]
-    small = [*shared, "--held-out-prompts", "2", "--slot", "1x1", "--neighbours", "6"]
+    small = [*shared, "--held-out-prompts", "2", "--slot", "1x1", "--narrow", "0.5", "--neighbours", "6"]
 
     def run(budget: str | None, *more: str, command=None) -> subprocess.CompletedProcess[str]:
         options = small if command is None else shared

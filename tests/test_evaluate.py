@@ -30,10 +30,7 @@ from asdm_compress.workflows.evaluation_input import EvaluateSettings
 from asdm_compress.workflows.progress import Silent
 
 GUIDE = Path(__file__).parents[1] / "tools" / "guides" / "evaluate.md"
-PROGRAMS = {
-    "asdm-compress": [sys.executable, "-m", "asdm_compress"],
-    "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
-}
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
 SMALL = {"images": 4, "steps": 2}
 
 
@@ -43,7 +40,7 @@ def commands():
 
 
 @pytest.fixture(scope="module")
-def followed(tmp_path_factory):
+def followed(tmp_path_factory, cli_in):
     """A folder in which all commands of the guide have been run, in order."""
     folder = tmp_path_factory.mktemp("guide")
     captions = [caption.text for caption in sample_captions(5, 8)]
@@ -51,12 +48,13 @@ def followed(tmp_path_factory):
     save_clip(folder / "clip")
     environment = {**os.environ, "ASDM_COMPRESS_CACHE": str(folder / "cache"), "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
     for command in commands():
-        program, rest = PROGRAMS[command[0]], command[1:]
         if command[0] == "accelerate":
-            rest = [rest[0], "--main_process_port", "0", *rest[1:]]
-        result = subprocess.run(
-            [*program, *rest], cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
-        )
+            shared = [*ACCELERATE, command[1], "--main_process_port", "0", *command[2:]]
+            result = subprocess.run(
+                shared, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
+            )
+        else:
+            result = cli_in(folder, *command[1:])
         assert result.returncode == 0, f"{shlex.join(command)}\n{result.stderr}"
     return folder
 
