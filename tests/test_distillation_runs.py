@@ -178,7 +178,6 @@ def test_two_processes_with_half_the_batch_equal_one_with_the_whole(place):
     check_as_whole(place, "two")
 
 
-@pytest.mark.slow
 def test_shards_of_a_student_end_where_the_whole_one_does(place, monkeypatch):
     """Weights, averages and states spread over two processes (FSDP), in two passes a step, and gone on with."""
     more = ["--micro-batch", "1", "--save-every", "4", "--gradient-checkpointing"]
