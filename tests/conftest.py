@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
+import venv
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -125,6 +127,28 @@ def cli(tmp_path: Path, cli_in: Cli) -> Cli:
 def cli_anew(tmp_path: Path) -> Cli:
     """The same by `python -m asdm_compress`, started anew."""
     return partial(_run_anew, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def elsewhere(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run Python in an environment of its own that has every installed package but this one."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    venv.create(folder / "venv", with_pip=False)
+    python = folder / "venv" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    (folder / "packages").mkdir()
+    for installed in Path(sysconfig.get_path("purelib")).iterdir():
+        if "asdm_compress" not in installed.name and installed.suffix != ".pth":
+            (folder / "packages" / installed.name).symlink_to(installed)
+    lacks = "import importlib.util\nassert importlib.util.find_spec('asdm_compress') is None\n"
+
+    def run(script: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, **more, "PYTHONPATH": str(folder / "packages")}
+        return subprocess.run(
+            [str(python), "-c", lacks + script, *arguments], cwd=folder, env=environment, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+
+    return run
 
 
 @pytest.fixture

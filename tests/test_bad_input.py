@@ -61,11 +61,16 @@ CASES = {
     "a VAE's file of diffusers": Case(("assemble", "vae2.safetensors", "--budget", "macs=0.7x"), ("is a VAE",)),
     "a checkpoint of SDXL": Case(
         ("assemble", "sdxl.safetensors", "--budget", "macs=0.7x"),
-        ("is a Stable Diffusion XL model, another architecture",),
+        ("is a Stable Diffusion XL model, which is not supported",),
     ),
-    "a pipeline folder of SDXL": Case(("generate", "sdxl", "a cat"), ("is a StableDiffusionXLPipeline",)),
+    "a pipeline folder of SDXL": Case(
+        ("generate", "sdxl", "a cat"), ("is a StableDiffusionXLPipeline, which is not supported",)
+    ),
+    "a pipeline folder of Flux": Case(
+        ("apply", "good.yaml", "flux"), ("is a FluxPipeline, which is not supported", "Stable Diffusion 1.x or 2.x")
+    ),
     "a checkpoint of Flux": Case(
-        ("export", "flux.safetensors", "--format", "onnx"), ("is a Flux model, another architecture",)
+        ("export", "flux.safetensors", "--format", "onnx"), ("is a Flux model, which is not supported",)
     ),
     "a file cut short": Case(
         ("apply", "good.yaml", "cut.safetensors"), ("cut.safetensors is truncated", "copy the file")
@@ -154,9 +159,13 @@ def place(tmp_path_factory, unet, pipeline):
     text = load_file(path)
     next(value for name, value in text.items() if name.endswith("final_layer_norm.bias"))[0] = math.nan
     save_file(text, path, metadata={"format": "pt"})
-    (folder / "sdxl").mkdir()
-    index = {"_class_name": "StableDiffusionXLPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
-    (folder / "sdxl" / "model_index.json").write_text(json.dumps(index))
+    foreign = {
+        "sdxl": {"_class_name": "StableDiffusionXLPipeline", "unet": ["diffusers", "UNet2DConditionModel"]},
+        "flux": {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]},
+    }
+    for name, index in foreign.items():
+        (folder / name).mkdir()
+        (folder / name / "model_index.json").write_text(json.dumps(index))
     torch.save({"string_to_param": {"*": some}, "name": "cat"}, folder / "ti.pt")
     shutil.copytree(MINI_SD_FOLDER, folder / "inpainting")
     config = json.loads((folder / "inpainting" / "unet" / "config.json").read_text())

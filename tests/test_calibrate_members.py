@@ -15,6 +15,7 @@ from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.units import parse_budget
+from asdm_compress.evaluation.record import OwnSampling, load_evaluation
 from asdm_compress.inheritance.actions import Action
 from asdm_compress.inheritance.attach import inheriting
 from asdm_compress.inheritance.carrying import CarriedOver
@@ -22,6 +23,8 @@ from asdm_compress.inheritance.schedule_file import load_schedule
 from asdm_compress.models.loading import LoadOptions, load_pipeline
 from asdm_compress.models.saving import save_pipeline
 from asdm_compress.sampling.images import sample
+from asdm_compress.sampling.own_steps import own_steps
+from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.scheduling.goals import Goal
 from asdm_compress.scheduling.measure import sampler_timeline
@@ -35,6 +38,7 @@ from asdm_compress.workflows.calibrate_members import run_calibrate_members
 from asdm_compress.workflows.candidates import LONGER, tried_steps
 from asdm_compress.workflows.members_search import MembersSearch
 from asdm_compress.workflows.progress import Silent
+from asdm_compress.workflows.report import write_report
 
 TEACHER, SMALL, TINY = (Action(member=name) for name in ("teacher", "small", "tiny"))
 TIMES = StepTimes({TEACHER: 1.0, SMALL: 0.6, TINY: 0.35, SKIP: 0.02}, 0.5)
@@ -182,6 +186,14 @@ def test_calibrate_leaves_a_pipeline_and_its_report(pipeline, student, tmp_path,
     opened = load_pipeline(str(tmp_path / "out"), LoadOptions()).unet
     assert opened.schedule.actions == schedule.actions == found.switched.schedule.actions
     assert (tmp_path / "out/damages.svg").read_text(encoding="utf-8").lstrip().startswith("<")
+    assert own_steps(tmp_path / "out", make_scheduler("ddim", pipeline)) == 5
+    assert own_steps(tmp_path / "out", pipeline.scheduler) is None  # of another one they say nothing
+    report = write_report(tmp_path / "out").report
+    assert [section.key for section in report.sections] == ["switching", "provenance"]
+    assert content["verdict"] in report.section("switching").lead
+    ways = report.section("switching").as_json()["tables"][0]["rows"]
+    assert [(row["way"], row["time"]) for row in ways] == [(e["way"], e["share"]) for e in content["entrants"]]
+    assert f"{content['time']['measured_share']:.3f}x" in report.verdict[0]
     with pytest.raises(AsdmError, match="no order of these members") as refused:
         run_calibrate_members(models, tmp_path / "none", LoadOptions(), settings_for("latency=0.01x"), Silent())
     assert refused.value.exit_code == ExitCode.INFEASIBLE
@@ -195,14 +207,25 @@ def test_bad_members_end_with_two(cli, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_optimize_leaves_a_pipeline_that_keeps_the_time(pipeline, student, cli, tmp_path):
+OPTIMIZE = (
+    "optimize", "mini-sd", "--members", "small", "--steps", "5", "--repeats", "2", "--json",
+    "--calibration-prompts", "1", "--validation-prompts", "2", "--test-prompts", "2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def optimized(pipeline, student, cli_in, tmp_path_factory):
+    """A folder with what `optimize` left in `fast`, and what it printed."""
+    folder = tmp_path_factory.mktemp("optimized")
     whole = StableDiffusionPipeline(**{**pipeline.components, "unet": student}, requires_safety_checker=False)
-    save_pipeline(whole, tmp_path / "small")
-    arguments = ("optimize", "mini-sd", "--members", "small", "--steps", "5", "--repeats", "2", "--json")
-    prompts = ("--calibration-prompts", "1", "--validation-prompts", "2", "--test-prompts", "2")
-    result = cli(*arguments, *prompts, "-b", "latency=0.7x", "--out", "fast")
+    save_pipeline(whole, folder / "small")
+    result = cli_in(folder, *OPTIMIZE, "-b", "latency=0.7x", "--out", "fast")
     assert result.returncode == 0, result.stderr
-    content = json.loads(result.stdout)
+    return folder, json.loads(result.stdout)
+
+
+def test_optimize_leaves_a_pipeline_that_keeps_the_time(optimized):
+    folder, content = optimized
     assert content["best"]["share"] <= 0.7
     assert 0 < content["reference"]["decoding"] < content["reference"]["outside_the_unet_loop"]
     assert {entry["role"] for entry in content["tried"]} == {"fewer steps", "a student alone", "joint"}
@@ -214,28 +237,65 @@ def test_optimize_leaves_a_pipeline_that_keeps_the_time(pipeline, student, cli, 
     assert content["best"]["validation"]["psnr"] == max(
         p for p, e in zip(psnr, by_share, strict=True) if e["share"] <= 0.7
     )
-    assert (tmp_path / "fast/frontier.svg").is_file()
-    assert json.loads((tmp_path / "fast/optimize.json").read_text(encoding="utf-8"))["best"] == content["best"]
+    assert (folder / "fast/frontier.svg").is_file()
+    assert json.loads((folder / "fast/optimize.json").read_text(encoding="utf-8"))["best"] == content["best"]
+
+
+def test_what_optimize_found_runs_with_nothing_around_it(optimized, cli_in):
+    folder, content = optimized
     folders = {entry["folder"] for entry in content["frontier"]} - {"."}
-    assert {f"frontier/{path.name}" for path in (tmp_path / "fast").glob("frontier/*")} == folders
-    # What was written runs as it was found, with nothing around it, and the weights lie there once.
-    whole = tmp_path / "fast/unet/diffusion_pytorch_model.safetensors"
-    assert whole.stat().st_nlink == 1 + len(folders)
+    assert {f"frontier/{path.name}" for path in (folder / "fast").glob("frontier/*")} == folders
+    weights = folder / "fast/unet/diffusion_pytorch_model.safetensors"  # which lie there once
+    assert weights.stat().st_nlink == 1 + len(folders)
     for entry in content["frontier"]:
-        folder = tmp_path / "fast" / entry["folder"]
-        plain = StableDiffusionPipeline.from_pretrained(folder)
+        place = folder / "fast" / entry["folder"]
+        plain = StableDiffusionPipeline.from_pretrained(place)
+        assert own_steps(place, plain.scheduler) == entry["steps"]
         with warnings.catch_warnings():
             warnings.simplefilter("error", CarriedOver)
             found = sample(plain, PROMPTS[:1], SamplingSettings(entry["steps"], 5.0)).latents
         assert found.isfinite().all()
-        if (folder / "inheritance.yaml").exists():
-            assert load_schedule(folder / "inheritance.yaml").validity is not None
-            with inheriting(plain, folder / "inheritance.yaml"):
+        if (place / "inheritance.yaml").exists():
+            assert load_schedule(place / "inheritance.yaml").validity is not None
+            with inheriting(plain, place / "inheritance.yaml"):
                 assert torch.equal(sample(plain, PROMPTS[:1], SamplingSettings(entry["steps"], 5.0)).latents, found)
-    best = ("--steps", str(content["best"]["steps"]), "--guidance", "5", "--out", "images")
-    done = cli("generate", "fast", PROMPTS[0], *best)
+    done = cli_in(folder, "export", "fast", "--format", "portable", "--out", "portable")
+    is_switched = "SwitchedUNet" in (folder / "fast" / "unet" / "config.json").read_text()
+    assert (done.returncode == 0) == is_switched, done.stderr
+
+
+def test_an_optimized_model_is_evaluated_in_steps_of_its_own(optimized, cli_in):
+    """Beside the teacher in all of its steps, by its own sampler where that is another."""
+    folder, content = optimized
+    beside = ("--against", "mini-sd", "--images", "2", "--guidance", "5", "--repeats", "2", "--json")
+    done = cli_in(folder, "evaluate", "fast", *beside, "--out", "evaluated")
     assert done.returncode == 0, done.stderr
-    refused = cli(*arguments, *prompts, "-b", "latency=0.01x", "--out", "none")
+    found = load_evaluation(folder / "evaluated" / "eval.json")
+    own, steps = found.model.sampling, found.protocol.steps
+    assert own.steps == content["best"]["steps"] < steps == 25
+    assert found.find("macs", "one image").change.value < own.steps / steps + 1e-6
+    assert f"{own.sampler}, {own.steps} steps" in (folder / "evaluated" / "protocol.md").read_text()
+    done = cli_in(
+        folder, "evaluate", "mini-sd", *beside, "--model-steps", "9", "--model-scheduler", "unipc", "--out", "fewer"
+    )
+    assert done.returncode == 0, done.stderr
+    found = load_evaluation(folder / "fewer" / "eval.json")
+    assert found.model.sampling == OwnSampling(sampler="UniPCMultistepScheduler", steps=9, unet_calls=9)
+    assert found.find("macs", "one image").change.value == pytest.approx(9 / 25)
+
+
+def test_the_report_shows_what_optimize_tried(optimized):
+    folder, content = optimized
+    shown = write_report(folder / "fast").report.section("optimize").as_json()["tables"][0]["rows"]
+    assert [row["time"] for row in shown] == sorted(entry["share"] for entry in content["tried"])
+    assert [row["way"] for row in shown if row[""] == "best"] == [content["best"]["way"]]
+    page = (folder / "fast/report.html").read_text(encoding="utf-8")
+    assert "asdm-compress optimize mini-sd --members small" in page
+
+
+def test_a_time_that_nothing_keeps_ends_with_three(optimized, cli_in):
+    folder, _ = optimized
+    refused = cli_in(folder, *OPTIMIZE, "-b", "latency=0.01x", "--out", "none")
     assert (refused.returncode, "Traceback" in refused.stderr) == (3, False), refused.stderr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,8 +80,21 @@ def test_reused_activations_give_the_damage_of_whole_passes(unet, calibration, f
         assert whole.total > 0
 
 
-def test_reuse_changes_no_bit(unet, calibration, few_options):
-    reused, whole = (measure_damages(unet, few_options, calibration, reuse=reuse) for reuse in (True, False))
+@pytest.mark.parametrize(
+    ("dtype", "which"),
+    [
+        (torch.float32, "few"),
+        (torch.bfloat16, "few"),
+        pytest.param(torch.float32, "all", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, "all", marks=pytest.mark.slow),
+    ],
+)
+def test_reuse_changes_no_bit(unet, mini_profile, calibration, few_options, dtype, which):
+    options = few_options if which == "few" else find_options(unet, mini_profile)
+    twin, inputs = copy.deepcopy(unet).to(dtype), calibration.inputs
+    inputs = replace(inputs, samples=inputs.samples.to(dtype), texts=inputs.texts.to(dtype))
+    rounded = replace(calibration, inputs=inputs)
+    reused, whole = (measure_damages(twin, options, rounded, reuse=reuse) for reuse in (True, False))
     assert reused == whole
     for name, damage in whole.items():
         assert np.array_equal(reused[name].sketch, damage.sketch)

@@ -60,8 +60,8 @@ def followed(tmp_path_factory, cli_in):
 
 
 def test_the_guide_leaves_whole_folders(followed):
-    assert len(commands()) == 4
-    for name, pairs in (("evaluation", 6), ("scored", 4), ("shared", 4)):
+    assert len(commands()) == 5
+    for name, pairs in (("evaluation", 6), ("fewer", 4), ("scored", 4), ("shared", 4)):
         found = load_evaluation(followed / name / "eval.json")
         assert len(found.pairs) == pairs
         assert not (followed / f"{name}.run").exists()

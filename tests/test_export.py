@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
@@ -24,7 +24,9 @@ from asdm_compress.core.recipe import find_recipe, load_recipe
 from asdm_compress.models.collapse import collapse_experts
 from asdm_compress.models.families import FAMILIES
 from asdm_compress.models.ldm import UNET_PREFIX, text_encoder_to_ldm, unet_to_ldm, vae_to_ldm
+from asdm_compress.models.loading import load_pipeline
 from asdm_compress.models.programs import PROGRAMS, verdicts
+from asdm_compress.models.saving import save_pipeline
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.workflows.export import run_export
 from asdm_compress.workflows.progress import Silent
@@ -286,6 +288,25 @@ def test_one_kernel_is_the_mean_of_the_steps_kernels(routed, inputs, tmp_path):
     again = type(mean).from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(again(*inputs).sample, mean(*inputs).sample)
+
+
+@pytest.mark.parametrize("form", ["per-step", "static"])
+def test_the_command_collapses_experts_for_a_named_sampler(cli, pipeline, routed, inputs, tmp_path, form):
+    whole = StableDiffusionPipeline(**{**pipeline.components, "unet": routed}, requires_safety_checker=False)
+    save_pipeline(whole, tmp_path / "student")
+    sampler = ("--scheduler", "euler", "--steps", "5")
+    result = cli("export", "student", "--format", form, "--out", "fixed", *sampler, "--json")
+    assert result.returncode == 0, result.stderr
+    fixed = load_pipeline(str(tmp_path / "fixed"), LoadOptions())
+    timesteps = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    timesteps.set_timesteps(5)
+    assert fixed.unet.config["edits"]["mid_block.resnets.0"] == (
+        "conv1x1*5@timestep" if form == "per-step" else "conv1x1"
+    )
+    for timestep in timesteps.timesteps:
+        with torch.no_grad():
+            one, other = (unet(inputs[0], timestep, inputs[2]).sample for unet in (routed, fixed.unet))
+        assert torch.allclose(one, other, atol=1e-6) == (form == "per-step")
 
 
 def test_what_cannot_be_collapsed_is_said(unet):

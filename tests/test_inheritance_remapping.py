@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import numpy as np
@@ -11,6 +12,8 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asdm_compress.assembly.plan import Plan
+from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.inheritance.actions import FULL, Action, Inherit, conditional_only, cut
 from asdm_compress.inheritance.attach import inheriting
@@ -145,7 +148,20 @@ def test_a_run_with_other_steps_says_so_once_and_does_what_the_carried_over_sche
     assert torch.equal(found, expected)
 
 
-def test_a_sampler_that_evaluates_twice_and_another_model_are_refused(make, unet):
+@pytest.mark.parametrize("plan", [{"mid_block": "drop"}, None], ids=["another architecture", "other weights"])
+def test_a_schedule_of_another_model_is_refused(make, unet, plan):
+    pipe = make()
+    schedule = Schedule(periodic(4, 2), {}, validity(pipe, 4))
+    other = copy.deepcopy(unet) if plan is None else assemble(unet, Plan(plan))
+    if plan is None:
+        for parameter in other.parameters():
+            parameter.data = 1.1 * parameter
+    pipe.register_modules(unet=other)
+    with inheriting(pipe, schedule), pytest.raises(AsdmError, match="calibrated for another model: mini-sd"):
+        latents(pipe, 4)
+
+
+def test_a_sampler_that_evaluates_twice_and_another_scheduler_are_refused(make, unet):
     heun = make(scheduler="heun")
     made = validity(heun, 3)
     with inheriting(heun, Schedule(periodic(made.evaluations, 2), {}, made)):

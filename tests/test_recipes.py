@@ -178,7 +178,7 @@ def test_a_recipe_is_found_by_path_or_name(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("site: mid_block", "site: mid_blok"), r"wrong\.yaml:46: this UNet has no site 'mid_blok'"),
+        (("site: mid_block", "site: mid_blok"), r"wrong\.yaml:49: this UNet has no site 'mid_blok'"),
         (("edit: drop", "edit: dorp"), "unknown edit 'dorp'"),
         (("- 320", "- 321"), "architecture is none that can be built"),
     ],

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusers import __dict__ as diffusers_names
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -175,26 +174,6 @@ def test_floats_of_8_bits_are_read_as_the_fp16_that_they_are(made, tmp_path, rec
     small[f"{PREFIX}out.2.bias"] = torch.full((4,), float("nan")).to(torch.float8_e4m3fn)
     with pytest.raises(AsdmError, match=r"not all finite numbers: model\.diffusion_model\.out\.2\.bias"):
         load_unet(str(changed(path, tmp_path / "nan.safetensors", small)), OWN)
-
-
-@pytest.mark.parametrize(("channels", "name"), [
-    (5, "StableDiffusionDepth2ImgPipeline"), (8, "StableDiffusionInstructPix2PixPipeline"),
-    (9, "StableDiffusionInpaintPipeline"),
-])  # fmt: skip
-def test_variants_open_as_the_pipelines_they_are(made, tmp_path, channels, name):
-    first = torch.randn(NARROW, channels, 3, 3, dtype=torch.float16)
-    path = changed(
-        made / "sd15.safetensors", tmp_path / "variant.safetensors", {f"{PREFIX}input_blocks.0.0.weight": first}
-    )
-    found = load_pipeline(str(path), OWN)
-    assert type(found).__name__ == name
-    assert torch.equal(found.unet.conv_in.weight, first)
-    found.save_pretrained(tmp_path / "folder")
-    lacks = {"depth_estimator": None, "feature_extractor": None} if channels == 5 else {}
-    again = diffusers_names[name].from_pretrained(tmp_path / "folder", dtype=torch.float16, **lacks)
-    assert same_weights(again.unet, found.unet)
-    back = load_pipeline(str(tmp_path / "folder"), OWN)
-    assert type(back).__name__ == name
 
 
 def test_what_a_2x_file_predicts_is_asked_for_and_not_guessed(made, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -112,13 +113,26 @@ def test_bk_sdm_v2_students_have_the_published_size_and_their_own_heads(plan, pa
     assert list(spec.config["attention_head_dim"]) == [5, 10, 20, 20][: len(student.down_blocks)]
 
 
-def test_bk_sdm_weight_maps_are_the_published_ones(sd15_on_meta):
-    base = specify(sd15_on_meta, Plan(BK_BASE)).weight_map
-    assert base["up_blocks.1.resnets.1.conv1.weight"] == "up_blocks.1.resnets.2.conv1.weight"
-    assert base["down_blocks.1.attentions.0.norm.weight"] == "down_blocks.1.attentions.0.norm.weight"
-    tiny = specify(sd15_on_meta, Plan(BK_TINY)).weight_map
-    assert tiny["up_blocks.0.attentions.1.proj_in.weight"] == "up_blocks.1.attentions.2.proj_in.weight"
-    assert tiny["up_blocks.2.resnets.0.conv1.bias"] == "up_blocks.3.resnets.0.conv1.bias"
+@pytest.mark.parametrize("family", ["sd15", "sd21-base"])
+@pytest.mark.parametrize(
+    ("plan", "dropped_levels"), [(BK_BASE, 0), (BK_SMALL, 0), (BK_TINY, 1)], ids=["base", "small", "tiny"]
+)
+def test_bk_sdm_weight_maps_are_the_published_ones(family, plan, dropped_levels):
+    """Its copying: a decoder block's second layer is the teacher's third, and of Tiny its blocks are one further up."""
+    with torch.device("meta"):
+        teacher = UNet2DConditionModel(**FAMILIES[family].unet_config)
+
+    def theirs(name: str) -> str:
+        decoder = re.match(r"up_blocks\.(\d)\.(.*)", name)
+        if decoder is None:
+            return name
+        within = re.sub(r"^(resnets|attentions)\.1\.", r"\1.2.", decoder[2])
+        return f"up_blocks.{int(decoder[1]) + dropped_levels}.{within}"
+
+    spec = specify(teacher, Plan(plan))
+    with torch.device("meta"):
+        names = list(UNet2DConditionModel(**spec.config).state_dict())
+    assert spec.weight_map == {name: theirs(name) for name in names}
 
 
 @pytest.mark.parametrize(("plan", "stock"), [(BK_TINY, True), (MIXED, False)], ids=["stock", "assembled"])

@@ -21,6 +21,7 @@ from switched import STEPS, call, held, own_bytes, pipe_of, schedule_of, switche
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.errors import AsdmError
+from asdm_compress.evaluation.record import load_evaluation
 from asdm_compress.inheritance.actions import FULL, Action, cut, skip
 from asdm_compress.inheritance.attach import inheriting
 from asdm_compress.inheritance.forecast import LINEAR
@@ -30,6 +31,8 @@ from asdm_compress.models.families import FAMILIES
 from asdm_compress.models.loader_source import loader_source
 from asdm_compress.models.loading import LoadOptions, load_pipeline
 from asdm_compress.models.saving import save_pipeline
+from asdm_compress.profiling.counting import count
+from asdm_compress.sampling.own_steps import FILE_NAME, own_steps
 from asdm_compress.switching.orders import parse_order
 from asdm_compress.switching.schedules import SwitchingSchedule
 from asdm_compress.switching.sharing import as_prefixes, of_prefixes
@@ -264,12 +267,19 @@ def test_every_member_stands_alone_too(members, switch, inputs):
         switched.alone("gone")
 
 
-def test_a_switched_folder_is_evaluated_and_exported(pipeline, switch, cli, tmp_path):
+def test_a_switched_folder_is_evaluated_and_exported(pipeline, students, switch, cli, tmp_path):
     save_pipeline(pipe_of(pipeline, switch("explicit:teacher/small/skip/tiny")), tmp_path / "both")
     few = ("--against", "mini-sd", "--images", "2", "--steps", "4", "--repeats", "2")
     done = cli("evaluate", "both", *few, "--out", "evaluated", "--json")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "evaluated/eval.json").is_file()
+    found = load_evaluation(tmp_path / "evaluated/eval.json")
+    assert found.model.sampling is None
+    # What an image costs is what the members cost that its steps run, a skipped one nothing; no pass stands for all.
+    passes = [count(students[name], 2, 16, 16, 40).macs[""].total for name in ("small", "tiny")]
+    teacher = count(pipeline.unet, 2, 16, 16, 40).macs[""].total
+    image = found.find("macs", "one image")
+    assert (image.teacher.value, image.model.value) == (4 * teacher, teacher + sum(passes))
+    assert found.find("macs", "one UNet pass") is None
     done = cli("export", "both", "--format", "portable", "--out", "portable")
     assert done.returncode == 0, done.stderr
     opened = AutoModel.from_pretrained(str(tmp_path / "portable/unet"), trust_remote_code=True)
@@ -287,8 +297,23 @@ def test_the_command_writes_what_generate_opens(pipeline, students, cli, tmp_pat
     printed = json.loads(made.stdout)
     assert printed["steps"] == {"small": 2, "mini-sd": 2}
     assert printed["bytes"] < printed["bytes_apart"]
-    done = cli("generate", "both", "a small red circle", "--steps", "4", "--compare", "mini-sd", "--json")
+    assert own_steps(tmp_path / "both", pipeline.scheduler) == 4
+    done = cli("generate", "both", "a small red circle")  # in the steps that it was made for
     assert done.returncode == 0, done.stderr
+    assert "both is made for 4 steps" in done.stderr
+    assert "carried over" not in done.stderr
+    told = cli("report", "both", "--json")
+    assert told.returncode == 0, told.stderr
+    assert '<section id="switching"' in (tmp_path / "both/report.html").read_text(encoding="utf-8")
+    # By its own file too, whose number of steps counts; the first model's settings do not come along to a student.
+    made = cli("switch", "mini-sd", "small", "-s", "both/switching.yaml", "--dtype", "fp32", "--out", "again")
+    assert made.returncode == 0, made.stderr
+    assert own_steps(tmp_path / "again", pipeline.scheduler) == 4
+    damaged = tmp_path / "again" / FILE_NAME
+    damaged.write_text(damaged.read_text().replace('"steps": 4', '"steps": 0'))
+    refused = cli("generate", "again", "a small red circle", "--out", "more")
+    assert refused.returncode == 2
+    assert f"{FILE_NAME}: steps" in " ".join(refused.stderr.split())
     # Its members are members of others, without the teacher that it has in common with them.
     _, apart = open_models(["mini-sd", str(tmp_path / "both")], LoadOptions(), Silent())
     assert list(apart) == ["mini-sd", "small"]

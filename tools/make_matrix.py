@@ -37,8 +37,8 @@ def main() -> None:
     pipeline = load_pipeline("mini-sd", LoadOptions())
     subjects = [Subject(name, pipeline) for name in PLANS]
     wanted = sys.argv[1:] or [check.name for check in CHECKS]
-    old = json.loads(OUT.read_text(encoding="utf-8"))["rows"] if sys.argv[1:] else []
-    rows = {row["name"]: row for row in old}
+    old = json.loads(OUT.read_text(encoding="utf-8")) if sys.argv[1:] else {"rows": [], "versions": {}}
+    rows = {row["name"]: row for row in old["rows"]}
     for check in CHECKS:
         if check.name in wanted:
             cells = {}
@@ -46,12 +46,13 @@ def main() -> None:
                 cells[subject.name] = tried(check, subject)
                 print(json.dumps({check.name: {subject.name: cells[subject.name]}}), flush=True)
             rows[check.name] = {"name": check.name, "oracle": check.oracle, "cells": cells}
-            _write([rows[each.name] for each in CHECKS if each.name in rows])
+            _write([rows[each.name] for each in CHECKS if each.name in rows], old["versions"])
     print(table(json.loads(OUT.read_text(encoding="utf-8"))))
 
 
-def _write(rows: list[dict[str, Any]]) -> None:
-    more = {name: package_version(name) for name in ("peft", "torchao")}
+def _write(rows: list[dict[str, Any]], before: dict[str, str]) -> None:
+    # A package that is not here now was there when its rows were made.
+    more = {name: package_version(name) or before.get(name) for name in ("peft", "torchao", "torchsde")}
     content = {"plans": PLANS, "device": processor_name(), "versions": versions() | more, "rows": rows}
     OUT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

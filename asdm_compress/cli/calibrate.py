@@ -88,6 +88,7 @@ def calibrate(
         repeats,
         corrections,
         curve,
+        o.command_line(),
     )
     if members is not None:
         from asdm_compress.reporting.switching import entrants_table

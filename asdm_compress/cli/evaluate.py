@@ -41,6 +41,17 @@ def evaluate(
     ] = None,
     lpips: Annotated[Path | None, typer.Option(help="torchvision's AlexNet or VGG16 weights, for LPIPS.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; own: 25.")] = None,
+    model_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1000,
+            help="Steps of the model where they are not the teacher's; by default what it was made for, if it says so.",
+        ),
+    ] = None,
+    model_scheduler: Annotated[
+        str | None, typer.Option(help="Sampler of the model where it is not the teacher's: ddim, dpm++, euler, …")
+    ] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; own: 5.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the first pair; each has the next.")] = None,
     scheduler: o.Scheduler = None,
@@ -98,6 +109,8 @@ def evaluate(
             batch,
             keep_images,
             o.command_line(),
+            model_steps,
+            model_scheduler,
         )
         result = run_evaluate(model, out, load, settings, output, overwrite, processes)
     if result is None:

@@ -27,7 +27,12 @@ def generate(
     ] = None,
     images: Annotated[int, typer.Option("--images", "-n", min=1, help="Images per prompt, with successive seeds.")] = 1,
     seed: o.Seed = 0,
-    steps: o.Steps = STEPS,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=1000, help=f"Sampling steps; by default those that the model was made for, else {STEPS}."
+        ),
+    ] = None,
     guidance: o.Guidance = GUIDANCE,
     scheduler: o.Scheduler = None,
     image_size: o.ImageSize = None,
@@ -49,8 +54,10 @@ def generate(
 
     from asdm_compress.sampling.settings import SamplingSettings
 
-    sampling = SamplingSettings(steps, guidance, seed, image_size)
-    settings = GenerateSettings(sampling, tuple(prompt), images, scheduler, compare, inherit)
+    sampling = SamplingSettings(STEPS if steps is None else steps, guidance, seed, image_size)
+    settings = GenerateSettings(
+        sampling, tuple(prompt), images, scheduler, compare, inherit, own_steps=steps is None and scheduler is None
+    )
     result = run_generate(model, out, load, settings, output, overwrite)
     for line in result.lines():
         output.show(line)

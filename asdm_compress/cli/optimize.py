@@ -69,6 +69,7 @@ def optimize(
         images,
         batch,
         repeats,
+        command=o.command_line(),
     )
     names = [name.strip() for name in (members or "").split(",") if name.strip()]
     found = run_optimize([model, *names], out, load, settings, output, overwrite)
@@ -77,8 +78,9 @@ def optimize(
         output.show(f"{candidate.share:.3f}x  {score}  {candidate.role}: {candidate.way.name}")
     best = found.best
     output.show(
-        f"Best within the budget: {best.way.name}. Wrote {out}; sample with `generate {out} … --steps "
-        f"{best.way.steps}` or, after `import asdm_compress`, by diffusers with `num_inference_steps={best.way.steps}`."
+        f"Best within the budget: {best.way.name}. Wrote {out}; sample with `generate {out} …`, which takes the "
+        f"{best.way.steps} steps that it is made for, or, after `import asdm_compress`, by diffusers with "
+        f"`num_inference_steps={best.way.steps}`."
     )
     reference = found.content["reference"]
     decoding = reference["decoding"] / (best.share * reference["seconds"])

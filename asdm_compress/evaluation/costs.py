@@ -12,15 +12,17 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from asdm_compress.core.errors import AsdmError
-from asdm_compress.inheritance.costs import run_macs
+from asdm_compress.inheritance.actions import Action
+from asdm_compress.inheritance.costs import program_macs
 from asdm_compress.inheritance.evaluator import Evaluator
+from asdm_compress.inheritance.members import HasMembers, member_of, with_own_members
 from asdm_compress.inheritance.schedule import Schedule, actions_of
 from asdm_compress.inheritance.schedule_file import read_rule
 from asdm_compress.inheritance.timeline import timeline_of
 from asdm_compress.profiling.counting import ModuleCounts, count
 from asdm_compress.sampling.images import decode, synchronise
 from asdm_compress.sampling.schedulers import evaluations
-from asdm_compress.sampling.settings import SamplingSettings, encode, initial_latents, row_generators
+from asdm_compress.sampling.settings import SamplingSettings, encode, initial_latents, latent_side, row_generators
 
 Role = Literal["teacher", "model"]
 ROLES: Final[tuple[Role, Role]] = ("teacher", "model")
@@ -33,58 +35,73 @@ Seconds = dict[str, dict[Role, list[float]]]
 class Counted:
     """Exact on every machine: of the UNet, its weights, one pass for one image, and all passes of one image.
 
-    `image_macs` is None where a schedule is carried over to another number of steps, so that its actions are known in
-    a run alone.
+    `activation_bytes` are those of the largest pass. `pass_macs` is None for a switched UNet, whose passes differ, and
+    `image_macs` where a schedule is carried over to another number of steps, so that its actions are known in a run
+    alone.
     """
 
     parameters: int
     weight_bytes: int
     activation_bytes: int
-    pass_macs: int
+    pass_macs: int | None
     image_macs: int | None
 
 
 def count_costs(pipeline: StableDiffusionPipeline, settings: SamplingSettings, inherit: str | None) -> Counted:
-    """Count a pipeline's UNet, before it inherits anything; `inherit` is the rule by which it will."""
+    """Count a pipeline's UNet, before it inherits anything; `inherit` is the rule by which it will.
+
+    Of a UNet with several members the passes are those that its schedule makes in a run of these settings.
+    """
     unet, guided = pipeline.unet, settings.guidance > 1
-    height = _latent_side(pipeline, settings)
-    tokens = int(pipeline.tokenizer.model_max_length)
-    whole = count(unet, 2 if guided else 1, height, height, tokens)
+    passes = _Passes(pipeline, settings)
     weights = list(unet.parameters())
-    return Counted(
-        sum(p.numel() for p in weights),
-        sum(p.numel() * p.element_size() for p in weights),
-        whole.peak_bytes[""],
-        whole.macs[""].total,
-        _image_macs(pipeline, settings, inherit, whole),
-    )
-
-
-def _image_macs(
-    pipeline: StableDiffusionPipeline, settings: SamplingSettings, inherit: str | None, whole: ModuleCounts
-) -> int | None:
-    if inherit is None:
-        return evaluations(pipeline.scheduler, settings.steps) * whole.macs[""].total
+    parameters = sum(p.numel() for p in weights), sum(p.numel() * p.element_size() for p in weights)
+    if inherit is None and not isinstance(unet, HasMembers):
+        whole = passes.counts(None, halved=False)
+        each, calls = whole.macs[""].total, evaluations(pipeline.scheduler, settings.steps)
+        return Counted(*parameters, whole.peak_bytes[""], each, calls * each)
     scheduler = copy.deepcopy(pipeline.scheduler)
     scheduler.set_timesteps(settings.steps)
-    timeline, rule, guided = timeline_of(scheduler), read_rule(inherit), settings.guidance > 1
-    if isinstance(rule, Schedule) and len(rule.actions) != len(timeline):
-        return None
-    height, tokens = _latent_side(pipeline, settings), int(pipeline.tokenizer.model_max_length)
-    half = count(pipeline.unet, 1, height, height, tokens) if guided else None
-    return sum(run_macs(Evaluator(pipeline.unet).plan(actions_of(rule, timeline, 0), timeline, guided), whole, half))
+    timeline = timeline_of(scheduler)
+    rule = None if inherit is None else read_rule(inherit)
+    members: set[str | None] = {None}
+    image_macs = None
+    if not (isinstance(rule, Schedule) and len(rule.actions) != len(timeline)):
+        actions = (Action(),) * len(timeline) if rule is None else actions_of(rule, timeline, 0)
+        actions = with_own_members(unet, actions, timeline, 0)
+        plan = Evaluator(unet).plan(actions, timeline, guided)
+        members = {step.action.member for step in plan.steps if step.program.computes}
+        image_macs = sum(
+            program_macs(step.program, passes.counts(step.action.member, step.conditional_only)) for step in plan.steps
+        )
+    pass_macs = None if isinstance(unet, HasMembers) else passes.counts(None, halved=False).macs[""].total
+    peak = max(passes.counts(member, halved=False).peak_bytes[""] for member in members)
+    return Counted(*parameters, peak, pass_macs, image_macs)
 
 
-def _latent_side(pipeline: StableDiffusionPipeline, settings: SamplingSettings) -> int:
-    if settings.image_size:
-        return int(settings.image_size // pipeline.vae_scale_factor)
-    return int(pipeline.unet.config["sample_size"])
+class _Passes:
+    """The counts of the passes of a pipeline's UNet and of its members, each made once."""
+
+    def __init__(self, pipeline: StableDiffusionPipeline, settings: SamplingSettings) -> None:
+        self._unet = pipeline.unet
+        self._rows = 2 if settings.guidance > 1 else 1
+        self._side = latent_side(pipeline, settings)
+        self._tokens = int(pipeline.tokenizer.model_max_length)
+        self._found: dict[tuple[str | None, int], ModuleCounts] = {}
+
+    def counts(self, member: str | None, halved: bool) -> ModuleCounts:
+        """One pass of a member, None for the body, of one image with guidance, or of one branch of it."""
+        rows = 1 if halved else self._rows
+        if (member, rows) not in self._found:
+            unet = member_of(self._unet, member)
+            self._found[member, rows] = count(unet, rows, self._side, self._side, self._tokens)
+        return self._found[member, rows]
 
 
 def time_in_turns(
     pipelines: Mapping[Role, StableDiffusionPipeline],
     prompt: str,
-    settings: SamplingSettings,
+    settings: Mapping[Role, SamplingSettings],
     repeats: int,
     progress: Callable[[int, int], None],
 ) -> Seconds:
@@ -97,7 +114,7 @@ def time_in_turns(
     began = time.perf_counter()
     for turn in range(repeats + 1):
         for role in ROLES if turn % 2 else ROLES[::-1]:
-            seconds = _one_image(pipelines[role], prompt, settings)
+            seconds = _one_image(pipelines[role], prompt, settings[role])
             if turn:
                 for part, one in zip(found, seconds, strict=True):
                     found[part][role].append(one)
@@ -166,6 +183,6 @@ def check_pair(teacher: StableDiffusionPipeline, model: StableDiffusionPipeline,
             raise AsdmError(
                 f"the image size {settings.image_size} is no multiple of {step}", f"For example {4 * step}."
             )
-    shapes = [(p.unet.config["in_channels"], _latent_side(p, settings)) for p in (teacher, model)]
+    shapes = [(p.unet.config["in_channels"], latent_side(p, settings)) for p in (teacher, model)]
     if shapes[0] != shapes[1]:
         raise AsdmError("the two models make images of different sizes", "Give both one --image-size.")

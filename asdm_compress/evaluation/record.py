@@ -88,15 +88,25 @@ NAMES: Final[dict[Group, tuple[str, ...]]] = {
     "speed": ("seconds_per_image", "seconds_per_step", "seconds_vae"),
     # parts: `weights`, `activations of one UNet pass`, `peak while sampling` (accelerators alone)
     "memory": ("bytes",),
-    # parts of macs: `one UNet pass`, `one image` (every pass of a run, less what is inherited)
+    # parts of macs: `one UNet pass` (not of switched UNets, whose passes differ), `one image` (every pass of a run,
+    # less what is inherited)
     "size": ("parameters", "macs"),
 }
+
+
+class OwnSampling(_Record):
+    """How a model samples that does not sample as the protocol says: its sampler, steps, and calls of the UNet."""
+
+    sampler: str
+    steps: int
+    unet_calls: int
 
 
 class ModelFacts(_Record):
     """One of the two models: the name it was given by, the content hash of its UNet's weights, its UNet's class.
 
-    `inherit` is the rule by which it inherits features, as given; the teacher has none.
+    `inherit` is the rule by which it inherits features, as given; the teacher has none. `sampling` is None where it
+    samples as the teacher does.
     """
 
     name: str
@@ -104,6 +114,7 @@ class ModelFacts(_Record):
     unet_class: str
     is_recipe_student: bool
     inherit: str | None = None
+    sampling: OwnSampling | None = None
 
 
 class Extractor(_Record):

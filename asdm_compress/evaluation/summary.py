@@ -244,7 +244,7 @@ def _compared(
     )
 
 
-def speed_measures(seconds: Seconds, unet_calls: int) -> Iterator[Measure]:
+def speed_measures(seconds: Seconds, unet_calls: Mapping[Role, int]) -> Iterator[Measure]:
     """Seconds per image and per call of the UNet, medians over turns; changes are medians of the turns' ratios."""
 
     def measure(name: str, title: str, part: str | None, of: Callable[[Role], list[float]]) -> Measure:
@@ -267,7 +267,9 @@ def speed_measures(seconds: Seconds, unet_calls: int) -> Iterator[Measure]:
 
     yield measure("seconds_per_image", "Seconds per image", "with VAE", whole)
     yield measure("seconds_per_image", "Seconds per image", "without VAE", lambda role: seconds["loop"][role])
-    yield measure("seconds_per_step", "Seconds per step", None, lambda r: [s / unet_calls for s in seconds["loop"][r]])
+    yield measure(
+        "seconds_per_step", "Seconds per step", None, lambda r: [s / unet_calls[r] for s in seconds["loop"][r]]
+    )
     yield measure("seconds_vae", "Seconds of the VAE", None, lambda role: seconds["vae"][role])
 
 

@@ -68,7 +68,7 @@ def check_index(folder: Path) -> None:
     index = read_json(folder / "model_index.json")
     name = str(index.get("_class_name"))
     if "unet" not in index or any(mark in name for mark in _OTHER_PIPELINES):
-        raise AsdmError(f"{folder} is a {name}, another architecture", ONLY)
+        raise AsdmError(f"{folder} is a {name}, which is not supported", ONLY)
 
 
 def read_json(path: Path) -> Mapping[str, Any]:

@@ -20,7 +20,10 @@ from asdm_compress.models.streaming import Entry, TensorReader, reading, write_s
 
 _WEIGHTS: Final = (".safetensors", ".bin")
 _KEPT: Final = (".json", ".txt", ".model")  # configs, vocabularies and merges
-_MEASURED: Final = ("assembly.json", "frontier.json", "eval.json", "report.json")
+# What was found for a model as it is.
+_MEASURED: Final = (
+    "assembly.json", "frontier.json", "eval.json", "report.json", "calibration.json", "optimize.json", "sampling.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -115,7 +117,7 @@ class Entry:
 
 
 def write_safetensors(path: Path, entries: Sequence[Entry]) -> None:
-    """Write a safetensors file one tensor at a time.
+    """Write a safetensors file one tensor at a time, with the next one read meanwhile.
 
     The format: the header's length as 8 little-endian bytes, the header as JSON, then the tensors' bytes one after the
     other. Raises AsdmError for a tensor of another shape than announced.
@@ -131,12 +133,25 @@ def write_safetensors(path: Path, entries: Sequence[Entry]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
+        with closing(_one_ahead(entries)) as read:
+            for entry, tensor in read:
+                if tuple(tensor.shape) != entry.shape:
+                    raise AsdmError(f"{entry.name} has the shape {tuple(tensor.shape)}, and should have {entry.shape}")
+                raw = tensor.to(entry.dtype).contiguous().reshape(-1).view(torch.uint8)
+                file.write(raw.numpy().data)
+
+
+def _one_ahead(entries: Sequence[Entry]) -> Generator[tuple[Entry, Tensor]]:
+    """Every entry with its tensor, each of which is read, and looked at, while the one before it is written."""
+    coming: deque[tuple[Entry, Future[Tensor]]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as reader:
         for entry in entries:
-            tensor = entry.get()
-            if tuple(tensor.shape) != entry.shape:
-                raise AsdmError(f"{entry.name} has the shape {tuple(tensor.shape)}, and should have {entry.shape}")
-            raw = tensor.to(entry.dtype).contiguous().reshape(-1).view(torch.uint8)
-            file.write(raw.numpy().data)
+            coming.append((entry, reader.submit(entry.get)))
+            if len(coming) > 1:
+                before, tensor = coming.popleft()
+                yield before, tensor.result()
+        for last, tensor in coming:
+            yield last, tensor.result()
 
 
 def write_sharded(folder: Path, entries: Sequence[Entry], most_bytes: int, variant: str | None = None) -> list[Path]:

@@ -30,16 +30,22 @@ class Dot:
 
 
 def points_chart(
-    dots: Sequence[Dot], title: str, x_title: str, y_title: str, x_format: str = "{:g}", joined: str | None = "dot"
+    dots: Sequence[Dot],
+    title: str,
+    x_title: str,
+    y_title: str,
+    x_format: str = "{:g}",
+    joined: str | None = "dot",
+    log: bool = True,
 ) -> str:
-    """Dots with a logarithmic ordinate; those of the kind `joined` are joined by a line from left to right.
+    """Dots, with a logarithmic ordinate if `log`; those of the kind `joined` are joined by a line from left to right.
 
-    Values of 0, and those that are nothing beside the largest, are drawn at the lower edge.
+    On a logarithmic one values of 0, and those that are nothing beside the largest, are drawn at the lower edge.
     """
     height, bottom = 340.0, 290.0
     x = spanning([dot.x for dot in dots], _LEFT, _WIDTH - 16)
-    most = max(dot.y for dot in dots)
-    y = spanning([max(dot.y, most * _LEAST) for dot in dots], bottom, 26, log=True)
+    least = max(dot.y for dot in dots) * _LEAST if log else -np.inf
+    y = spanning([max(dot.y, least) for dot in dots], bottom, 26, log=log)
     places = sorted((x(d.x), y(d.y)) for d in dots if d.kind == joined)
     drawn = []
     for dot in dots:
@@ -63,8 +69,8 @@ def points_chart(
         )
         drawn.append(pickable(dot.label, dot.lines, *rings, opens=dot.opens))
     return drawing(
-        _WIDTH, height, title, axes(x, y, x_title, y_title, x_format, "{:.0e}"), path(places, "series front"), *drawn,
-        role="group",
+        _WIDTH, height, title, axes(x, y, x_title, y_title, x_format, "{:.0e}" if log else "{:g}"),
+        path(places, "series front"), *drawn, role="group",
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,3 +120,12 @@ def whole(value: int) -> Cell:
 def decibels(value: float) -> Cell:
     """A level."""
     return Cell(value, f"{value:.1f} dB")
+
+
+def score(split: Mapping[str, Any]) -> Cell:
+    """The mean PSNR of a split of prompts, as files have it, with half the width of its interval."""
+    value, interval = split.get("psnr"), split.get("psnr_interval")
+    if not isinstance(value, (int, float)):
+        return nothing()
+    around = f" ± {interval:.2f}" if isinstance(interval, (int, float)) else ""
+    return Cell(float(value), f"{value:.2f}{around} dB")

@@ -8,7 +8,7 @@ from typing import Final
 from rich.table import Table
 
 from asdm_compress.core.units import format_bytes, format_count, format_seconds
-from asdm_compress.evaluation.record import Estimate, Evaluation, Measure
+from asdm_compress.evaluation.record import Estimate, Evaluation, Measure, OwnSampling
 
 _TITLES: Final = {
     "pairs": "Model against teacher, the same prompts and seeds",
@@ -83,6 +83,10 @@ def _change(estimate: Estimate, is_ratio: bool, show: Callable[[float], str]) ->
     return shown(estimate, signed)
 
 
+def _own_sampling(found: OwnSampling) -> str:
+    return f"{found.sampler}, {found.steps} steps, {found.unet_calls} calls of the UNet"
+
+
 def protocol_card(evaluation: Evaluation) -> str:
     """The protocol card, Markdown: all that it takes to make the figures again."""
     protocol, machine = evaluation.protocol, evaluation.machine
@@ -101,6 +105,7 @@ def protocol_card(evaluation: Evaluation) -> str:
         ("teacher", f"`{evaluation.teacher.name}`, {evaluation.teacher.unet_class} `{evaluation.teacher.weights}`"),
         ("prompts", f"{protocol.prompt_count} of {protocol.prompts}, SHA-256 `{protocol.prompts_sha256}`"),
         ("sampler", f"{protocol.sampler}, {protocol.steps} steps, {protocol.unet_calls} calls of the UNet"),
+        *([("the model's sampler", _own_sampling(evaluation.model.sampling))] if evaluation.model.sampling else []),
         ("guidance", f"{protocol.guidance:g}"),
         ("seeds", f"{protocol.seed} to {protocol.seed + protocol.prompt_count - 1}, one per image, drawn on the CPU"),
         ("images", size),

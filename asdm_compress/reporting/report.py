@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +24,7 @@ from asdm_compress.reporting.sections_stages import (
     schedule_section,
     training_section,
 )
+from asdm_compress.reporting.sections_switching import optimize_section, switching_section
 from asdm_compress.reporting.stages import Stages
 from asdm_compress.reporting.unet_drawing import STATES, states_of
 from asdm_compress.reporting.verdict import headline, verdict
@@ -124,6 +125,9 @@ def report_of(stages: Stages, blanks: Blanks) -> Report:
             "Inheritance schedule",
             f"asdm-compress calibrate {place} --budget latency=0.6x --out {place}/schedule",
         ),
+        # These two are of folders of their own, not of a student that could lack them.
+        (switching_section(stages), "Switching between members", ""),
+        (optimize_section(stages), "One budget over everything", ""),
         (experts_section(stages), "Experts over the timesteps", "a plan with convolutions such as conv1x1*8@timestep"),
         (training_section(stages), "Distillation", f"asdm-compress distill {place}"),
         (provenance_section(stages), "Where this came from", ""),
@@ -241,12 +245,21 @@ def _resource(name: str) -> str:
     return {"latency": "latency", "macs": "MACs", "params": "parameters"}[name]
 
 
+def _training_command(stages: Stages) -> str | None:
+    distilled = stages.recipe.provenance.get("distilled") if stages.recipe else None
+    return str(distilled.get("command", "")) if isinstance(distilled, Mapping) else None
+
+
 def _commands(stages: Stages) -> Iterator[Command]:
     seen: set[str] = set()
     known: Sequence[tuple[str, str | None]] = (
         ("This student", stages.assembly.command if stages.assembly else None),
         ("The evaluation", stages.evaluation.command if stages.evaluation else None),
         ("The frontier", stages.frontier.command if stages.frontier else None),
+        ("The schedule", stages.calibration.command if stages.calibration else None),
+        ("The schedule of members", stages.switched.command if stages.switched else None),
+        ("The ways that were tried", stages.optimized.command if stages.optimized else None),
+        ("The training", _training_command(stages)),
     )
     for what, line in known:
         if line and line.startswith("asdm-compress") and line not in seen:

@@ -11,7 +11,19 @@ from diffusers import UNet2DConditionModel
 from asdm_compress.core.units import format_bytes, format_count, format_seconds
 from asdm_compress.evaluation.record import Estimate, Measure
 from asdm_compress.reporting.charts import heat_map, lines_chart, routing_chart
-from asdm_compress.reporting.figures import Cell, Section, Table, nothing, percent, plain, seconds, times, whole, words
+from asdm_compress.reporting.figures import (
+    Cell,
+    Section,
+    Table,
+    nothing,
+    percent,
+    plain,
+    score,
+    seconds,
+    times,
+    whole,
+    words,
+)
 from asdm_compress.reporting.schedule_map import MEANINGS, map_of_places, map_on
 from asdm_compress.reporting.stages import Stages
 
@@ -48,6 +60,7 @@ def evaluation_section(stages: Stages) -> Section | None:
     protocol = [
         ("protocol", how.name), ("prompts", f"{how.prompt_count}, {how.prompts}"),
         ("sampler", f"{how.sampler}, {how.steps} steps, guidance {how.guidance:g}, first seed {how.seed}"),
+        *([("the model's sampler", f"{own.sampler}, {own.steps} steps")] if (own := found.model.sampling) else []),
         ("images", f"{how.image_size} px"), ("departures", "; ".join(how.departures) or "none"),
         ("machine", f"{found.machine.device}, {found.machine.dtype}, {found.machine.threads} threads"),
         *((e.name, f"weights {e.weights}, SHA-256 {e.sha256[:16]}…") for e in how.extractors),
@@ -140,19 +153,10 @@ def schedule_section(stages: Stages, student: UNet2DConditionModel | None) -> Se
 def _contestants(contestants: Sequence[Any]) -> Table:
     rows = []
     for c in contestants:
-        scores = [_score(split) for split in (c.validation, c.test)]
+        scores = [score(split) for split in (c.validation, c.test)]
         rows.append((words(c.role), words(c.way), times(c.share), *scores))
     columns = ("", "way", "time", "PSNR, validation", "PSNR, test")
     return Table("In the same time", columns, tuple(rows), key="contestants")
-
-
-def _score(split: Mapping[str, Any]) -> Cell:
-    """The mean PSNR of a split, with half the width of its interval."""
-    value, interval = split.get("psnr"), split.get("psnr_interval")
-    if not isinstance(value, (int, float)):
-        return nothing()
-    around = f" ± {interval:.2f}" if isinstance(interval, (int, float)) else ""
-    return Cell(float(value), f"{value:.2f}{around} dB")
 
 
 def _errors(steps: Sequence[Any]) -> str:
@@ -248,8 +252,11 @@ def provenance_section(stages: Stages) -> Section | None:
     rows: list[tuple[str, str]] = []
     if stages.recipe is not None:
         rows += list(_flattened(stages.recipe.provenance))
-    if stages.calibration is not None:
-        rows += [(f"schedule: {k}", v) for k, v in _flattened(stages.calibration.measured_on)]
+    for what, facts in (
+        ("schedule", stages.calibration), ("switching", stages.switched), ("one budget", stages.optimized),
+    ):  # fmt: skip
+        if facts is not None:
+            rows += [(f"{what}: {k}", v) for k, v in _flattened(facts.measured_on)]
     if stages.evaluation is not None:
         rows += [
             ("evaluation: student's weights", stages.evaluation.model.weights),

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -30,10 +30,14 @@ from asdm_compress.profiling.profile import Profile, load_profile
 RECIPE: Final = "recipe.yaml"
 PROFILE: Final = "profile.json"
 SCHEDULE: Final = "inheritance.yaml"
+SWITCHING: Final = "switching.yaml"
+OPTIMIZED: Final = "optimize.json"
 CALIBRATION: Final = "calibration.json"
 FILES: Final = (
-    RECIPE, PROFILE, assembly_file.FILE_NAME, frontier_file.FILE_NAME, evaluation_file.FILE_NAME, SCHEDULE, METRICS,
+    RECIPE, PROFILE, assembly_file.FILE_NAME, frontier_file.FILE_NAME, evaluation_file.FILE_NAME, SCHEDULE, SWITCHING,
+    OPTIMIZED, METRICS,
 )  # fmt: skip
+Facts = TypeVar("Facts", bound=BaseModel)
 _BOUNDARIES: Final = ".slot.time_router.boundaries"
 
 
@@ -74,6 +78,7 @@ class TimeFacts(_Loose):
 class CalibrationFacts(_Loose):
     """What `calibration.json` says of the schedule beside it: predictions, measurements, rivals."""
 
+    command: str = ""
     model: str = ""
     goal: dict[str, Any] = {}
     sampler: dict[str, Any] = {}
@@ -84,6 +89,66 @@ class CalibrationFacts(_Loose):
     confidence: str | None = None
     verdict: str = ""
     steps: list[StepFacts] = []
+
+
+class ShareFacts(_Loose):
+    """The time of a run, as a share of the full run's."""
+
+    predicted_share: float
+    measured_share: float
+
+
+class EntrantFacts(_Loose):
+    """A schedule of members, or what was tried in its time."""
+
+    role: str
+    way: str
+    share: float
+    latent_error: float | None = None
+    test: dict[str, Any] = {}
+
+
+class SwitchingFacts(_Loose):
+    """What `calibration.json` says of the schedule of members beside it."""
+
+    command: str = ""
+    models: list[str] = []
+    measured_on: dict[str, Any] = {}
+    time: ShareFacts
+    entrants: list[EntrantFacts] = []
+    verdict: str = ""
+
+
+class TriedFacts(_Loose):
+    """A way that `optimize` tried."""
+
+    role: str
+    way: str
+    steps: int
+    share: float
+    validation: dict[str, Any] = {}
+    test: dict[str, Any] | None = None
+
+
+class ReferenceFacts(_Loose):
+    """The run that `optimize` compares with; seconds are those of a whole image."""
+
+    scheduler: str
+    steps: int
+    seconds: float
+    outside_the_unet_loop: float
+
+
+class OptimizedFacts(_Loose):
+    """What `optimize.json` says."""
+
+    command: str = ""
+    models: list[str] = []
+    share: float
+    reference: ReferenceFacts
+    measured_on: dict[str, Any] = {}
+    best: TriedFacts
+    tried: list[TriedFacts] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +192,9 @@ class Stages:
     evaluation: Evaluation | None = None
     schedule: Schedule | None = None
     calibration: CalibrationFacts | None = None
+    switching: Schedule | None = None
+    switched: SwitchingFacts | None = None
+    optimized: OptimizedFacts | None = None
     training: Training | None = None
     routes: tuple[Routes, ...] = ()
     found: Mapping[str, Path] = field(default_factory=dict)
@@ -149,14 +217,18 @@ def read_stages(folder: Path, name: str | None = None) -> Stages:
     """
     if not folder.is_dir():
         raise AsdmError(f"there is no folder {folder}", "Give the folder that `asdm-compress assemble` wrote.")
-    found = {file: path for file in (*FILES, CALIBRATION) if (path := _find(folder, file)) is not None}
-    if not set(found) - {CALIBRATION}:
+    found = {file: path for file in FILES if (path := _find(folder, file)) is not None}
+    if not found:
         raise AsdmError(
             f"{folder} holds nothing to report: none of {', '.join(FILES)}",
-            "Give a folder that `asdm-compress assemble`, `apply`, `calibrate`, `distill` or `evaluate` wrote.",
+            "Give a folder that `asdm-compress assemble`, `apply`, `calibrate`, `switch`, `optimize`, `distill` or "
+            "`evaluate` wrote.",
         )
-    if CALIBRATION in found and (SCHEDULE not in found or found[SCHEDULE].parent != found[CALIBRATION].parent):
-        del found[CALIBRATION]  # of another schedule
+    schedule, switching = (load_schedule(found[file]) if file in found else None for file in (SCHEDULE, SWITCHING))
+    if switching is None and schedule is not None and any(a.member is not None for a in schedule.actions):
+        schedule, switching = None, schedule  # of a switched model, whose members it names
+    calibration = _facts_beside(found, SCHEDULE, CalibrationFacts, "contestants")
+    switched = _facts_beside(found, SWITCHING, SwitchingFacts, "entrants")
     recipe = load_recipe(found[RECIPE]) if RECIPE in found else None
     training = _training(found[METRICS]) if METRICS in found else None
     if training is None:
@@ -169,8 +241,11 @@ def read_stages(folder: Path, name: str | None = None) -> Stages:
         assembly=load_assembly(path) if (path := found.get(assembly_file.FILE_NAME)) else None,
         frontier=load_frontier(path) if (path := found.get(frontier_file.FILE_NAME)) else None,
         evaluation=load_evaluation(path) if (path := found.get(evaluation_file.FILE_NAME)) else None,
-        schedule=load_schedule(found[SCHEDULE]) if SCHEDULE in found else None,
-        calibration=_calibration(found[CALIBRATION]) if CALIBRATION in found else None,
+        schedule=schedule,
+        calibration=calibration,
+        switching=switching,
+        switched=switched,
+        optimized=_facts(found[OPTIMIZED], OptimizedFacts) if OPTIMIZED in found else None,
         training=training,
         routes=tuple(_routes(folder)),
         found=found,
@@ -190,12 +265,23 @@ def _find(folder: Path, file: str) -> Path | None:
     return found[0] if found else None
 
 
-def _calibration(path: Path) -> CalibrationFacts:
+def _facts_beside(found: dict[str, Path], schedule: str, kind: type[Facts], mark: str) -> Facts | None:
+    """What the `calibration.json` beside a schedule says, if it is of its kind, which has a part called `mark`; it is
+    added to what was found."""
+    path = found[schedule].parent / CALIBRATION if schedule in found else None
+    if path is None or not path.is_file() or f'"{mark}"' not in path.read_text(encoding="utf-8", errors="replace"):
+        return None
+    found[f"{CALIBRATION} of {schedule}"] = path
+    return _facts(path, kind)
+
+
+def _facts(path: Path, kind: type[Facts]) -> Facts:
+    """What a report needs of a file; raises AsdmError for one that is damaged."""
     try:
-        return CalibrationFacts.model_validate_json(path.read_text(encoding="utf-8"))
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise AsdmError(f"{path} cannot be read: {reason}", "Calibrate again.") from error
+        raise AsdmError(f"{path} cannot be read: {reason}", "Make it again.") from error
 
 
 def _training(path: Path) -> Training | None:

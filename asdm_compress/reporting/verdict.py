@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from asdm_compress.core.units import format_count, format_seconds
+from asdm_compress.reporting.figures import score
 from asdm_compress.reporting.stages import Stages
 
 
@@ -23,6 +24,10 @@ def headline(stages: Stages) -> Iterator[tuple[str, str]]:
         yield f"{value:.1f} dB", f"PSNR to the teacher, {stages.assembly.quality.get('pairs')} images"
     if stages.calibration is not None:
         yield f"{stages.calibration.time.measured_share:.2f}x", "of a run's time with the schedule"
+    if stages.switched is not None:
+        yield f"{stages.switched.time.measured_share:.2f}x", "of a run's time with these members"
+    if stages.optimized is not None:
+        yield f"{stages.optimized.best.share:.2f}x", "of a whole image's time"
 
 
 def verdict(stages: Stages) -> Iterator[str]:
@@ -56,6 +61,12 @@ def verdict(stages: Stages) -> Iterator[str]:
     if recipe is None and stages.calibration is not None:
         found = stages.calibration
         yield f"The schedule takes {found.time.measured_share:.3f}x of a run's time. {found.verdict}".strip()
+    elif recipe is None and stages.switched is not None:
+        yield f"The members take {stages.switched.time.measured_share:.3f}x of a run's time. {stages.switched.verdict}"
+    elif recipe is None and stages.optimized is not None:
+        best = stages.optimized.best
+        nearness = score(best.test or best.validation).text
+        yield f"A whole image takes {best.share:.3f}x of the reference's time: {best.way}, {nearness} from it."
     elif recipe is not None and evidence is None:
         yield f"{len(recipe.edits)} edits of {recipe.base.model}; what they cost and damage has not been measured."
 

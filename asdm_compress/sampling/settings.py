@@ -51,11 +51,17 @@ def encode(pipeline: StableDiffusionPipeline, prompts: Sequence[str], guidance: 
     return torch.stack(parts, dim=1)
 
 
+def latent_side(pipeline: StableDiffusionPipeline, settings: SamplingSettings) -> int:
+    """Height and width of the latents, in elements."""
+    if settings.image_size:
+        return int(settings.image_size // pipeline.vae_scale_factor)
+    return int(pipeline.unet.config["sample_size"])
+
+
 def initial_latents(pipeline: StableDiffusionPipeline, count: int, settings: SamplingSettings) -> Tensor:
     """Unit noise (count, C, H, W); image i has its own seed, so that it does not depend on the batch it is in."""
-    config = pipeline.unet.config
-    size = settings.image_size // pipeline.vae_scale_factor if settings.image_size else int(config["sample_size"])
-    shape = (config["in_channels"], size, size)
+    size = latent_side(pipeline, settings)
+    shape = (pipeline.unet.config["in_channels"], size, size)
     rows = [torch.randn(shape, generator=generator) for generator in row_generators(count, settings.seed)]
     return torch.stack(rows).to(pipeline.device, pipeline.unet.dtype)
 

@@ -43,6 +43,7 @@ from asdm_compress.scheduling.search import DynamicProgram, find_front
 from asdm_compress.scheduling.timing import REPEATS, time_kinds, time_runs
 from asdm_compress.scheduling.ways import SOLVERS, Way, fewer_steps, uniform_caches
 from asdm_compress.workflows.calibrated import Calibrated, Contestant, Splits, schedule_of, verdict_on
+from asdm_compress.workflows.card import PYTHON
 from asdm_compress.workflows.progress import Progress, Silent
 
 VALIDATION_SEED: Final = 20_000  # of the first picture; calibration's is the user's
@@ -71,6 +72,7 @@ class CalibrateSettings:
     repeats: int = REPEATS
     corrections: bool = True
     curve: int = 3
+    command: str = PYTHON
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,11 @@ def write_schedule(folder: Path, model: str, calibrated: Calibrated, settings: C
     What `calibration.json` holds.
     """
     sampling, pipeline = settings.sampling, calibrated.choosing.judge.pipeline
-    content = {"model": model, **calibrated.as_json(settings.goal, sampling, settings.images)}
+    content = {
+        "model": model,
+        "command": settings.command,
+        **calibrated.as_json(settings.goal, sampling, settings.images),
+    }
     schedule = calibrated.schedule(sampling.steps)
     validity = _validity(model, pipeline, calibrated.choosing.surrogate.timeline, sampling)
     save_schedule(replace(schedule, validity=validity), folder / "inheritance.yaml")

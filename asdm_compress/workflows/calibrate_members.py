@@ -21,6 +21,7 @@ from asdm_compress.inheritance.schedule_file import save_schedule
 from asdm_compress.models.saving import save_pipeline
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.reporting.switching import Row, damages_svg
+from asdm_compress.sampling.own_steps import save_own_steps
 from asdm_compress.sampling.settings import check_text_to_image
 from asdm_compress.scheduling.measure import sampler_timeline
 from asdm_compress.scheduling.rollouts import Judge, Score, gain
@@ -79,6 +80,7 @@ class SwitchingFound:
         """A pipeline that has the switched UNet, its schedule, its report with what `more` there is, and its plot."""
         actions = self.switched.schedule.actions
         save_pipeline(pipeline, folder)
+        save_own_steps(folder, pipeline, len(actions))
         save_schedule(Schedule(actions), folder / "switching.yaml")
         (folder / "calibration.json").write_text(json.dumps({**more, **self.content}, indent=1), encoding="utf-8")
         (folder / "damages.svg").write_text(damages_svg(self.around_teacher, actions), encoding="utf-8")
@@ -164,6 +166,7 @@ def calibrate_members(
     used = {name: unet for name, unet in members.items() if name not in bystanders}
     switched = SwitchedUNet2DConditionModel.of(used, replace(schedule, actions=best))
     content = {
+        "command": settings.command,
         "goal": settings.goal.as_json(),
         "sampler": {
             "scheduler": type(pipeline.scheduler).__name__, "steps": sampling.steps, "guidance": sampling.guidance,

@@ -281,6 +281,7 @@ def _write(
     assert result.outcome is not None
     report = {
         **asdict(result.outcome),
+        "command": settings.command,
         "teacher_weights": opened.hashes[1],
         "items": result.items,
         "skipped_items": len(result.skipped),

@@ -41,7 +41,6 @@ from asdm_compress.evaluation.summary import (
 from asdm_compress.inheritance.attach import inheriting
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.reporting.measures import protocol_card
-from asdm_compress.sampling.schedulers import evaluations
 from asdm_compress.scenes.world import IMAGE_SIZE
 from asdm_compress.workflows.evaluation_input import (
     EvaluateSettings,
@@ -115,15 +114,14 @@ def run_evaluate(
     if not processes.is_main:
         return None
     found = chunks.load()
-    calls = evaluations(opened.pipelines["teacher"].scheduler, rules.steps)
     with progress.stage("Intervals"):
         measures, used = _measures(found, theirs, reference, opened, chosen, instruments)
-        measures += [*speed_measures(costs.seconds, calls)] if costs.seconds else []
+        measures += [*speed_measures(costs.seconds, opened.calls)] if costs.seconds else []
         measures += cost_measures(costs.counted, costs.peaks)
     evaluation = Evaluation(
         model=facts["model"],
         teacher=facts["teacher"],
-        protocol=_protocol(opened, chosen, instruments, used, calls),
+        protocol=_protocol(opened, chosen, instruments, used),
         machine=_machine(options, processes),
         command=settings.command,
         measures=measures,
@@ -190,9 +188,7 @@ def _pairs(found: Mapping[str, Tensor], chosen: PromptSet, rules: Rules, keep: i
     ]
 
 
-def _protocol(
-    opened: Opened, chosen: PromptSet, instruments: Instruments, reference: Reference | None, calls: int
-) -> Protocol:
+def _protocol(opened: Opened, chosen: PromptSet, instruments: Instruments, reference: Reference | None) -> Protocol:
     rules = opened.rules
     return Protocol(
         name=rules.name,
@@ -201,7 +197,7 @@ def _protocol(
         prompts_sha256=chosen.sha256,
         steps=rules.steps,
         sampler=type(opened.pipelines["teacher"].scheduler).__name__,
-        unet_calls=calls,
+        unet_calls=opened.calls["teacher"],
         guidance=rules.guidance,
         seed=rules.seed,
         image_size=opened.side,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from asdm_compress.evaluation.distances import Moments
 from asdm_compress.evaluation.instruments import Weights
 from asdm_compress.evaluation.prompts import evaluation_prompts
 from asdm_compress.evaluation.protocols import OWN, Rules
-from asdm_compress.evaluation.record import ModelFacts, Reference
+from asdm_compress.evaluation.record import ModelFacts, OwnSampling, Reference
 from asdm_compress.evaluation.reference import ImageFolder, read_moments
 from asdm_compress.evaluation.weights import find_weights
 from asdm_compress.models.loading import open_pipeline, open_unet
 from asdm_compress.models.resolve import resolve
 from asdm_compress.models.source import LoadOptions, Source
-from asdm_compress.sampling.schedulers import make_scheduler
+from asdm_compress.sampling.own_steps import own_steps
+from asdm_compress.sampling.schedulers import evaluations, make_scheduler
 from asdm_compress.sampling.settings import SamplingSettings, check_text_to_image
 from asdm_compress.scenes.captions import Caption
 from asdm_compress.workflows.card import PYTHON
@@ -39,7 +40,8 @@ class EvaluateSettings:
     """What a user asks for. `changes` are settings of the protocol by the names of `Rules`, None for those unchanged.
 
     `prompts` is a file of captions, `reference` a folder of images or an .npz of statistics. `repeats` 0 leaves the
-    timing out. The first `keep_images` pairs are kept as PNG files.
+    timing out. The first `keep_images` pairs are kept as PNG files. `model_steps` and `model_sampler` are the model's
+    where it is to sample otherwise than its teacher.
     """
 
     against: str | None = None
@@ -53,6 +55,8 @@ class EvaluateSettings:
     batch: int = 8
     keep_images: int = 16
     command: str = PYTHON
+    model_steps: int | None = None
+    model_sampler: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +75,34 @@ class PromptSet:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Both pipelines, as files and opened, and the rules by which they sample."""
+    """Both pipelines, as files and opened, and the rules by which they sample, the model in steps of its own."""
 
     sources: dict[Role, Source]
     pipelines: dict[Role, StableDiffusionPipeline]
     rules: Rules
     departures: list[str]
+    model_steps: int
 
     @property
-    def sampling(self) -> SamplingSettings:
-        """How both are sampled."""
-        return SamplingSettings(self.rules.steps, self.rules.guidance, self.rules.seed, self.rules.image_size)
+    def sampling(self) -> dict[Role, SamplingSettings]:
+        """How each is sampled."""
+        theirs = SamplingSettings(self.rules.steps, self.rules.guidance, self.rules.seed, self.rules.image_size)
+        return {"teacher": theirs, "model": replace(theirs, steps=self.model_steps)}
+
+    @property
+    def calls(self) -> dict[Role, int]:
+        """How often each calls its UNet for an image."""
+        return {role: evaluations(self.pipelines[role].scheduler, self.sampling[role].steps) for role in ROLES}
+
+    @property
+    def own_sampling(self) -> OwnSampling | None:
+        """How the model samples, where that is not as the teacher does."""
+        teacher, model = (self.pipelines[role] for role in ROLES)
+        if self.model_steps == self.rules.steps and _sample_alike(teacher, model):
+            return None
+        return OwnSampling(
+            sampler=type(model.scheduler).__name__, steps=self.model_steps, unet_calls=self.calls["model"]
+        )
 
     @property
     def side(self) -> int:
@@ -155,7 +176,8 @@ def open_models(
 ) -> Opened:
     """Teacher and model, sampling by the same rules; a UNet alone is put into the teacher's pipeline.
 
-    Raises AsdmError for models that cannot be opened, or that make no images of one size.
+    The model samples otherwise where that is asked for, and where its folder says that it was made for other steps and
+    nothing else is asked for. Raises AsdmError for models that cannot be opened, or that make no images of one size.
     """
     with progress.stage("Opening teacher and model"):
         ours = resolve(model, options)
@@ -169,16 +191,38 @@ def open_models(
             student = open_pipeline(ours, options)
     for note in dict.fromkeys([*theirs.notes, *ours.notes]):
         progress.note(note)
+    made_with = student.scheduler
     for pipeline in (teacher, student):
         check_text_to_image(pipeline)
         pipeline.set_progress_bar_config(disable=True)
         if rules.sampler:
             pipeline.scheduler = make_scheduler(rules.sampler, pipeline)
-    if not rules.sampler and not _sample_alike(teacher, student):
+    asked = settings.model_steps is not None or settings.model_sampler is not None
+    asked |= rules.name != OWN.name or any(settings.changes.get(key) is not None for key in ("steps", "sampler"))
+    own = own_steps(ours.path, made_with)
+    if own is not None and asked:
+        progress.note(f"{ours.name} was made for {own} steps of its own sampler, and is sampled as asked for")
+        own = None
+    if own is not None and ours.path == theirs.path:  # the same model, which inherits features on one side
+        rules = replace(rules, steps=own)
+    steps = settings.model_steps or own or rules.steps
+    if settings.model_sampler:
+        student.scheduler = make_scheduler(settings.model_sampler, student)
+    elif own is None and not rules.sampler and not _sample_alike(teacher, student):
         progress.note("the model's own sampler differs from the teacher's; both sample with the teacher's")
         student.scheduler = type(teacher.scheduler).from_config(teacher.scheduler.config)
-    opened = Opened({"teacher": theirs, "model": ours}, {"teacher": teacher, "model": student}, rules, departures)
-    check_pair(teacher, student, opened.sampling)
+    pipelines: dict[Role, StableDiffusionPipeline] = {"teacher": teacher, "model": student}
+    opened = Opened({"teacher": theirs, "model": ours}, pipelines, rules, departures, steps)
+    own_sampling = opened.own_sampling
+    if own_sampling is not None:
+        said = (
+            f"the model samples {own_sampling.steps} steps of {own_sampling.sampler}, the teacher {rules.steps} of "
+            f"{type(teacher.scheduler).__name__}"
+        )
+        progress.note(said)
+        if rules.name != OWN.name:
+            departures.append(said)
+    check_pair(teacher, student, opened.sampling["teacher"])
     return opened
 
 
@@ -237,5 +281,6 @@ def model_facts(opened: Opened, settings: EvaluateSettings) -> dict[Role, ModelF
             unet_class=type(unet).__name__,
             is_recipe_student=source.path is not None and (source.path / RECIPE).is_file(),
             inherit=settings.inherit if role == "model" else None,
+            sampling=opened.own_sampling if role == "model" else None,
         )
     return found

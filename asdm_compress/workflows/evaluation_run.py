@@ -86,7 +86,10 @@ def run_key(
         "models": {role: facts[role].model_dump() for role in ROLES},
         "other parts": content_hash({"hashes": rest}),
         "inherited by": schedule,
-        "sampler": [type(p.scheduler).__name__ for p in opened.pipelines.values()],
+        "sampler": [
+            {"class": type(p.scheduler).__name__, "config": dict(p.scheduler.config)} for p in opened.pipelines.values()
+        ],
+        "switching": [opened.pipelines[role].unet.config.get("switching") for role in ROLES],
         "settings": asdict(replace(opened.rules, images=len(chosen.prompts))),
         "prompts": chosen.sha256,
         "batch": settings.batch,
@@ -95,7 +98,7 @@ def run_key(
         "precision": str(options.dtype),
         "device": options.device.type,
     }
-    return dict(json.loads(json.dumps(key)))
+    return dict(json.loads(json.dumps(key, default=str)))
 
 
 def prepare_run(run: Path, key: Mapping[str, Any], overwrite: bool) -> None:
@@ -137,9 +140,9 @@ def measure_costs(
     }
 
     def count_and_time() -> Costs:
-        with progress.stage("Counting"):
+        with noting(progress), progress.stage("Counting"):
             rules: dict[Role, str | None] = {"teacher": None, "model": settings.inherit}
-            counted = {role: count_costs(pipelines[role], sampling, rules[role]) for role in ROLES}
+            counted = {role: count_costs(pipelines[role], sampling[role], rules[role]) for role in ROLES}
         if path.is_file():
             before = json.loads(path.read_text(encoding="utf-8"))
             if before["key"] == key:
@@ -152,7 +155,7 @@ def measure_costs(
         ):
             if settings.repeats:
                 seconds = time_in_turns(pipelines, prompt, sampling, settings.repeats, bar)
-            peaks = {role: peak_while_sampling(pipelines[role], prompt, sampling) for role in ROLES}
+            peaks = {role: peak_while_sampling(pipelines[role], prompt, sampling[role]) for role in ROLES}
         with output_file(path) as aside:
             aside.write_text(json.dumps({"key": key, "seconds": seconds, "peaks": peaks}), encoding="utf-8")
         return Costs(counted, seconds, peaks)
@@ -166,13 +169,13 @@ def measure_pairs(
 ) -> dict[str, Tensor]:
     """Sample some prompts with both, and measure: everything that is kept of these images."""
     prompts = [chosen.prompts[i] for i in rows]
-    sampling = replace(opened.sampling, seed=opened.rules.seed + rows.start)
     viewing = opened.rules.viewing
     found: dict[str, Tensor] = {}
     latents: list[Tensor] = []
     images: list[list[Image]] = []
     for role in ROLES:
         pipeline = opened.pipelines[role]
+        sampling = replace(opened.sampling[role], seed=opened.rules.seed + rows.start)
         drawn, pictures = _sample(pipeline, prompts, sampling)
         latents.append(drawn)
         images.append(pictures)

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from asdm_compress.models.resolve import resolve
 from asdm_compress.models.source import LoadOptions, Source
 from asdm_compress.reporting.grid import labelled_grid
 from asdm_compress.sampling.images import Samples, sample
+from asdm_compress.sampling.own_steps import own_steps
 from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.workflows.progress import Progress
@@ -32,7 +33,8 @@ class GenerateSettings:
     """`images_per_prompt` images of each prompt; image i of all has seed `sampling.seed + i`.
 
     `inherit` is a sampling mode, the path of a schedule, or `calibrated` for the schedule in the model's own folder; it
-    is for the model and not for what it is compared with.
+    is for the model and not for what it is compared with. With `own_steps` a model that was made for a number of steps,
+    as an optimized one is, is sampled in these.
     """
 
     sampling: SamplingSettings
@@ -41,6 +43,12 @@ class GenerateSettings:
     scheduler: str | None = None
     compare: str | None = None
     inherit: str | None = None
+    own_steps: bool = False
+
+    def sampling_of(self, source: Source, scheduler: Any) -> SamplingSettings:
+        """How a model is sampled."""
+        steps = own_steps(source.path, scheduler) if self.own_steps else None
+        return self.sampling if steps is None else replace(self.sampling, steps=steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +93,9 @@ def run_generate(
             pipeline = open_pipeline(source, options)
             if settings.scheduler:
                 pipeline.scheduler = make_scheduler(settings.scheduler, pipeline)
+        sampling = settings.sampling_of(source, pipeline.scheduler)
+        if sampling.steps != settings.sampling.steps:
+            progress.note(f"{name} is made for {sampling.steps} steps")
         for note in source.notes:
             progress.note(note)
         _check_size(settings.sampling, 2 ** (len(pipeline.unet.down_blocks) - 1) * pipeline.vae_scale_factor)
@@ -92,7 +103,7 @@ def run_generate(
             # The teacher that is compared with computes everything.
             rule = rule_for(settings.inherit, source) if number == len(names) - 1 else None
             with inheriting(pipeline, rule) if rule else nullcontext(), noting(progress):
-                runs.append(sample(pipeline, prompts, settings.sampling, progress=bar))
+                runs.append(sample(pipeline, prompts, sampling, progress=bar))
     if len({run.latents.shape for run in runs}) > 1:
         raise AsdmError("the two models make images of different sizes", "Give both one --image-size.")
     if settings.inherit:

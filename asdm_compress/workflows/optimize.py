@@ -18,10 +18,9 @@ from asdm_compress.inheritance.schedule_file import save_schedule
 from asdm_compress.models.saving import link_equal_files, save_pipeline
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.reporting.frontier import frontier_svg
+from asdm_compress.sampling.own_steps import save_own_steps
 from asdm_compress.sampling.settings import check_text_to_image
-from asdm_compress.workflows.calibrate import (
-    CalibrateSettings,
-)
+from asdm_compress.workflows.calibrate import CalibrateSettings
 from asdm_compress.workflows.candidates import Candidate, Search, frontier_of
 from asdm_compress.workflows.progress import Progress
 from asdm_compress.workflows.switch import open_models
@@ -80,7 +79,7 @@ def run_optimize(
         tried = search.tested(tried, bar)
     best = next(c for c in tried if c.way.key == best.way.key)
     content: dict[str, Any] = {
-        "models": list(models), "goal": settings.goal.as_json(), "share": share,
+        "command": settings.command, "models": list(models), "goal": settings.goal.as_json(), "share": share,
         "reference": {"scheduler": search.sampler, "steps": settings.sampling.steps, "seconds": search.whole,
                       "outside_the_unet_loop": search.outside, "decoding": search.decoding},
         "measured_on": {"processor": processor_name(), "device": str(pipeline.device),
@@ -104,20 +103,21 @@ def _write(
     there once.
     """
     switched = not all(map(search.is_plain, (best, *frontier)))
-    _save(search.ready(best, switched), folder)
+    _save(search.ready(best, switched), best.way.steps, folder)
     found: list[dict[str, str | int | None]] = []
     for number, candidate in enumerate(frontier, start=1):
         way, name = candidate.way, "."
         if way.key != best.way.key:
             name = f"frontier/{number}"
-            _save(search.ready(candidate, switched), folder / name)
+            _save(search.ready(candidate, switched), way.steps, folder / name)
             link_equal_files(folder / name, folder)
         found.append({"way": way.name, "steps": way.steps, "scheduler": way.scheduler, "folder": name})
     return found
 
 
-def _save(ready: tuple[StableDiffusionPipeline, Schedule | None], folder: Path) -> None:
+def _save(ready: tuple[StableDiffusionPipeline, Schedule | None], steps: int, folder: Path) -> None:
     pipeline, schedule = ready
     save_pipeline(pipeline, folder)
+    save_own_steps(folder, pipeline, steps)
     if schedule is not None:
         save_schedule(schedule, folder / "inheritance.yaml")

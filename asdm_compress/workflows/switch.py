@@ -14,14 +14,16 @@ from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_output, check_space, output_folder
 from asdm_compress.core.units import format_bytes
 from asdm_compress.inheritance.actions import Action
-from asdm_compress.inheritance.schedule_file import load_schedule
+from asdm_compress.inheritance.schedule import Schedule
+from asdm_compress.inheritance.schedule_file import load_schedule, save_schedule
 from asdm_compress.inheritance.timeline import timeline_of
 from asdm_compress.models.loading import open_pipeline, open_unet
 from asdm_compress.models.resolve import resolve
 from asdm_compress.models.saving import save_pipeline
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.profiling.counting import count
-from asdm_compress.sampling.schedulers import make_scheduler
+from asdm_compress.sampling.own_steps import save_own_steps
+from asdm_compress.sampling.schedulers import evaluations, make_scheduler
 from asdm_compress.switching.orders import ORDER_GRAMMAR, parse_order
 from asdm_compress.switching.schedules import SwitchingSchedule, noise_of
 from asdm_compress.switching.switched_unet import SwitchedUNet2DConditionModel
@@ -87,7 +89,14 @@ def run_switch(
         switched = SwitchedUNet2DConditionModel.of(members, schedule)
     together, apart = parameter_bytes([switched]), sum(parameter_bytes([unet]) for unet in members.values())
     check_space(out, together)
-    write_switched(pipeline, switched, out, progress, overwrite)
+    whole = switched_pipeline(pipeline, switched)
+    with progress.stage("Writing"), output_folder(out, overwrite) as aside:
+        save_pipeline(whole, aside)
+        save_schedule(Schedule(schedule.actions), aside / "switching.yaml")
+        steps = len(schedule.actions) if _is_file(settings.order) else settings.steps
+        # Of a file for a scheduler that calls the UNet more than once per step nobody knows the steps.
+        if evaluations(whole.scheduler, steps) == len(schedule.actions):
+            save_own_steps(aside, whole, steps)
     names = [_what(action, switched) for action in schedule.actions]
     return SwitchResult(out, {name: names.count(name) for name in dict.fromkeys(names)}, together, apart)
 
@@ -153,7 +162,7 @@ def schedule_of(
     """The schedule for a pipeline's sampler; raises AsdmError for one that does not fit the members."""
     actions: tuple[Action, ...] | None = None
     steps = settings.steps
-    if Path(settings.order).suffix in _FILES:
+    if _is_file(settings.order):
         actions = load_schedule(Path(settings.order)).actions
         steps = len(actions)
     elif ":" not in settings.order:
@@ -179,18 +188,16 @@ def by_size(pipeline: StableDiffusionPipeline, members: Mapping[str, UNet2DCondi
     return sorted(macs, key=lambda name: macs[name])
 
 
-def write_switched(
-    pipeline: StableDiffusionPipeline,
-    switched: SwitchedUNet2DConditionModel,
-    out: Path,
-    progress: Progress,
-    overwrite: bool = False,
-) -> None:
-    """Write the pipeline with this UNet in the place of its own."""
+def _is_file(order: str) -> bool:
+    return Path(order).suffix in _FILES
+
+
+def switched_pipeline(
+    pipeline: StableDiffusionPipeline, switched: SwitchedUNet2DConditionModel
+) -> StableDiffusionPipeline:
+    """The pipeline with this UNet in the place of its own."""
     parts = {**pipeline.components, "unet": switched}
-    whole = type(pipeline)(**parts, requires_safety_checker=pipeline.config.get("requires_safety_checker", False))
-    with progress.stage("Writing"), output_folder(out, overwrite) as aside:
-        save_pipeline(whole, aside)
+    return type(pipeline)(**parts, requires_safety_checker=pipeline.config.get("requires_safety_checker", False))
 
 
 def parameter_bytes(unets: Sequence[UNet2DConditionModel]) -> int:

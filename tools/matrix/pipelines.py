@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -118,7 +119,9 @@ def schedulers(subject: Subject) -> Outcome:
         if getattr(kind, "_backends", None):  # diffusers' stand-in for a class whose package is not installed
             missing.append(kind.__name__)
             continue
-        scheduler = kind.from_config(subject.teacher.scheduler.config)
+        # One draws its noise from a seed of its own, which is another at every run unless it is told.
+        seeded = {"noise_sampler_seed": 0} if "noise_sampler_seed" in signature(kind.__init__).parameters else {}
+        scheduler = kind.from_config(subject.teacher.scheduler.config, **seeded)
 
         def make(unet: Any, scheduler: Any = scheduler) -> Tensor:
             # PNDM asks for four steps.
