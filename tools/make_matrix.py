@@ -45,7 +45,9 @@ def main() -> None:
             for subject in subjects:
                 cells[subject.name] = tried(check, subject)
                 print(json.dumps({check.name: {subject.name: cells[subject.name]}}), flush=True)
-            rows[check.name] = {"name": check.name, "oracle": check.oracle, "cells": cells}
+            rows[check.name] = {
+                "name": check.name, "oracle": check.oracle, "device": processor_name(), "cells": cells
+            }  # fmt: skip
             _write([rows[each.name] for each in CHECKS if each.name in rows], old["versions"])
     print(table(json.loads(OUT.read_text(encoding="utf-8"))))
 
@@ -53,7 +55,7 @@ def main() -> None:
 def _write(rows: list[dict[str, Any]], before: dict[str, str]) -> None:
     # A package that is not here now was there when its rows were made.
     more = {name: package_version(name) or before.get(name) for name in ("peft", "torchao", "torchsde")}
-    content = {"plans": PLANS, "device": processor_name(), "versions": versions() | more, "rows": rows}
+    content = {"plans": PLANS, "versions": versions() | more, "rows": rows}
     OUT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
