@@ -47,8 +47,8 @@ def assembled_at_full_size() -> str:
     )
     peak = max(run["peak_gb"] for run in (found, *found["killed"]))
     return (
-        f"{minutes(found['seconds'])} on {threads} of {found['device']} beside light work, where one pass of the teacher "
-        f"took {found['evidence']['teacher']['latency']:.1f} s, {found['damages']} damages, "
+        f"{minutes(found['seconds'])} on {threads} of {found['device']} beside light work, where one pass of the "
+        f"teacher took {found['evidence']['teacher']['latency']:.1f} s, {found['damages']} damages, "
         f"{peak:.1f} GB of memory at most{killed} ({source('assemble_full_size', 'bench_assemble_full_size')})"
     )
 
