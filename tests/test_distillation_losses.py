@@ -21,7 +21,7 @@ from asdm_compress.core.distillation import (
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.recipe import find_recipe, load_recipe
 from asdm_compress.distillation.draws import Draws, micro_batches
-from asdm_compress.distillation.estimate import estimate_memory, saved_bytes
+from asdm_compress.distillation.estimate import encoder_bytes, estimate_memory, saved_bytes
 from asdm_compress.distillation.experts import ExpertUse, idle_experts
 from asdm_compress.distillation.features import FeatureUNet
 from asdm_compress.distillation.losses import Batch, loss_terms, row_weights, weighted_sum
@@ -260,6 +260,13 @@ def test_memory_is_counted_by_what_it_is_for(tiny):
     shared = whole.shared(2)
     assert (2 * shared.weights, 2 * shared.optimiser) == (whole.weights, whole.optimiser)
     assert (shared.teacher, shared.activations) == (whole.teacher, whole.activations)
+
+
+def test_what_else_of_the_teacher_stays_on_the_device_is_counted(pipeline):
+    beside = sum(p.numel() * p.element_size() for m in (pipeline.vae, pipeline.text_encoder) for p in m.parameters())
+    assert encoder_bytes(pipeline) == beside > 0
+    unet = sum(p.numel() * p.element_size() for p in pipeline.unet.parameters())
+    assert encoder_bytes(pipeline, runs_unet=False) == beside + unet
 
 
 def test_saved_activations_are_those_that_autograd_keeps(tiny):

@@ -236,6 +236,7 @@ def test_a_probe_keeps_the_best(place):
     forecast = printed["forecast"]
     parameters = sum(t.numel() for t in trained(place, "probed").values())
     assert forecast["memory_bytes"]["weights"] == 4 * parameters
+    assert forecast["memory_bytes"]["encoders"] > 0
     assert forecast["memory_bytes"]["total"] > 16 * parameters
 
 

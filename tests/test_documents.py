@@ -12,8 +12,12 @@ from write_documents import DOCUMENTS, MARKED, TOP, figures, written
 
 from asdm_compress.cli.main import app
 
-# A measured figure: a ratio with three digits, or a number with one of the units that the benches write.
-FIGURE = re.compile(r"\d\.\d{3,}x|\d+(?:\.\d+)? ?(?:dB|GiB|ms|minutes|seconds)\b|\d\.\d+e-\d+|\d+\.\d+ (?:%|s)\b")
+# A measured figure: a ratio with three digits, or a number with one of the units that the benches write. Intervals of
+# 95 % are a method.
+FIGURE = re.compile(
+    r"\d\.\d{3,}x|\d\.\d+e-\d+|(?<!\d)(?!95 %)\d+(?:\.\d+)? ?%"
+    r"|\d+(?:\.\d+)? ?(?:dB|[GM]i?B|[GM]MACs|ms|s|seconds|minutes|hours|times|points?|[GM]|million)\b"
+)
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 COMMAND = re.compile(r"(?:\.venv/bin/)?asdm-compress ([^`\n&|]+)")
 # In prose a command may be named with an ellipsis, or with several choices of an option's value.

@@ -15,7 +15,7 @@ from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.inheritance.actions import FULL, conditional_only, cut, inherit, skip
 from asdm_compress.inheritance.attach import disable, enable, inheriting
-from asdm_compress.inheritance.costs import run_macs
+from asdm_compress.inheritance.costs import counts_alike, run_macs
 from asdm_compress.inheritance.deepcache import DeepCacheHelper
 from asdm_compress.inheritance.evaluator import Evaluator
 from asdm_compress.inheritance.forecast import LINEAR, combine, parse_forecast, weights
@@ -221,7 +221,7 @@ def test_planned_macs_are_the_executed_ones_and_memory_ends_at_nothing(unet):
     run = Run(Evaluator(twin), actions, timeline, guided=True)
     plan = run._plan
     assert [s.action.name for s in plan.steps] == [a.name for a in actions]
-    planned = run_macs(plan, count(unet, 4, 16, 16, 40), count(unet, 2, 16, 16, 40))
+    planned = run_macs(plan, counts_alike(count(unet, 4, 16, 16, 40), count(unet, 2, 16, 16, 40)))
     sample = torch.empty(4, 4, 16, 16, device="meta")
     text = torch.empty(4, 40, unet.config["cross_attention_dim"], device="meta")
     held = []

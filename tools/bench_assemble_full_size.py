@@ -39,10 +39,11 @@ RESULTS = Path(__file__).parent / "results"
 KILLED = "killed.json"
 # Guidance off: a triple is one pass of the UNet. Parts down to units, and none of what is fitted: at full size the
 # normal equations of 3x3 convolutions alone take longer than all of this. And no neighbours of the best plan, which are
-# tried for as long as one wants.
+# tried for as long as one wants. Channels-last, in which a processor's bf16 convolutions take a fifth less.
 ARGUMENTS = (
     "--budget latency=0.7x --guidance 1 --batch 1 --steps 4 --bands 4 --calibration-prompts 4 --calibration-triples 16 "
-    "--probes 1 --held-out-prompts 1 --finest unit --slot none --narrow none --refit none --neighbours 0 --repeats 2"
+    "--probes 1 --held-out-prompts 1 --channels-last --finest unit --slot none --narrow none --refit none "
+    "--neighbours 0 --repeats 2"
 )
 
 

@@ -3,6 +3,7 @@
     python tools/bench_recipes.py               # alone on the machine; then: python tools/make_recipes.py
     python tools/bench_recipes.py --all         # the recipes that are there, too
     OMP_NUM_THREADS=1 python tools/bench_recipes.py --processor-time    # where other things are running
+    python tools/bench_recipes.py --by-steps    # on a machine whose pace changes from second to second
     python tools/bench_recipes.py --models sd21-base --results tools/results/recipes_sd21.json    # on another machine
 
 For every latency budget it looks for the first rung of `ladder.py` that keeps it. Writes tools/results/recipes.json
@@ -32,15 +33,17 @@ from asdm_compress.core.recipe import bundled_recipes, load_recipe
 from asdm_compress.models.families import FAMILIES
 from asdm_compress.models.loading import load_unet
 from asdm_compress.models.source import LoadOptions
+from asdm_compress.models.walk import start, steps_of, take
 from asdm_compress.profiling.counting import count_macs
 from asdm_compress.profiling.latency import ForwardPass, median_ratio, time_side_by_side
-from asdm_compress.profiling.profile import ProfileSettings, forward_pass
+from asdm_compress.profiling.profile import ProfileSettings, forward_pass, random_inputs
 
 RESULTS = Path(__file__).parent / "results" / "recipes.json"
 MODELS = ("sd15", "sd21-base")
 TOKENS = 77
 # Beside other programs single passes take up to twice their time, and never less than they need.
 LEAST, MEDIAN = "least time over the least of all the teacher's", "median of the turns' ratios"
+BY_STEPS = "sum of every unit's least time, units in turns"
 
 
 def main() -> None:
@@ -50,16 +53,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed passes of a comparison, of each UNet")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processor-time", action="store_true", help="count only what this process has the core for")
+    parser.add_argument("--by-steps", action="store_true", help="take turns after every unit, not after every pass")
     parser.add_argument("--results", type=Path, default=RESULTS, help="another file for another machine")
     parser.add_argument("--all", action="store_true", help="time the recipes that are there, too")
     parser.add_argument("--again", action="store_true", help="measure anew what is there")
     arguments = parser.parse_args()
+    if arguments.by_steps and (arguments.processor_time or arguments.device != "cpu"):
+        parser.error("--by-steps is for CPUs, without --processor-time")
     if not arguments.processor_time:
         check_alone()
     file: Path = arguments.results
     kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not arguments.again else {}
     settings = ProfileSettings(text_tokens=TOKENS, repeats=arguments.repeats)
-    bench = _Bench(settings, arguments.device, arguments.processor_time, kept, file)
+    statistic = BY_STEPS if arguments.by_steps else LEAST if arguments.processor_time else MEDIAN
+    bench = _Bench(settings, arguments.device, statistic, kept, file)
     for model in arguments.models:
         bench.open(model)
         guesses = [bench.macs(plan_of(rungs)) / bench.macs({}) for rungs in range(len(RUNGS) + 1)]
@@ -80,18 +87,18 @@ class _Bench:
     """The teacher of a family beside its students, and what was measured of them."""
 
     def __init__(
-        self, settings: ProfileSettings, device: str, processor_time: bool, kept: Mapping[str, Any], file: Path
+        self, settings: ProfileSettings, device: str, statistic: str, kept: Mapping[str, Any], file: Path
     ) -> None:
         self.settings, self.device, self.file = settings, torch.device(device), file
-        self.processor_time = processor_time
+        self.statistic = statistic
+        processor_time = statistic == LEAST
         if processor_time and (torch.get_num_threads() > 1 or self.device.type != "cpu"):
             raise SystemExit("--processor-time is for one CPU thread (OMP_NUM_THREADS=1): others spin while they wait")
         self.model = ""
         self.teacher: UNet2DConditionModel | None = None
         name = processor_name() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         where = {"device": name, "threads": torch.get_num_threads(), "dtype": "bf16", "batch": settings.batch,
-                 "clock": "processor time" if processor_time else "time",
-                 "statistic": LEAST if processor_time else MEDIAN}  # fmt: skip
+                 "clock": "processor time" if processor_time else "time", "statistic": statistic}  # fmt: skip
         known = {"statistic": MEDIAN, **kept} if kept else {}
         for part, value in where.items():
             if known.get(part, value) != value:
@@ -122,12 +129,16 @@ class _Bench:
                 return float(row["latency_ratio"])
         began = time.monotonic()
         student = assemble(self.teacher, Plan(edits))
-        passes = [forward_pass(unet, self.settings) for unet in (student, self.teacher)]
-        if self.processor_time:
-            turns = _processor_times(passes, self.settings.repeats)
+        if self.statistic == BY_STEPS:
+            turns = _times_of_steps((student, self.teacher), self.settings)
+            ratio = turns[0][0] / turns[1][0]
         else:
-            turns = time_side_by_side(passes, self.settings.repeats, self.device, math.inf)
-        ratio = median_ratio(*turns)
+            passes = [forward_pass(unet, self.settings) for unet in (student, self.teacher)]
+            if self.statistic == LEAST:
+                turns = _processor_times(passes, self.settings.repeats)
+            else:
+                turns = time_side_by_side(passes, self.settings.repeats, self.device, math.inf)
+            ratio = median_ratio(*turns)
         macs, whole = self.macs(edits), self.macs({})
         row = {
             "model": self.model,
@@ -141,7 +152,7 @@ class _Bench:
             "seconds": round(time.monotonic() - began, 1),
         }
         self.result["rows"].append(row)
-        if self.processor_time:
+        if self.statistic == LEAST:
             self._by_least_times()
         self.write()
         print(json.dumps({k: v for k, v in row.items() if k != "edits"}), len(edits), "edits", flush=True)
@@ -169,6 +180,27 @@ def _processor_times(passes: Sequence[ForwardPass], repeats: int) -> list[list[f
             forward()
             seconds.append(time.process_time() - began)
     return samples
+
+
+@torch.no_grad()
+def _times_of_steps(unets: Sequence[UNet2DConditionModel], settings: ProfileSettings) -> list[list[float]]:
+    """One pass of each UNet, in seconds, as the sum of the least times of its units.
+
+    The UNets take turns after every unit, so that a slow moment meets all of them, and only slows one unit of one turn.
+    """
+    steps = [steps_of(unet) for unet in unets]
+    order = sorted((place / len(own), which) for which, own in enumerate(steps) for place in range(len(own)))
+    least = [[math.inf] * len(own) for own in steps]
+    for _ in range(settings.repeats + 1):  # the first warms up
+        states = [start(unet, *random_inputs(unet, settings)) for unet in unets]
+        at = [0] * len(unets)
+        for _, which in order:
+            began = time.perf_counter()
+            states[which] = take(steps[which][at[which]], states[which])
+            seconds = time.perf_counter() - began
+            least[which][at[which]] = min(least[which][at[which]], seconds)
+            at[which] += 1
+    return [[sum(own)] for own in least]
 
 
 if __name__ == "__main__":

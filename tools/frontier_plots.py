@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +14,8 @@ COLOURS: Final = {
     "full model": "#6b7280", "DeepCache": "#a16207", "guidance reuse": "#0891b2", "inheritance": "#16a34a",
     "switching": "#2563eb", "T-Stitch": "#7c3aed", "all together": "#dc2626",
 }  # fmt: skip
+RIVALS: Final = ("full model", "DeepCache", "T-Stitch")  # what is there without us
+MORE_IS_BETTER: Final = ("psnr", "right")
 AXES: Final = {
     "psnr": ("psnr", "PSNR to the full run, dB"),
     "accuracy": ("right", "captions wholly right, of {count}"),
@@ -32,6 +34,18 @@ def write_plots(content: Mapping[str, Any], folder: Path) -> None:
         (folder / "frontier_switching.svg").write_text(svg, encoding="utf-8")
 
 
+def beaten(rows: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]]:
+    """Those rows of ours that a rival's is at least as good as in no more time."""
+    sign = 1 if key in MORE_IS_BETTER else -1
+    rivals = [row for row in rows if row["role"] in RIVALS]
+    return [
+        row
+        for row in rows
+        if row["role"] not in RIVALS
+        and any(other["image_share"] <= row["image_share"] and sign * other[key] >= sign * row[key] for other in rivals)
+    ]
+
+
 def _plot(content: Mapping[str, Any], key: str, label: str, roles: tuple[str, ...] = ()) -> str:
     figure = Figure(figsize=(7, 4.5))
     axes = figure.add_subplot()
@@ -44,6 +58,11 @@ def _plot(content: Mapping[str, Any], key: str, label: str, roles: tuple[str, ..
         # Ways of the full model are of two samplers, between which there is no line.
         style = "o" if role == "full model" else "o-"
         axes.plot(*zip(*points, strict=True), style, label=role, color=COLOURS[role], markersize=4)
+    lost = beaten([row for row in content["rows"] if key != "psnr" or row["latent_error"]], key)
+    lost = [row for row in lost if not roles or row["role"] in roles]
+    if lost:
+        places = [row["image_share"] for row in lost], [row[key] for row in lost]
+        axes.plot(*places, "x", color="#111827", markersize=9, label="a rival is as good in no more time")
     reference = content["reference"].get(key)
     if reference is not None:
         axes.axhline(reference, color="#9ca3af", linewidth=1, linestyle="--")

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from asdm_compress.inheritance.actions import FULL, Action, conditional_only, cut, skip
-from asdm_compress.inheritance.costs import run_macs
+from asdm_compress.inheritance.costs import counts_alike, run_macs
 from asdm_compress.inheritance.evaluator import Evaluator
 from asdm_compress.inheritance.forecast import HOLD, LINEAR
 from asdm_compress.inheritance.run import Run
@@ -59,7 +59,7 @@ def on_paper(actions: Sequence[Action]) -> dict[str, Any]:
             most = max(most, run.held_bytes)
     return {
         "sd15_mib_per_sample": round(most / len(call.sample) / 2**20, 3),
-        "sd15_planned_macs": sum(run_macs(evaluator.plan(actions, timeline, guided=True), *counts)),
+        "sd15_planned_macs": sum(run_macs(evaluator.plan(actions, timeline, guided=True), counts_alike(*counts))),
         "sd15_executed_macs": counter.get_total_flops() // 2,
     }
 

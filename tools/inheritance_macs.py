@@ -12,7 +12,7 @@ from rival_schedules import encoder_schedules, gates
 
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.inheritance.actions import FULL
-from asdm_compress.inheritance.costs import fitted_macs, run_macs
+from asdm_compress.inheritance.costs import counts_alike, fitted_macs, run_macs
 from asdm_compress.inheritance.evaluator import Evaluator
 from asdm_compress.inheritance.modes import parse_mode
 from asdm_compress.inheritance.schedule import Schedule
@@ -39,7 +39,7 @@ def planned_macs(pipeline: StableDiffusionPipeline, schedule: Schedule, settings
     rows, size = (2 if guided else 1), int(unet.config["sample_size"])
     tokens = int(pipeline.tokenizer.model_max_length)
     plan = Evaluator(unet).plan(schedule.actions, sampler_timeline(pipeline, settings.steps), guided)
-    planned = sum(run_macs(plan, _counts(unet, rows, tokens), _counts(unet, 1, tokens)))
+    planned = sum(run_macs(plan, counts_alike(_counts(unet, rows, tokens), _counts(unet, 1, tokens))))
     shapes = value_shapes(unet, cut_sources(unet), size, size) if schedule.corrections else {}
     return planned + sum(fitted_macs(plan, schedule.corrections, shapes, rows))
 

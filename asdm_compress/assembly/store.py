@@ -38,10 +38,12 @@ def measurement_folder(
     settings: SamplingSettings,
     bands: int,
     effort: Effort = THOROUGH,
+    channels_last: bool = False,
 ) -> Path:
-    """The folder for everything measured with this teacher, these prompts, this sampler, device and precision."""
-    # The usual effort is not named, as it was not before there was another.
-    unusual = {} if effort == THOROUGH else {"effort": asdict(effort)}
+    """The folder for everything measured with this teacher, prompts, sampler, device, precision and layout."""
+    # What is usual is not named, as it was not before there was anything else.
+    unusual: dict[str, Any] = {} if effort == THOROUGH else {"effort": asdict(effort)}
+    unusual |= {"channels_last": True} if channels_last else {}
     key = content_hash(
         {
             "store": STORE_VERSION,

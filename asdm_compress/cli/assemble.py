@@ -96,7 +96,7 @@ def assemble(
     profile: Annotated[Path | None, typer.Option(help="A profile.json made here before, instead of a new one.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch of the timed pass; 2 is one image with guidance.")] = 2,
     image_size: o.ImageSize = None,
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="Time in channels-last layout.")] = False,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Run in channels-last layout.")] = False,
     repeats: Annotated[int, typer.Option(min=2, help="Timed passes.")] = 15,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",

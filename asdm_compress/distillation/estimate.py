@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
-from torch import Tensor
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from asdm_compress.models.tree import meta_copy
@@ -26,7 +26,9 @@ _TIMED: Final = 2
 class Memory:
     """Bytes on one device: `activations` are what a pass keeps for its backward pass, for all rows run at once.
 
-    The total is without what allocators and convolutions' workspaces take.
+    `encoders` are what else of the teacher's pipeline stays on the device: text encoder and VAE, for which probes and
+    their pictures ask again, and its UNet too where no loss runs it. The total is without what allocators and
+    convolutions' workspaces take.
     """
 
     weights: int
@@ -35,6 +37,7 @@ class Memory:
     averages: int
     teacher: int
     activations: int
+    encoders: int = 0
 
     @property
     def total(self) -> int:
@@ -59,7 +62,8 @@ def estimate_memory(
 ) -> Memory:
     """Count the memory of a training of `trained` parameters with so many rows at once, on the meta device.
 
-    `half` is for mixed precision, which keeps activations in two bytes and weights in four.
+    `half` is for mixed precision, which keeps activations in two bytes and weights in four. `encoder_bytes` counts what
+    else of the teacher's pipeline is there.
     """
     parameters = sum(p.numel() for p in student.parameters())
     kept = saved_bytes(student, text_tokens, gradient_checkpointing) * rows
@@ -68,9 +72,20 @@ def estimate_memory(
         gradients=_FP32 * trained,
         optimiser=(_MOMENTS // _FP32 if eight_bit else _MOMENTS) * trained,
         averages=_FP32 * parameters,
-        teacher=0 if teacher is None else sum(p.numel() * p.element_size() for p in teacher.parameters()),
+        teacher=0 if teacher is None else bytes_of(teacher),
         activations=kept // 2 if half else kept,
     )
+
+
+def encoder_bytes(pipeline: StableDiffusionPipeline, runs_unet: bool = True) -> int:
+    """Bytes of a teacher's pipeline beside its UNet, which counts too unless a loss runs it (`runs_unet`)."""
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return sum(bytes_of(part) for name, part in parts.items() if name != "unet" or not runs_unet)
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Bytes of a module's parameters."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def saved_bytes(unet: UNet2DConditionModel, text_tokens: int, gradient_checkpointing: bool = False) -> int:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from asdm_compress.core.distillation import Distillation
 from asdm_compress.core.units import format_bytes, format_seconds
 from asdm_compress.distillation.draws import micro_batches
-from asdm_compress.distillation.estimate import Memory, estimate_memory, seconds_per_pass
+from asdm_compress.distillation.estimate import Memory, encoder_bytes, estimate_memory, seconds_per_pass
 from asdm_compress.distillation.features import FeatureUNet
-from asdm_compress.distillation.losses import Batch, loss_terms, weighted_sum
+from asdm_compress.distillation.losses import Batch, loss_terms, noise_scheduler, weighted_sum
 from asdm_compress.distillation.selection import Phase, choose_parameters
 from asdm_compress.distillation.trainer import LoopSettings
 
@@ -49,19 +49,22 @@ class Forecast:
         }
 
 
-def rehearse(  # noqa: PLR0913, PLR0917 - everything that a training is made of
+def rehearse(
     student: UNet2DConditionModel,
-    teacher: UNet2DConditionModel,
-    noising: DDPMScheduler,
+    pipeline: StableDiffusionPipeline,
     training: Distillation,
     phases: Sequence[Phase],
     around: Sequence[str],
     places: tuple[Sequence[str], Sequence[str]],
     loop: LoopSettings,
     accelerator: Accelerator,
-    text_tokens: int,
 ) -> Forecast:
-    """Count and time the last phase, which trains the most; the student and its gradients are left as they were."""
+    """Count and time the last phase, which trains the most; the student and its gradients are left as they were.
+
+    `pipeline` is the teacher's.
+    """
+    teacher, text_tokens = pipeline.unet, int(pipeline.tokenizer.model_max_length)
+    noising = noise_scheduler(pipeline.scheduler.config)
     device = accelerator.device
     rows, passes = micro_batches(training.batch, accelerator.num_processes, loop.micro_batch)
     student.to(device).train()
@@ -91,6 +94,7 @@ def rehearse(  # noqa: PLR0913, PLR0917 - everything that a training is made of
         student, teacher if asks_teacher else None, trained, rows, text_tokens, loop.gradient_checkpointing,
         training.optimiser.name == "adamw-8bit", accelerator.mixed_precision in ("bf16", "fp16"),
     )  # fmt: skip
+    memory = replace(memory, encoders=encoder_bytes(pipeline, asks_teacher))
     checkpoint = memory.weights + memory.optimiser + memory.averages
     if loop.sharded:
         memory = memory.shared(accelerator.num_processes)

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.inheritance.actions import Action
-from asdm_compress.inheritance.costs import program_macs
+from asdm_compress.inheritance.costs import run_macs
 from asdm_compress.inheritance.evaluator import Evaluator
 from asdm_compress.inheritance.members import HasMembers, member_of, with_own_members
 from asdm_compress.inheritance.schedule import Schedule, actions_of
@@ -71,9 +71,7 @@ def count_costs(pipeline: StableDiffusionPipeline, settings: SamplingSettings, i
         actions = with_own_members(unet, actions, timeline, 0)
         plan = Evaluator(unet).plan(actions, timeline, guided)
         members = {step.action.member for step in plan.steps if step.program.computes}
-        image_macs = sum(
-            program_macs(step.program, passes.counts(step.action.member, step.conditional_only)) for step in plan.steps
-        )
+        image_macs = sum(run_macs(plan, passes.counts))
     pass_macs = None if isinstance(unet, HasMembers) else passes.counts(None, halved=False).macs[""].total
     peak = max(passes.counts(member, halved=False).peak_bytes[""] for member in members)
     return Counted(*parameters, peak, pass_macs, image_macs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from asdm_compress.inheritance.corrections import Correction, CorrectionKey, correction_macs
 from asdm_compress.inheritance.program import Program
@@ -10,6 +10,7 @@ from asdm_compress.inheritance.run_plan import RunPlan
 from asdm_compress.inheritance.shapes import Shape
 from asdm_compress.profiling.counting import MacCount, ModuleCounts
 
+CountsOf = Callable[[str | None, bool], ModuleCounts]
 _TIME = ("time_embedding",)
 
 
@@ -24,14 +25,24 @@ def program_macs(program: Program, counts: ModuleCounts) -> int:
     return sum(_of(counts.macs, path).total for path in paths)
 
 
-def run_macs(plan: RunPlan, all_rows: ModuleCounts, half_of_them: ModuleCounts | None = None) -> tuple[int, ...]:
-    """The MACs of every step; steps that leave the unconditional branch out compute `half_of_them`."""
-    found = []
-    for step in plan.steps:
-        counts = half_of_them if step.conditional_only else all_rows
-        assert counts is not None, "a run with conditional steps needs the counts of half the rows"
-        found.append(program_macs(step.program, counts))
-    return tuple(found)
+def run_macs(plan: RunPlan, counts: CountsOf) -> tuple[int, ...]:
+    """The MACs of every step.
+
+    `counts` has those of one whole pass of a member (None: the body), with all rows, or with half of them where a step
+    leaves the unconditional branch out.
+    """
+    return tuple(program_macs(s.program, counts(s.action.member, s.conditional_only)) for s in plan.steps)
+
+
+def counts_alike(all_rows: ModuleCounts, half_of_them: ModuleCounts | None = None) -> CountsOf:
+    """For a UNet without members, and of runs without conditional steps without the half."""
+
+    def counts(member: str | None, conditional_only: bool) -> ModuleCounts:
+        assert member is None, f"nobody has counted the member {member}"
+        assert not conditional_only or half_of_them is not None, "conditional steps need the counts of half the rows"
+        return half_of_them if conditional_only and half_of_them is not None else all_rows
+
+    return counts
 
 
 def fitted_macs(

@@ -139,9 +139,8 @@ def run_distill(
     places = ([p.student for p in pairs], [p.teacher for p in pairs])
     with progress.stage("Estimating memory and time"):
         forecast = rehearse(
-            opened.student, teacher, noising, training, phases, around, places, settings.loop, accelerator,
-            int(opened.teacher.tokenizer.model_max_length),
-        )  # fmt: skip
+            opened.student, opened.teacher, training, phases, around, places, settings.loop, accelerator
+        )
     progress.note(forecast.text())
     result = DistillResult(out, training, pairs, forecast)
     if settings.dry_run:

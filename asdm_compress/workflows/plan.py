@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from asdm_compress.assembly.calibration import DEFAULT_BANDS, Calibration, Effort, check_bands, record
@@ -114,7 +115,8 @@ def plan(
     Where pairs of edits had to be measured, the one of least measured damage of the plans searched (see `verify`).
 
     Measurements are kept on disk by content. The pipeline is left as it was, except for its scheduler where the
-    settings name one. Raises AsdmError for what cannot be planned, with exit code 3 for a budget that cannot be met.
+    settings name one, and the UNet's layout in memory. Raises AsdmError for what cannot be planned, with exit code 3
+    for a budget that cannot be met.
     """
     settings, progress = settings or PlanSettings(), progress or Silent()
     limits = parse_budget([budget]) if isinstance(budget, str) else budget
@@ -164,10 +166,14 @@ def measure(
     if is_fitted:
         check_prompts(len(prompts.calibration))
     shape = replace(settings.profile, text_tokens=int(pipeline.tokenizer.model_max_length))
+    if shape.channels_last:  # here for all: a known profile runs no pass, nor do processes that do not time
+        teacher.to(memory_format=torch.channels_last)
     processes.wait()  # until the others are still
     with progress.stage("Profiling"):
         costs = processes.on_main(lambda: _costs(teacher, shape, settings, model_name))
-    folder = measurement_folder(pipeline, prompts.calibration, sampling, settings.bands, settings.effort)
+    folder = measurement_folder(
+        pipeline, prompts.calibration, sampling, settings.bands, settings.effort, shape.channels_last
+    )
     with progress.bar("Recording the teacher's trajectories") as bar:
         calibration = recorded(
             folder / "triples.pt",

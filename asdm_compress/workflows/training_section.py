@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -21,7 +22,7 @@ from asdm_compress.core.distillation import (
 )
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.recipe import Recipe
-from asdm_compress.distillation.estimate import estimate_memory
+from asdm_compress.distillation.estimate import encoder_bytes, estimate_memory
 from asdm_compress.distillation.pairs import find_pairs
 from asdm_compress.evaluation.prompts import understands_scenes
 from asdm_compress.profiling.counting import count_macs
@@ -42,6 +43,7 @@ def training_section(
     tokens, size = int(pipeline.tokenizer.model_max_length), int(teacher.config["sample_size"])
     parameters = sum(p.numel() for p in student.parameters())
     memory = estimate_memory(student, teacher, parameters, training.batch, tokens)
+    memory = replace(memory, encoders=encoder_bytes(pipeline))
     ours, theirs = (count_macs(unet, 1, size, size, tokens)[""].total for unet in (student, teacher))
     expected = Expected(
         memory_bytes=memory.total,
