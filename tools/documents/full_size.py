@@ -32,8 +32,8 @@ def applied_setting() -> str:
     """What of the peak is not the student's, and of the time."""
     found = results("apply")
     return (
-        f"on {found['device']}: importing torch and diffusers takes {found['start_gb']:.2f} GB of the peak and "
-        f"{found['start_seconds']:.1f} s, which the table's seconds leave out"
+        f"on {found['device']}: starting, with everything that is imported, takes {found['start_gb']:.2f} GB of the "
+        f"peak and {found['start_seconds']:.1f} s, which the table's seconds leave out"
     )
 
 
