@@ -66,7 +66,13 @@ def test_named_models_without_weights_say_how_to_get_them(name, monkeypatch, tmp
         resolve(name, OPTIONS)
     assert caught.value.exit_code == ExitCode.ENVIRONMENT
     assert "--random-weights" in str(caught.value.hint)
+    assert f"./{name}" not in str(caught.value.hint)
     assert resolve(name, LoadOptions(random_weights=True)).kind == "random weights"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()  # which the name goes before
+    with pytest.raises(AsdmError) as caught:
+        resolve(name, OPTIONS)
+    assert f"write ./{name}" in str(caught.value.hint)
 
 
 def test_a_named_model_is_taken_from_the_local_hub_cache(monkeypatch, tmp_path):

@@ -22,7 +22,7 @@ from asdm_compress.inheritance.timeline import timeline_of
 from asdm_compress.profiling.counting import ModuleCounts, count
 from asdm_compress.sampling.images import decode, synchronise
 from asdm_compress.sampling.schedulers import evaluations
-from asdm_compress.sampling.settings import SamplingSettings, encode, initial_latents, latent_side, row_generators
+from asdm_compress.sampling.settings import SamplingSettings, encode, initial_latents, latent_side, step_generators
 
 Role = Literal["teacher", "model"]
 ROLES: Final[tuple[Role, Role]] = ("teacher", "model")
@@ -148,7 +148,7 @@ def loop_arguments(
         "guidance_scale": settings.guidance,
         "height": settings.image_size,
         "width": settings.image_size,
-        "generator": row_generators(len(texts), settings.seed),
+        "generator": step_generators(pipeline, len(texts), settings),
         "output_type": "latent",
     }
 

@@ -43,7 +43,8 @@ def compare_pairs(ours: Sequence[Image], theirs: Sequence[Image]) -> tuple[list[
 
     a, b = to_tensor(ours), to_tensor(theirs)
     psnr = peak_signal_noise_ratio(a, b, data_range=1.0, reduction="none", dim=(1, 2, 3))
-    ssim = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
+    # In double: where a picture is flat, the variances are differences of large numbers.
+    ssim = structural_similarity_index_measure(a.double(), b.double(), data_range=1.0, reduction="none")
     assert isinstance(ssim, Tensor)
     return psnr.clamp(max=100).reshape(-1).tolist(), ssim.reshape(-1).tolist()
 
@@ -68,7 +69,7 @@ def ms_ssim(ours: Sequence[Image], theirs: Sequence[Image]) -> list[float] | Non
         return None
     betas = tuple(weight / sum(_SCALES[:scales]) for weight in _SCALES[:scales])
     found = multiscale_structural_similarity_index_measure(
-        a, b, data_range=1.0, betas=betas, normalize="relu", reduction="none"
+        a.double(), b.double(), data_range=1.0, betas=betas, normalize="relu", reduction="none"
     )
     assert isinstance(found, Tensor)
     return found.reshape(-1).tolist()

@@ -84,9 +84,10 @@ def _resolve_name(name: str, options: LoadOptions) -> Source:
     try:
         folder = _cached(repository)
     except (LocalEntryNotFoundError, OSError) as error:
+        here = f"To open the folder {name} that is here, write ./{name}. " if Path(name).is_dir() else ""
         raise AsdmError(
             f"the weights of {name} are not on this machine",
-            f"Fetch them with `hf download {repository}`, give a folder or a file, "
+            f"{here}Fetch them with `hf download {repository}`, give a folder or a file, "
             "or use --random-weights for costs alone.",
             ExitCode.ENVIRONMENT,
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -19,7 +19,7 @@ from asdm_compress.sampling.settings import (
     check_text_to_image,
     encode,
     initial_latents,
-    row_generators,
+    step_generators,
 )
 
 
@@ -62,8 +62,7 @@ def sample(
             guidance_scale=settings.guidance,
             height=settings.image_size,
             width=settings.image_size,
-            # Samplers that add noise: each image draws its own, so that pairs stay matched.
-            generator=row_generators(len(rows), settings.seed + first),
+            generator=step_generators(pipeline, len(rows), replace(settings, seed=settings.seed + first)),
             output_type="latent",
         )
         latents.append(output.images)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.sampling.schedulers import evaluations
-from asdm_compress.sampling.settings import SamplingSettings, initial_latents, row_generators
+from asdm_compress.sampling.settings import SamplingSettings, initial_latents, step_generators
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,7 @@ class SamplingRun:
         self.timesteps: Tensor = self.scheduler.timesteps
         noise = initial_latents(pipeline, len(texts), settings).to(dtype)
         self.latents = noise * self.scheduler.init_noise_sigma
-        # Samplers that add noise draw it per image.
-        self.generators = row_generators(len(texts), settings.seed)
+        self.generators = step_generators(pipeline, len(texts), settings)
         self.takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         self.step = 0
 

@@ -60,12 +60,23 @@ def latent_side(pipeline: StableDiffusionPipeline, settings: SamplingSettings) -
 
 def initial_latents(pipeline: StableDiffusionPipeline, count: int, settings: SamplingSettings) -> Tensor:
     """Unit noise (count, C, H, W); image i has its own seed, so that it does not depend on the batch it is in."""
+    return _drawn(pipeline, count, settings)[0].to(pipeline.device, pipeline.unet.dtype)
+
+
+def step_generators(pipeline: StableDiffusionPipeline, count: int, settings: SamplingSettings) -> list[torch.Generator]:
+    """For samplers that add noise: one generator per image, so that pairs stay matched.
+
+    Each has drawn its initial latent already, as in diffusers' own calls: begun anew, it would give a sampler the very
+    noise that the run starts from for its first step.
+    """
+    return _drawn(pipeline, count, settings)[1]
+
+
+def _drawn(
+    pipeline: StableDiffusionPipeline, count: int, settings: SamplingSettings
+) -> tuple[Tensor, list[torch.Generator]]:
+    """Unit noise in fp32 and the generators behind it, on the CPU so that every device draws the same numbers."""
     size = latent_side(pipeline, settings)
     shape = (pipeline.unet.config["in_channels"], size, size)
-    rows = [torch.randn(shape, generator=generator) for generator in row_generators(count, settings.seed)]
-    return torch.stack(rows).to(pipeline.device, pipeline.unet.dtype)
-
-
-def row_generators(count: int, seed: int) -> list[torch.Generator]:
-    """One generator per image, on the CPU so that every device draws the same numbers."""
-    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+    generators = [torch.Generator().manual_seed(settings.seed + i) for i in range(count)]
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators]), generators

@@ -20,7 +20,7 @@ from asdm_compress.inheritance.corrections import Correction, CorrectionKey
 from asdm_compress.inheritance.schedule import Rule, Schedule
 from asdm_compress.inheritance.shapes import value_shapes
 from asdm_compress.profiling.latency import FEWEST_REPEATS, clock_for, time_side_by_side
-from asdm_compress.sampling.settings import SamplingSettings, initial_latents, row_generators
+from asdm_compress.sampling.settings import SamplingSettings, initial_latents, step_generators
 from asdm_compress.scheduling.menu import (
     EVERYTHING,
     WHOLE,
@@ -128,7 +128,7 @@ class Loop:
             guidance_scale=self.settings.guidance,
             height=size,
             width=size,
-            generator=row_generators(len(self.texts), self.settings.seed),
+            generator=step_generators(self.pipeline, len(self.texts), self.settings),
             output_type="latent",
             callback_on_step_end=on_step,
         ).images
