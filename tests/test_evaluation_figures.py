@@ -23,6 +23,7 @@ from asdm_compress.evaluation.distances import (
     InceptionScore,
     Kernel,
     Moments,
+    PairedKernel,
     estimates,
     frechet_distance,
     gaussian,
@@ -104,6 +105,23 @@ def test_kernel_distance_has_no_bias():
     found = np.array([kernel_distance(a, b) for a, b in pairs])
     assert abs(found.mean()) < 3 * found.std() / np.sqrt(len(found))
     assert min(Kernel(b, unbiased=False).value(a) for a, b in pairs) > 0
+
+
+def test_the_kernel_distance_of_pairs_has_no_bias_either():
+    """Of partners that are alike it is zero, where that of two sets is below it; what is apart it sees."""
+    rng = np.random.default_rng(6)
+    found, of_sets = [], []
+    for _ in range(200):
+        image = rng.normal(size=(12, 4))
+        partner = image + 0.1 * rng.normal(size=image.shape)
+        found.append(PairedKernel(partner).value(image))
+        of_sets.append(kernel_distance(image, partner))
+    assert abs(np.mean(found)) < 3 * np.std(found) / np.sqrt(len(found))
+    assert np.mean(of_sets) < -10 * np.std(of_sets) / np.sqrt(len(of_sets))
+    same = rng.normal(size=(20, 4))
+    assert PairedKernel(same).value(same) == pytest.approx(0, abs=1e-12)
+    apart = PairedKernel(same + 1)
+    assert apart.value(same) > 3 * apart.resampled(same).std() > 0
 
 
 def test_cmmd_is_its_definition(sets):

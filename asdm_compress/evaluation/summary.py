@@ -20,6 +20,7 @@ from asdm_compress.evaluation.distances import (
     InceptionScore,
     Kernel,
     Moments,
+    PairedKernel,
     SetDistance,
     estimate,
     estimates,
@@ -167,9 +168,9 @@ def distance_measures(
         )  # fmt: skip
         yield from _membership(found, key, some, extractor, reference_name)
     teacher = _array(found[f"teacher.{key}"])
-    for name, title, distance in (
-        ("frechet", "Fréchet distance", Frechet(Moments.of(teacher))),
-        ("kernel", "Kernel distance (unbiased)", Kernel(_some(teacher))),
+    for name, title, figure in (
+        ("frechet", "Fréchet distance", estimate(Frechet(Moments.of(teacher)), model)),
+        ("kernel", "Kernel distance (unbiased)", estimate(PairedKernel(teacher), model)),
     ):
         yield Measure(
             name=name,
@@ -179,7 +180,7 @@ def distance_measures(
             better="lower",
             extractor=extractor,
             reference="teacher",
-            model=estimate(distance, model),
+            model=figure,
             note="to the teacher's images of the same prompts and seeds",
         )
 
