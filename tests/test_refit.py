@@ -176,6 +176,19 @@ def test_the_built_student_is_the_one_that_was_measured(unet, calibration):
     assert len(refitted) > 5
 
 
+def test_a_narrowed_feed_forward_that_is_refitted_with_its_transformer_is_built_so(unet, calibration):
+    part = "transformer_blocks.0.ff"
+    plan = Plan({"down_blocks.0.attentions.0": "drop", f"up_blocks.3.attentions.1.{part}": "narrow0.5"})
+    weights = fit_plan(unet, plan, calibration, refit="full")
+    refitted = weights["up_blocks.3.attentions.1"][f"{part}.net.2.weight"]
+    assert not torch.equal(refitted, weights[f"up_blocks.3.attentions.1.{part}"]["net.2.weight"])
+    student = assemble(unet, plan, weights)
+    built = student.up_blocks[3].attentions[1].transformer_blocks[0].ff.net[2].weight
+    assert torch.equal(built, refitted)
+    measured = measure_plan(unet, plan, calibration, weights).total
+    assert compare_predictions(unet, student, calibration).total == pytest.approx(measured, rel=1e-4)
+
+
 def test_an_empty_plan_has_nothing_to_refit(unet, calibration):
     assert fit_plan(unet, Plan({}), calibration, refit="full") == {}
 

@@ -80,8 +80,11 @@ def assemble(unet: UNet2DConditionModel, plan: Plan, slot_weights: SlotWeights |
     if spec.slot_map:
         zero = edited_copy(unet, place(unet, plan).units)
         for key, (unit, name) in spec.slot_map.items():
-            source = given[unit] if unit in given else zero.get_submodule(weights_path(zero, unit)).state_dict()
-            state[key] = source[name].detach().to(unet.device, unet.dtype, copy=True)
+            # A narrowed feed-forward may have been solved anew with its transformer, under whose path that is then.
+            source = refitted.get(f"{unit}.{name}")
+            if source is None:
+                source = zero.get_submodule(weights_path(zero, unit)).state_dict()[name]
+            state[key] = source.detach().to(unet.device, unet.dtype, copy=True)
     student.load_state_dict(state, strict=True, assign=True)
     return student.eval().requires_grad_(False)
 

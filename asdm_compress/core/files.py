@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -44,6 +44,13 @@ def check_output(out: Path, overwrite: bool, source: Path | None = None) -> None
     parent = next(p for p in place.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise AsdmError(f"{out} cannot be written: {parent} is no folder that can be written", OUT_HINT)
+
+
+def check_apart(out: Path, overwrite: bool, models: Iterable[str]) -> None:
+    """As `check_output`, of every model that a user has named and that is a file or folder here."""
+    for name in models:
+        path = Path(name).expanduser()
+        check_output(out, overwrite, path if path.exists() else None)
 
 
 def check_space(out: Path, needed: int) -> None:

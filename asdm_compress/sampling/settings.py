@@ -42,6 +42,14 @@ def check_text_to_image(pipeline: StableDiffusionPipeline) -> None:
         )
 
 
+def check_size(pipeline: StableDiffusionPipeline, settings: SamplingSettings) -> None:
+    """Raise AsdmError for an image size that the pipeline's VAE and UNet do not divide."""
+    step = 2 ** (len(pipeline.unet.down_blocks) - 1) * pipeline.vae_scale_factor
+    size = settings.image_size
+    if size is not None and (size <= 0 or size % step):
+        raise AsdmError(f"the image size {size} is no multiple of {step}", f"For example {4 * step}.")
+
+
 def encode(pipeline: StableDiffusionPipeline, prompts: Sequence[str], guidance: float) -> Tensor:
     """Text embeddings (N, branches, tokens, width), the empty prompt first where there is guidance."""
     guided = guidance > 1

@@ -103,8 +103,7 @@ def run_calibrate_members(
     if settings.goal.limit is None:
         raise AsdmError("members are calibrated for a time", "Use --budget latency=0.6x.")
     pipeline, members = open_members(models, options, progress, settings.scheduler)
-    for model in models:
-        check_output(out, overwrite, Path(model) if Path(model).exists() else None)
+    check_apart(out, overwrite, models)
     found = calibrate_members(pipeline, members, settings, progress)
     pipeline.unet = found.switched
     with progress.stage("Writing"), output_folder(out, overwrite) as aside:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from asdm_compress.core.errors import AsdmError
-from asdm_compress.core.files import check_output, output_folder
+from asdm_compress.core.files import check_apart, check_output, output_folder
 from asdm_compress.evaluation.fidelity import Fidelity, compare
 from asdm_compress.inheritance.attach import inheriting
 from asdm_compress.inheritance.remapping import CarriedOver
@@ -22,7 +22,7 @@ from asdm_compress.reporting.grid import labelled_grid
 from asdm_compress.sampling.images import Samples, sample
 from asdm_compress.sampling.own_steps import own_steps
 from asdm_compress.sampling.schedulers import make_scheduler
-from asdm_compress.sampling.settings import SamplingSettings
+from asdm_compress.sampling.settings import SamplingSettings, check_size
 from asdm_compress.workflows.progress import Progress
 
 CALIBRATED: Final = "calibrated"
@@ -83,9 +83,10 @@ def run_generate(
     overwrite: bool = False,
 ) -> GenerateResult:
     """Sample and write; raises AsdmError for models, schedulers or sizes that cannot be used."""
-    check_output(out, overwrite)
-    prompts = [prompt for prompt in settings.prompts for _ in range(settings.images_per_prompt)]
     names = [model] if settings.compare is None else [settings.compare, model]
+    check_output(out, overwrite)
+    check_apart(out, overwrite, names)
+    prompts = [prompt for prompt in settings.prompts for _ in range(settings.images_per_prompt)]
     runs: list[Samples] = []
     for number, name in enumerate(names):
         with progress.stage(f"Opening {name}"):
@@ -98,7 +99,7 @@ def run_generate(
             progress.note(f"{name} is made for {sampling.steps} steps")
         for note in source.notes:
             progress.note(note)
-        _check_size(settings.sampling, 2 ** (len(pipeline.unet.down_blocks) - 1) * pipeline.vae_scale_factor)
+        check_size(pipeline, settings.sampling)
         with progress.bar(f"Sampling {name}") as bar:
             # The teacher that is compared with computes everything.
             rule = rule_for(settings.inherit, source) if number == len(names) - 1 else None
@@ -147,11 +148,6 @@ def noting(progress: Progress) -> Iterator[None]:
             progress.note(str(one.message))
         else:
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-
-
-def _check_size(sampling: SamplingSettings, step: int) -> None:
-    if sampling.image_size is not None and sampling.image_size % step:
-        raise AsdmError(f"the image size {sampling.image_size} is no multiple of {step}", f"For example {4 * step}.")
 
 
 def _slug(text: str) -> str:

@@ -60,8 +60,7 @@ def run_optimize(
     if settings.goal.limit is None:
         raise AsdmError("optimize takes a budget of time", "Use --budget latency=0.33x.")
     pipeline, members = open_models(models, options, progress, settings.scheduler)
-    for model in models:
-        check_output(out, overwrite, Path(model) if Path(model).exists() else None)
+    check_apart(out, overwrite, models)
     check_text_to_image(pipeline)
     search = Search(pipeline, members, settings, progress)
     share = settings.goal.limit.absolute(search.whole) / search.whole

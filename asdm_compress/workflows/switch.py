@@ -82,8 +82,7 @@ def run_switch(
     """
     check_output(out, overwrite)
     pipeline, members = open_members(models, options, progress, settings.scheduler)
-    for model in models:
-        check_output(out, overwrite, Path(model) if Path(model).exists() else None)
+    check_apart(out, overwrite, models)
     with progress.stage("Sharing what the members have in common"):
         schedule = schedule_of(pipeline, members, settings)
         switched = SwitchedUNet2DConditionModel.of(members, schedule)
