@@ -162,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._found(name)
         if repository is None:
             return
-        files, large = {}, set()
+        files, large, gone = {}, set(), set()
         for entry in map(json.loads, body.splitlines()):
             key, value = entry["key"], entry["value"]
             if key == "file":
@@ -170,10 +170,12 @@ class _Handler(BaseHTTPRequestHandler):
             elif key == "lfsFile" and value["oid"] in self.hub.objects:
                 files[value["path"]] = self.hub.objects[value["oid"]]
                 large.add(value["path"])
+            elif key == "deletedFile" and value["path"] in repository.files:
+                gone.add(value["path"])
             elif key != "header":
                 self._send(400, {"error": f"{value} cannot be committed"})
                 return
-        repository.files |= files
+        repository.files = {path: held for path, held in repository.files.items() if path not in gone} | files
         repository.large |= large
         repository.commits.append(hashlib.sha1(body).hexdigest())
         url = f"{self.hub.address}/{name}/commit/{repository.sha}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from dataclasses import replace
@@ -271,10 +272,24 @@ def test_samplers_without_noise_levels_are_forecast_over_the_index_alone():
 
 def test_ddim_steps_from_one_of_its_timesteps_to_the_next(pipeline):
     assert pipeline.scheduler.config.timestep_spacing == "linspace"
-    scheduler = make_scheduler("ddim", pipeline)
-    scheduler.set_timesteps(5)
-    assert (-scheduler.timesteps.diff()).tolist() == [1000 // 5] * 4
-    assert scheduler.timesteps[0] == 999
+    for name in ("ddim", "pndm"):
+        scheduler = make_scheduler(name, pipeline)
+        scheduler.set_timesteps(5)
+        steps = scheduler.timesteps.unique()  # PNDM takes one of them twice
+        assert steps.diff().tolist() == [1000 // 5] * 4
+        assert scheduler.timesteps[0] == 999
+
+
+def test_a_named_scheduler_has_nothing_of_the_pipelines_own_kind(pipeline):
+    own = pipeline.scheduler
+    try:
+        pipeline.scheduler = type(own).from_config(own.config, use_karras_sigmas=True, algorithm_type="sde-dpmsolver++")
+        for name in ("dpm++", "unipc", "euler", "heun", "lms"):
+            assert not make_scheduler(name, pipeline).config.use_karras_sigmas
+        assert make_scheduler("dpm++", pipeline).config.algorithm_type == "dpmsolver++"
+        assert make_scheduler("dpm++-karras", pipeline).config.use_karras_sigmas
+    finally:
+        pipeline.scheduler = own
 
 
 def test_the_verdict_is_that_of_test_prompts():
@@ -415,9 +430,22 @@ def test_what_was_tried_is_known_to_the_next_run_but_for_a_line_that_a_kill_cut_
     settings = SamplingSettings(2, 1.0, 5)
     way = Way("held", 2, 0.0, Schedule((FULL, cut(0))))
     found = Judge(pipeline, ["a cross"], settings, tmp_path).score(way)
-    lines = (tmp_path / "scores.jsonl").read_text(encoding="utf-8")
+    [kept] = tmp_path.glob("scores-*.jsonl")
+    lines = kept.read_text(encoding="utf-8")
     assert json.loads(lines)["psnr"] == list(found.psnr)
-    (tmp_path / "scores.jsonl").write_text(lines.replace("held", "kept") + lines[:20], encoding="utf-8")
+    kept.write_text(lines.replace("held", "kept") + lines[:20], encoding="utf-8")
+    before = kept.read_text(encoding="utf-8")
     again = Judge(pipeline, ["a cross"], settings, tmp_path)
     assert again.score(way) == found
-    assert len((tmp_path / "scores.jsonl").read_text(encoding="utf-8").splitlines()) == 2  # nothing was added
+    assert kept.read_text(encoding="utf-8") == before  # nothing was added
+    # Of another way a line of its own, behind the broken one; and through another VAE pictures are others.
+    other = Way("full", 2, 0.0)
+    assert again.score(other) != found
+    assert Judge(pipeline, ["a cross"], settings, tmp_path).score(other) == again.score(other)
+    vae = pipeline.vae
+    try:
+        pipeline.vae = copy.deepcopy(vae)
+        pipeline.vae.decoder.conv_out.bias.data += 0.2
+        assert Judge(pipeline, ["a cross"], settings, tmp_path).score(way) != found
+    finally:
+        pipeline.vae = vae

@@ -127,6 +127,13 @@ def test_what_the_assembly_measured_lies_beside_the_student(assembled):
             assert image.size == (128, 128)
 
 
+def test_the_frontier_of_a_student_refuses_what_would_do_nothing(assembled, cli_in):
+    folder, _, _ = assembled
+    result = cli_in(folder, "frontier", "out", "--slot", "none")
+    assert result.returncode == 2
+    assert "--slot does nothing here" in result.stderr
+
+
 def test_every_plan_of_the_frontier_keeps_its_budget(assembled):
     folder, _, _ = assembled
     found = load_frontier(folder / "out" / "frontier.json")

@@ -306,6 +306,14 @@ def test_captions_come_as_data_sets_publish_them(tmp_path):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
         assert read_captions(tmp_path / name) == ["a dog", "A cat"], name
+    (tmp_path / "lines.csv").write_text('caption\n"a dog\nruns"\nA cat\n')
+    assert read_captions(tmp_path / "lines.csv") == ["a dog runs", "A cat"]
+    records = {"image.json": [{"image": "a.jpg"}] * 2, "lists.json": [{"caption": ["a dog", "a hound"]}] * 2,
+               "none.json": [{"caption": None}] * 2, "strings.json": {"annotations": ["a", "b"]}}  # fmt: skip
+    for name, content in records.items():
+        (tmp_path / name).write_text(json.dumps(content))
+        with pytest.raises(AsdmError, match="damaged or of another kind"):
+            read_captions(tmp_path / name)
     for name, text in {"x.json": "{}", "y.csv": "a,b\n1,2\n", "z.json": "[1, 2]", "one.tsv": "text\nalone\n"}.items():
         (tmp_path / name).write_text(text)
         with pytest.raises(AsdmError):

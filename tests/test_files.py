@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from asdm_compress.core.errors import AsdmError, ExitCode
-from asdm_compress.core.files import check_output, check_space, output_file, output_folder
+from asdm_compress.core.files import check_apart, check_output, check_space, output_file, output_folder
 
 
 def test_a_folder_appears_only_when_it_is_whole(tmp_path):
@@ -67,6 +67,16 @@ def test_an_existing_folder_is_refused_or_replaced(tmp_path):
     with output_folder(out, overwrite=True) as aside:
         (aside / "new.txt").write_text("new")
     assert [p.name for p in out.iterdir()] == ["new.txt"]
+
+
+def test_what_is_made_does_not_replace_a_model_that_it_is_made_from(tmp_path, monkeypatch):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (str(tmp_path / "models" / "mine"), "~/models/mine"):
+        for out in ("models/mine", "models"):
+            with pytest.raises(AsdmError, match="holds the model itself"):
+                check_apart(tmp_path / out, True, ["mini-sd", name])
+        check_apart(tmp_path / "other", True, ["mini-sd", name])
 
 
 def test_too_little_space_is_seen_before_any_work(tmp_path):

@@ -199,6 +199,25 @@ def test_a_unet_whose_forward_somebody_else_has_replaced_is_refused(make):
     disable(pipe)
 
 
+def test_a_rule_is_there_again_behind_another_one_and_behind_one_that_fails(make):
+    pipe = make()
+    enable(pipe, RULE)
+    wanted = latents(pipe)
+    with inheriting(pipe, "uniform:1"):
+        assert not torch.equal(latents(pipe), wanted)
+    assert torch.equal(latents(pipe), wanted)
+    with pytest.raises(AsdmError):
+        enable(pipe, Schedule((FULL, cut(40))))
+    with pytest.raises(AsdmError):
+        enable(pipe, "nonsense:3")
+    assert torch.equal(latents(pipe), wanted)
+    # One that somebody makes of this one's class and parts is a pipeline like any other.
+    twin = type(pipe)(**pipe.components, requires_safety_checker=False)
+    twin.set_progress_bar_config(disable=True)
+    disable(pipe)
+    assert torch.equal(latents(twin), latents(pipe))
+
+
 def test_a_failed_enabling_leaves_nothing(make):
     pipe = make()
     with pytest.raises(AsdmError):

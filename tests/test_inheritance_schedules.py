@@ -91,7 +91,8 @@ def test_a_mode_can_leave_out_the_unconditional_branch():
 @pytest.mark.parametrize(
     "text",
     ["every:3", "uniform", "uniform:0", "uniform:x", "uniform:3,p=2", "power:3,p=0", "gaussian:3,mu=9", "uniform:3,a",
-     "explicit:1/-2", "uniform:3,forecast=cubic"],
+     "explicit:1/-2", "uniform:3,forecast=cubic", "uniform:3,branch=nan", "uniform:3,branch=1.7",
+     "uniform:3,guidance=inf", "power:3,p=nan", "explicit:0/3.9", "uniform:inf"],
 )  # fmt: skip
 def test_what_is_no_mode_is_refused(text):
     with pytest.raises(AsdmError):

@@ -125,8 +125,8 @@ def test_of_a_repository_only_one_set_of_weights_is_fetched():
     others = ["README.md", "v1-5-pruned.safetensors", "v1-5-pruned.ckpt", "v1-inference.yaml", "old/unet/config.json",
               "old/unet/diffusion_pytorch_model.safetensors", "text_encoder/flax_model.msgpack"]  # fmt: skip
     chosen = [f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")]
-    assert wanted_files([*everything, *configs, *others]) == sorted(
-        [*configs, *chosen, "text_encoder/model.safetensors"]
+    assert wanted_files([*everything, *configs, *others, "recipe.yaml"]) == sorted(
+        [*configs, *chosen, "text_encoder/model.safetensors", "recipe.yaml"]  # which a training asks for
     )
     # Half precision where there is no other, pickles where there is nothing else, shards all of them.
     assert wanted_files(["unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin"]) == [

@@ -60,11 +60,15 @@ def test_a_student_goes_to_the_hub_and_comes_back(hub: Hub, cli, elsewhere, tmp_
     assert {path for path in here if here[path] != repository.files[path]} == {"model_index.json"}
     assert here.keys() == repository.files.keys()
     assert "unet/diffusion_pytorch_model.safetensors" in repository.large
-    # A second time it is there already.
+    # A second time it is there already, and shards of another student, which would be opened before this one.
+    shard = "unet/diffusion_pytorch_model-00001-of-00002.safetensors"
+    stale = {shard, "unet/diffusion_pytorch_model.safetensors.index.json"}
+    repository.files |= dict.fromkeys([*stale, "images/kept.png"], b"old")
     again = cli(*APPLY, "--overwrite")
     assert again.returncode == 0, again.stderr
     assert hub.asked.count("POST /api/repos/create") == 1
     assert len(repository.commits) == 2
+    assert repository.files.keys() == {*here, "images/kept.png"}
 
     unet = load_unet(str(folder), LoadOptions())
     with torch.no_grad():

@@ -318,6 +318,9 @@ def test_the_commands_take_files_from_end_to_end(cli, made, recipe, tmp_path):
     applied = cli("apply", str(recipe), str(made / "sd15.safetensors"), "--out", "student")
     assert applied.returncode == 0, applied.stderr
     assert "sd15.safetensors is a checkpoint of Stable Diffusion 1.x: 4 levels with 2-2-2-2 layers" in applied.stderr
+    # Without a precision that is asked for, transformers takes the config's: it must be that of the other parts.
+    assert json.loads((tmp_path / "student" / "text_encoder" / "config.json").read_text())["dtype"] == "float32"
+    assert load_recipe(tmp_path / "student" / "recipe.yaml").base.model == "sd15.safetensors"
     student = StableDiffusionPipeline.from_pretrained(tmp_path / "student", dtype=torch.float16)
     whole = load_pipeline(str(made / "sd15"), OWN)
     assert same_weights(student.vae, whole.vae)

@@ -63,6 +63,15 @@ def test_the_teacher_is_neither_touched_nor_shared(unet, inputs):
     assert torch.equal(predict(unet, inputs), before)
 
 
+def test_what_else_a_config_says_is_left_out(unet):
+    """Training scripts write how they have averaged into the config of what they save."""
+    odd = UNet2DConditionModel.from_config({**unet.config, "decay": 0.9999, "power": 0.75})
+    assert odd.config["decay"] == 0.9999
+    student = assemble(odd, Plan({"mid_block": "drop"}))
+    assert "decay" not in student.config
+    assert student.mid_block is None
+
+
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_the_student_of_any_plan_is_the_edited_teacher(unet, mini_profile, inputs, data):

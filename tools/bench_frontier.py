@@ -33,6 +33,7 @@ from asdm_compress.evaluation.distances import frechet_distance
 from asdm_compress.evaluation.fidelity import compare_pairs, to_tensor
 from asdm_compress.evaluation.quality import scene_features
 from asdm_compress.inheritance.modes import parse_mode
+from asdm_compress.inheritance.places import find_places
 from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.profiling.latency import median_ratio
@@ -79,9 +80,10 @@ def full_model(search: Search, steps: Sequence[int]) -> Iterator[tuple[str, Way]
 def rivals(search: Search, share: float, arguments: argparse.Namespace) -> Iterator[tuple[str, Way]]:
     """DeepCache's schedules (2312.00858) at every branch, guidance reuse alone, and T-Stitch's order (2402.14167)."""
     steps, budget = arguments.steps, share * search.whole - search.outside
+    cuts = range(sum(place.level == "cut" for place in find_places(search.pipeline.unet).values()))
     for solver in arguments.solvers:
         for interval in range(2, 9):
-            for branch in (0, 1, 2):
+            for branch in cuts:
                 rule = f"uniform:{interval},branch={branch},forecast=hold"
                 yield "DeepCache", Way(f"{rule}, {solver}", steps, 0.0, parse_mode(rule), solver)
         for every in (2, 3, 5):

@@ -110,7 +110,7 @@ def has(package: str) -> bool:
 
 
 def deepcache(intervals: Sequence[int], branches: Sequence[int]) -> Iterator[Setting]:
-    """DeepCache at every interval and branch; its one way of skipping is uniform."""
+    """DeepCache at each of these intervals and branches; its one way of skipping is uniform."""
 
     def install(pipeline: StableDiffusionPipeline, interval: int, branch: int) -> Around:
         import DeepCache

@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from asdm_compress.assembly.plan import PlacedEdits
 from asdm_compress.core.edits import DROP, Edit
+from asdm_compress.models import signatures
 from asdm_compress.models.sites import modules_of
 
 # Config entries that may hold one value per level.
@@ -48,7 +49,7 @@ class StockParts:
 
 def own_config(unet: UNet2DConditionModel) -> dict[str, Any]:
     """A UNet's config as the base class takes it."""
-    return {key: value for key, value in unet.config.items() if not key.startswith("_") and key != "edits"}
+    return signatures.own_config(unet, UNet2DConditionModel)
 
 
 def fold_into_config(unet: UNet2DConditionModel, placed: PlacedEdits, folds_layers: bool = True) -> StockParts:

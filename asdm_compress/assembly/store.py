@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
+from torch import nn
 
 from asdm_compress.assembly.calibration import THOROUGH, Calibration, Effort
 from asdm_compress.assembly.damage import CHUNK
@@ -23,10 +24,11 @@ from asdm_compress.sampling.settings import SamplingSettings
 STORE_VERSION = 12
 
 
-def weights_hash(unet: UNet2DConditionModel) -> str:
-    """A hash of every weight's name, shape, type and bytes."""
+def weights_hash(module: nn.Module, in_fp32: bool = False) -> str:
+    """A hash of every weight's name, shape, type and bytes; `in_fp32` that of the same weights opened in fp32."""
     digest = hashlib.sha256()
-    for name, tensor in unet.state_dict().items():
+    for name, weight in module.state_dict().items():
+        tensor = weight.float() if in_fp32 and weight.is_floating_point() else weight
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

@@ -15,6 +15,7 @@ from asdm_compress.core.units import parse_budget
 
 
 def calibrate(
+    context: typer.Context,
     model: o.Model = "mini-sd",
     budget: Annotated[
         list[str] | None, typer.Option("--budget", "-b", help="latency=0.5x or latency=2.5s, of a whole run.")
@@ -91,6 +92,8 @@ def calibrate(
         o.command_line(),
     )
     if members is not None:
+        why, hint = "does nothing with --members", "Leave it out, or calibrate inheritance without --members."
+        o.refuse_given(context, ("corrections", "curve"), why, hint)
         from asdm_compress.reporting.switching import entrants_table
         from asdm_compress.workflows.calibrate_members import run_calibrate_members
 

@@ -14,10 +14,14 @@ from asdm_compress.core.edits import parse_shares
 from asdm_compress.core.files import check_output
 from asdm_compress.core.units import parse_budget
 
+# What is asked of a folder that `assemble` wrote.
+_OF_A_FOLDER = {"model", "resource", "budgets", "also", "pairs", "patience", "images", "out", "overwrite", "threads",
+                "quiet", "as_json"}  # fmt: skip
 _SHARES = ",".join(map(str, NARROW_SHARES))
 
 
 def frontier(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -88,6 +92,9 @@ def frontier(
     question = ask(resource, budgets, limits, pairs, patience)
     wanted = Wanted(question, o.command_line(), images)
     if is_assembly(model):
+        why = "does nothing here: everything about this student is measured"
+        hint = "Give the model that it was made of, or leave the option out."
+        o.refuse_given(context, sorted(set(context.params) - _OF_A_FOLDER), why, hint)
         place = Path(model) if out is None else out
         found = of_folder(Path(model), place, wanted, output)
     else:

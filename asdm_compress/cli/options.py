@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,13 +38,21 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 switches guidance off.")]
-Seed = Annotated[int, typer.Option(help="Seed of the first image.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the first image.")]
 Scheduler = Annotated[
     str | None,
     typer.Option(help="ddim, dpm++, dpm++-karras, euler, euler-a, lms, unipc, …; by default the model's own."),
 ]
 ImageSize = Annotated[int | None, typer.Option(min=8, max=16_384, help="Pixels per side, by default the model's own.")]
 Prompts = Annotated[Path | None, typer.Option(help="UTF-8 file with one prompt per line.")]
+
+
+def refuse_given(context: typer.Context, names: Iterable[str], why: str, hint: str) -> None:
+    """Raise AsdmError where one of these options is on the command line, which would do nothing there."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise AsdmError(f"--{name.replace('_', '-')} {why}", hint)
 
 
 def command_line() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,11 +29,11 @@ def read_captions(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         found = _of_json(json.loads(text)) if path.suffix == ".json" else _of_table(text, path)
+        captions = [" ".join(caption.split()) for caption in found]
     except OSError as error:
         raise AsdmError(f"the captions file {path} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, TypeError, KeyError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, TypeError, KeyError, AttributeError) as error:
         raise AsdmError(f"the captions file {path} is damaged or of another kind: {error}", _HINT) from error
-    captions = [" ".join(caption.split()) for caption in found]
     captions = [caption for caption in captions if caption]
     if len(captions) < 2:
         raise AsdmError(f"the captions file {path} has {len(captions)} captions", "Give at least two.")
@@ -47,11 +48,18 @@ def _of_json(content: Any) -> list[str]:
             first.setdefault(one["image_id"], one["caption"])
         order = [image["id"] for image in content.get("images", [])] or list(first)
         return [first[image] for image in order if image in first]
-    return [one if isinstance(one, str) else next(one[c] for c in _COLUMNS if c in one) for one in content]
+    return [one if isinstance(one, str) else one[_column_of(one)] for one in content]
+
+
+def _column_of(record: Any) -> str:
+    for name in _COLUMNS:
+        if name in record:
+            return name
+    raise KeyError(f"a record without {' or '.join(_COLUMNS)}")
 
 
 def _of_table(text: str, path: Path) -> list[str]:
-    rows = list(csv.reader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
+    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ","))
     if not rows:
         return []
     names = [name.strip().lower() for name in rows[0]]

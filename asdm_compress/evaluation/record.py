@@ -16,6 +16,10 @@ from asdm_compress.core.checked_json import read_record
 
 SCHEMA_VERSION: Final = 1
 FILE_NAME: Final = "eval.json"
+# Sets of prompts that no search has seen.
+WORLD_PROMPTS: Final = "the bundled world's captions"
+GENERAL_PROMPTS: Final = "general prompts"
+BUILT_IN: Final = (WORLD_PROMPTS, GENERAL_PROMPTS)
 
 Group = Literal["pairs", "content", "distances", "speed", "memory", "size"]
 Change = Literal["difference", "ratio"]

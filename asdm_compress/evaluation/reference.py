@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ def read_moments(path: Path) -> tuple[Moments, Reference]:
     try:
         with np.load(path, allow_pickle=False) as content:
             mean, covariance = content["mu"].astype(float), content["sigma"].astype(float)
-    except (OSError, KeyError, ValueError, EOFError) as error:
+    except (OSError, KeyError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise AsdmError(f"{path} holds no statistics: {error}", "Give an .npz with mu and sigma.") from error
     if mean.shape != (FEATURES,) or covariance.shape != (FEATURES, FEATURES):
         raise AsdmError(f"{path} holds statistics of {mean.shape}, not of {FEATURES} features", "Give Inception's.")

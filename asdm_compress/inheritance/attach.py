@@ -37,33 +37,51 @@ def enable(
     those of `torch.compile` for them. Raises AsdmError for a pipeline whose UNet is not of the Stable Diffusion kind,
     and for a rule that cannot be read or does not fit it.
     """
-    disable(pipeline)
-    attachment = Attachment(pipeline, read_rule(rule), compile_options)
-    attachment.install(pipeline)
-    setattr(pipeline, _ATTACHED, attachment)
-    pipeline.__class__ = _inheriting(type(pipeline))
+    followed = read_rule(rule)
+    before = _detach(pipeline)
+    try:
+        attachment = Attachment(pipeline, followed, compile_options)
+    except BaseException:
+        _attach(pipeline, before)
+        raise
+    _attach(pipeline, attachment)
 
 
 def disable(pipeline: DiffusionPipeline) -> None:
     """Undo `enable`; a pipeline that is not enabled stays as it is."""
+    _detach(pipeline)
+
+
+def _detach(pipeline: DiffusionPipeline) -> Attachment | None:
+    """What the pipeline carried, if it was enabled."""
     attachment: Attachment | None = pipeline.__dict__.get(_ATTACHED)
-    if attachment is None:
-        return
-    pipeline.__class__ = type(pipeline).__mro__[1]
-    delattr(pipeline, _ATTACHED)
-    attachment.uninstall(pipeline)
+    if attachment is not None:
+        pipeline.__class__ = type(pipeline).__mro__[1]
+        delattr(pipeline, _ATTACHED)
+        attachment.uninstall(pipeline)
+    return attachment
+
+
+def _attach(pipeline: DiffusionPipeline, attachment: Attachment | None) -> None:
+    if attachment is not None:
+        attachment.install(pipeline)
+        setattr(pipeline, _ATTACHED, attachment)
+        pipeline.__class__ = _inheriting(type(pipeline))
 
 
 @contextmanager
 def inheriting(
     pipeline: DiffusionPipeline, rule: Rule | str | Path, compile_options: Mapping[str, Any] | None = None
 ) -> Iterator[None]:
-    """Within the context the pipeline inherits features by a rule; see `enable`."""
+    """Within the context the pipeline inherits features by a rule, and behind it by that of before, if any; see
+    `enable`."""
+    before: Attachment | None = pipeline.__dict__.get(_ATTACHED)
     enable(pipeline, rule, compile_options)
     try:
         yield
     finally:
         disable(pipeline)
+        _attach(pipeline, before)
 
 
 def _inheriting(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
@@ -71,7 +89,9 @@ def _inheriting(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
 
     @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        attachment: Attachment = getattr(self, _ATTACHED)
+        attachment: Attachment | None = self.__dict__.get(_ATTACHED)
+        if attachment is None:  # a pipeline that somebody has made anew of this one's class and components
+            return base.__call__(self, *args, **kwargs)
         attachment.follow(self)
         run = OpenRun(self, attachment)
         try:

@@ -112,14 +112,14 @@ def parse_mode(text: str) -> Mode:
         values[key] = value
     if name in _MODES and first is None:
         raise AsdmError(f"{text!r} says not how often to compute", f"Modes are written like {MODE_GRAMMAR}.")
-    light = cut(int(_number(values.pop("branch", "0"), text)), parse_forecast(values.pop("forecast", LINEAR.name)))
-    guidance = int(_number(values.pop("guidance", "1"), text))
+    light = cut(_whole(values.pop("branch", "0"), text), parse_forecast(values.pop("forecast", LINEAR.name)))
+    guidance = _whole(values.pop("guidance", "1"), text)
     guidance_forecast = parse_forecast(values.pop("guidance-forecast", LINEAR.name))
     settings = {key: _number(value, text) for key, value in values.items()}
     steps: tuple[int, ...] = ()
     interval = 1.0
     if name == "explicit":
-        steps = tuple(int(_number(word, text)) for word in (first or "").split("/"))
+        steps = tuple(_whole(word, text) for word in (first or "").split("/"))
     elif name in _MODES:
         interval = _number(first or "", text)
     return Mode(name, interval, settings, steps, light, guidance, guidance_forecast)
@@ -127,9 +127,19 @@ def parse_mode(text: str) -> Mode:
 
 def _number(word: str, text: str) -> float:
     try:
-        return float(word)
-    except ValueError as error:
-        raise AsdmError(f"{word!r} in {text!r} is no number", f"Modes are written like {MODE_GRAMMAR}.") from error
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise AsdmError(f"{word!r} in {text!r} is no number", f"Modes are written like {MODE_GRAMMAR}.")
+    return number
+
+
+def _whole(word: str, text: str) -> int:
+    number = _number(word, text)
+    if number != int(number):
+        raise AsdmError(f"{word!r} in {text!r} is no whole number", f"Modes are written like {MODE_GRAMMAR}.")
+    return int(number)
 
 
 def _power(shares: Shares, mode: Mode) -> Shares:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from asdm_compress.core.edits import ConvSpec, conv_spec
@@ -13,6 +14,7 @@ from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.assembled_unet import AssembledUNet2DConditionModel
 from asdm_compress.models.edits import slot_of
 from asdm_compress.models.expert_conv import TRAIN_TIMESTEPS, Moment, MultiExpertConv2d
+from asdm_compress.models.signatures import own_config
 
 
 @torch.no_grad()
@@ -39,7 +41,7 @@ def collapse_experts(
                       temperature=1.0)
         for path, spec in routed.items()
     }  # fmt: skip
-    config = {k: v for k, v in student.config.items() if not k.startswith("_") and k != "edits"}
+    config = own_config(student, UNet2DConditionModel)
     names = {**edits, **{path: spec.name for path, spec in new.items()}}
     with torch.device("meta"):
         twin: AssembledUNet2DConditionModel = AssembledUNet2DConditionModel(**config, edits=names)

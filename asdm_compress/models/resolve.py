@@ -24,6 +24,7 @@ from asdm_compress.models.stale import true_config
 
 FILE_SUFFIXES: Final = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _ENTRIES: Final = ("model_index.json", "config.json")
+_OWN: Final = ("recipe.yaml", "inheritance.yaml", "switching.yaml")  # a student's
 _HUB_ID: Final = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -63,12 +64,13 @@ def _find(reference: str, options: LoadOptions) -> Source:
 
 
 def wanted_files(names: Sequence[str]) -> list[str]:
-    """Of a repository's files, those of one diffusers pipeline or UNet: configs, vocabularies, one set of weights each.
+    """Of a repository's files, those of one diffusers pipeline or UNet: configs, words, recipes, and weights once.
 
     In every folder safetensors go before pickles, and weights without a variant before those with one. Single-file
     checkpoints and other programs' weights at the top of a repository are left alone.
     """
     wanted = [name for name in names if name.endswith((".json", ".txt", ".model")) and name.count("/") <= 1]
+    wanted += [name for name in names if name in _OWN]
     folders: dict[str, list[str]] = {}
     for name in names:
         folder, slash, file = name.rpartition("/")

@@ -49,7 +49,7 @@ def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path, layout: FileL
     """
     with quiet_libraries():
         pipeline.save_pretrained(folder, variant=layout.variant, max_shard_size=layout.shard_bytes)
-    _open_in_fp32(folder)
+    open_in_fp32(folder)
 
 
 def link_equal_files(copy: Path, original: Path) -> None:
@@ -110,7 +110,7 @@ def copy_rest(
     library = "diffusers" if type(unet) is UNet2DConditionModel else type(unet).__module__
     index["unet"] = [library, type(unet).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    _open_in_fp32(folder)
+    open_in_fp32(folder)
 
 
 def _index(folder: Path) -> dict[str, Any]:
@@ -164,7 +164,8 @@ def _converted(reader: TensorReader, dtype: torch.dtype) -> list[Entry]:
     return entries
 
 
-def _open_in_fp32(folder: Path) -> None:
+def open_in_fp32(folder: Path) -> None:
+    """Make the text encoder's config of a pipeline folder say fp32; see `save_pipeline`."""
     path = folder / "text_encoder" / "config.json"
     if path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -32,6 +32,7 @@ from asdm_compress.models.layout import Layout, Shapes, config_of, known_text_wi
 from asdm_compress.models.ldm import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
 from asdm_compress.models.prediction import Prediction, find_prediction
 from asdm_compress.models.recognise import ONLY, check_numbers, foreign_kind, what_is
+from asdm_compress.models.saving import open_in_fp32
 from asdm_compress.models.source import LoadOptions, Part, Source
 from asdm_compress.models.streaming import TensorReader, reading
 
@@ -183,6 +184,7 @@ def write_rest(source: Source, folder: Path, unet: nn.Module, options: LoadOptio
         pipeline.save_config(folder)
         for name in ("vae", "text_encoder", "tokenizer", "scheduler"):
             getattr(pipeline, name).save_pretrained(folder / name)
+    open_in_fp32(folder)
 
 
 def _layout_of(path: Path, unet: Shapes, shapes: Shapes) -> Layout:

@@ -79,6 +79,7 @@ class Report:
     sections: tuple[Section, ...]
     missing: tuple[Missing, ...]
     pairs: tuple[ImagePair, ...]
+    pairs_unseen: bool  # by the search: of captions that a user has given to `evaluate` nobody knows
     plans: tuple[PlanPanel, ...]
     commands: tuple[Command, ...]
     legend: tuple[tuple[str, str], ...] = ()
@@ -145,6 +146,7 @@ def report_of(stages: Stages, blanks: Blanks) -> Report:
         sections=tuple(sections),
         missing=tuple(missing),
         pairs=pairs,
+        pairs_unseen=_unseen(stages),
         plans=tuple(_plans(stages)),
         commands=tuple(_commands(stages)),
         legend=_legend(stages, blanks.teacher),
@@ -167,6 +169,13 @@ def _title(stages: Stages) -> str:
         return stages.name
     budget = f" within {', '.join(recipe.budget)}" if recipe.budget else ""
     return f"{recipe.base.model}{budget}"
+
+
+def _unseen(stages: Stages) -> bool:
+    """Whether no pair is of a prompt that a search was calibrated on: of a user's own captions nobody knows."""
+    evaluation = stages.evaluation
+    is_shown = evaluation is not None and any(p.teacher_image and p.model_image for p in evaluation.pairs)
+    return not is_shown or (evaluation is not None and evaluation.protocol.prompts in evaluation_file.BUILT_IN)
 
 
 def _pairs(stages: Stages) -> Iterator[ImagePair]:

@@ -14,28 +14,29 @@ from asdm_compress.core.errors import AsdmError
 SCHEDULERS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
-    "dpm++": ("DPMSolverMultistepScheduler", {}),
-    "dpm++-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "euler": ("EulerDiscreteScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": False, "algorithm_type": "dpmsolver++"}),
+    "dpm++-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "algorithm_type": "dpmsolver++"}),
+    "euler": ("EulerDiscreteScheduler", {"use_karras_sigmas": False}),
     "euler-a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {"use_karras_sigmas": False}),
+    "lms": ("LMSDiscreteScheduler", {"use_karras_sigmas": False}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "unipc": ("UniPCMultistepScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {"use_karras_sigmas": False}),
 }
 
 
 def make_scheduler(name: str, pipeline: StableDiffusionPipeline) -> SchedulerMixin:
     """The scheduler called `name` with the noise schedule and prediction type of the pipeline's own.
 
-    DDIM steps by T // N whatever its N timesteps are: where the pipeline's own are spread from the first to the last of
-    the T, DDIM's are spaced so that it steps from one to the next. Raises AsdmError for an unknown name.
+    DDIM and PNDM step by T // N whatever their N timesteps are: where the pipeline's own are spread from the first to
+    the last of the T, theirs are spaced so that they step from one to the next (where N divides T; otherwise nearly).
+    Raises AsdmError for an unknown name.
     """
     if name not in SCHEDULERS:
         raise AsdmError(f"unknown scheduler {name!r}", f"Known schedulers: {', '.join(SCHEDULERS)}.")
     class_name, options = SCHEDULERS[name]
     scheduler: SchedulerMixin = getattr(diffusers, class_name).from_config(pipeline.scheduler.config, **options)
-    if class_name == "DDIMScheduler" and scheduler.config.timestep_spacing == "linspace":
+    if class_name in ("DDIMScheduler", "PNDMScheduler") and scheduler.config.timestep_spacing == "linspace":
         scheduler = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
     return scheduler
 

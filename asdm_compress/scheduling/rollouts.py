@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import t as student_t
 from torch import Tensor
 
+from asdm_compress.assembly.store import weights_hash
 from asdm_compress.core.files import CACHE_HINT, output_file
 from asdm_compress.evaluation.fidelity import compare_pairs
 from asdm_compress.sampling.images import decode
@@ -82,7 +83,9 @@ class Judge:
         self.pipeline, self.prompts, self.settings = pipeline, tuple(prompts), settings
         self.texts = encode(pipeline, prompts, settings.guidance)
         self.folder, self.batch = folder, batch
-        self._known = _read_lines(folder / "scores.jsonl") if folder else {}
+        # The folder is of everything that latents hang on; pictures also hang on the VAE.
+        self._scores = None if folder is None else folder / f"scores-{weights_hash(pipeline.vae)}.jsonl"
+        self._known = _read_lines(self._scores) if self._scores else {}
         self.full = self._full()
         self.pictures: list[Image] = decode(pipeline, self.full, batch)
 
@@ -92,11 +95,11 @@ class Judge:
         if found is None:
             psnr, ssim = compare_pairs(self.pictures_of(way), self.pictures)
             found = self._known[way.key] = Score(tuple(psnr), tuple(ssim))
-            if self.folder:
+            if self._scores:
                 line = json.dumps({"way": way.key, "name": way.name, "psnr": psnr, "ssim": ssim})
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with (self.folder / "scores.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(f"{line}\n")
+                self._scores.parent.mkdir(parents=True, exist_ok=True)
+                with self._scores.open("a", encoding="utf-8") as file:
+                    file.write(f"\n{line}\n")  # anew even behind a line that a kill cut short
         return found
 
     def scores(self, ways: Sequence[Way], progress: Progress | None = None) -> list[Score]:

@@ -179,13 +179,15 @@ def _tell(
 ) -> None:
     """Leave the recipe and the card beside the weights.
 
-    The recipe there has no evidence, which is of the model that it was made for, and the whole architecture of the
-    teacher, of which a recipe for several models leaves things open; the card says whose the evidence is.
+    The recipe there names this model, which a training will ask for as the teacher, with its whole architecture, of
+    which a recipe for several models leaves things open. It has nothing that was measured on the model that it was made
+    for; the card says whose the evidence is.
     """
-    base = recipe.base.model_copy(update={"architecture": architecture(teacher)})
-    kept = recipe.model_copy(update={"evidence": None, "base": base})
-    (folder / "recipe.yaml").write_text(dump_recipe(kept), encoding="utf-8")
     origin = Origin(source, writing.command)
+    base = recipe.base.model_copy(update={"model": origin.reference, "architecture": architecture(teacher)})
+    provenance = {name: value for name, value in recipe.provenance.items() if name != "weights"}
+    kept = recipe.model_copy(update={"evidence": None, "inheritance": None, "base": base, "provenance": provenance})
+    (folder / "recipe.yaml").write_text(dump_recipe(kept), encoding="utf-8")
     write_card(folder, writing.repository or writing.out.name, origin, recipe, teacher, student)
 
 

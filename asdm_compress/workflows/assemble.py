@@ -114,7 +114,7 @@ def run_assemble(
     captions = found.prompts.captions if unseen.image_size is None else None
     quality = assess(runs["teacher"], runs["student"], captions)
     evidence = _evidence(found.profile, verified, held_out.total)
-    recipe = _recipe(model, pipeline, limits, found, evidence, settings)
+    recipe = _recipe(Origin(source).reference, pipeline, limits, found, evidence, settings)
     grid = teacher_student_grid(
         runs["teacher"], runs.get("unfitted cut"), runs["student"], found.prompts.held_out, unseen.seed,
         verified.latency_ratio,
@@ -128,7 +128,9 @@ def run_assemble(
     recipe = recipe.model_copy(update={"inheritance": schedule.entry()})
     pipeline.scheduler = own_scheduler
     with progress.stage("Writing"), output_folder(target.out, target.overwrite) as aside:
-        save_pipeline(_student_in_stored_precision(source, options, found, pipeline), aside)
+        stored, teachers = _student_in_stored_precision(source, options, found, pipeline)
+        recipe = recipe.model_copy(update={"provenance": {**recipe.provenance, "weights": teachers}})
+        save_pipeline(stored, aside)
         found.profile.save(aside / "profile.json")
         (aside / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         save_assembly(details, runs, aside)
@@ -226,12 +228,14 @@ def _calibrated(
 
 def _student_in_stored_precision(
     source: Source, options: LoadOptions, found: PlanResult, measured: StableDiffusionPipeline
-) -> StableDiffusionPipeline:
-    """The student with the bytes of the teacher's own files: what it was measured in must not change what is saved."""
+) -> tuple[StableDiffusionPipeline, str]:
+    """The student with the bytes of the teacher's own files, what it was measured in must not change what is saved; and
+    the hash of the teacher's weights, as whoever opens it in fp32 finds it."""
     teacher = open_pipeline(source, replace(options, dtype=None, device=torch.device("cpu")))
     teacher.scheduler = measured.scheduler
     verified = found.verified
-    return with_unet(teacher, assemble(teacher.unet, verified.solution.plan, verified.slot_weights))
+    student = assemble(teacher.unet, verified.solution.plan, verified.slot_weights)
+    return with_unet(teacher, student), weights_hash(teacher.unet, in_fp32=True)
 
 
 def _evidence(profile: Profile, verified: Verified, held_out_damage: float) -> Evidence:
@@ -263,7 +267,7 @@ def _recipe(
     mark = found.profile.fingerprint
     return Recipe(
         asdm_recipe=1,
-        base=Base(model=Path(model).name or model, architecture=architecture(pipeline.unet)),
+        base=Base(model=model, architecture=architecture(pipeline.unet)),
         edits=[EditEntry(site=o.site, edit=o.edit) for o in found.verified.solution.options],
         refit=settings.refit,
         distillation=training_section(
@@ -273,7 +277,6 @@ def _recipe(
         evidence=evidence,
         provenance={
             "versions": versions(),
-            "weights": weights_hash(pipeline.unet),
             "measured_on": f"{mark.device}, {mark.dtype}, {mark.threads} threads, batch {mark.batch}",
             "calibration": f"{len(found.prompts.calibration)} prompts, {len(found.calibration)} triples, "
             f"{settings.bands} bands",

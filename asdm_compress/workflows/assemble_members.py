@@ -36,6 +36,7 @@ from asdm_compress.switching.switched_unet import SwitchedUNet2DConditionModel
 from asdm_compress.workflows.assemble import Target, with_unet
 from asdm_compress.workflows.calibrate import CalibrateSettings
 from asdm_compress.workflows.calibrate_members import SwitchingFound, calibrate_members
+from asdm_compress.workflows.card import Origin
 from asdm_compress.workflows.plan import Measured, PlanSettings, measure
 from asdm_compress.workflows.progress import Progress
 
@@ -160,7 +161,7 @@ def run_assemble_members(
             (aside / "members").mkdir()
             for i, name in students.names.items():
                 if name in used:
-                    recipe = _recipe(model, stored.unet, teacher, students.rungs[i], settings)
+                    recipe = _recipe(Origin(source).reference, stored.unet, students.rungs[i], settings)
                     (aside / "members" / f"{name}.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     return MembersResult(target.out, students, found)
 
@@ -229,14 +230,12 @@ def _calibration(share: float, settings: PlanSettings, prompts: PromptSplit) -> 
     )  # fmt: skip
 
 
-def _recipe(
-    model: str, stored: UNet2DConditionModel, teacher: UNet2DConditionModel, rung: Rung, settings: PlanSettings
-) -> Recipe:
+def _recipe(model: str, stored: UNet2DConditionModel, rung: Rung, settings: PlanSettings) -> Recipe:
     return Recipe(
         asdm_recipe=1,
-        base=Base(model=Path(model).name or model, architecture=architecture(stored)),
+        base=Base(model=model, architecture=architecture(stored)),
         edits=[EditEntry(site=o.site, edit=o.edit) for o in rung.solution.options],
         refit=settings.refit,
         budget=[f"latency={rung.latency:.4f}x"],
-        provenance={"versions": versions(), "weights": weights_hash(teacher)},
+        provenance={"versions": versions(), "weights": weights_hash(stored, in_fp32=True)},
     )

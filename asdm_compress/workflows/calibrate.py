@@ -32,7 +32,7 @@ from asdm_compress.models.source import LoadOptions
 from asdm_compress.profiling.latency import median_ratio
 from asdm_compress.reporting.calibration import Point, steps_svg, time_psnr_svg
 from asdm_compress.sampling.schedulers import make_scheduler
-from asdm_compress.sampling.settings import SamplingSettings, check_text_to_image, encode, initial_latents
+from asdm_compress.sampling.settings import SamplingSettings, check_size, check_text_to_image, encode, initial_latents
 from asdm_compress.scheduling.check_steps import check_steps
 from asdm_compress.scheduling.fits import Fitter
 from asdm_compress.scheduling.goals import Choosing, Goal, Plan, choose_schedule
@@ -156,6 +156,7 @@ def find_schedule(pipeline: StableDiffusionPipeline, settings: CalibrateSettings
         )
     check_supported(pipeline.unet)
     check_text_to_image(pipeline)
+    check_size(pipeline, settings.sampling)
     sampling = settings.sampling
     splits = split_prompts(pipeline, settings)
     if settings.goal.limit is None and len(splits.validation) < 2:

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from asdm_compress.assembly.store import measurement_folder
 from asdm_compress.core.errors import AsdmError
-from asdm_compress.core.files import check_output, output_folder
+from asdm_compress.core.files import check_apart, check_output, output_folder
 from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.inheritance.actions import Action
 from asdm_compress.inheritance.schedule import Schedule
@@ -22,7 +22,7 @@ from asdm_compress.models.saving import save_pipeline
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.reporting.switching import Row, damages_svg
 from asdm_compress.sampling.own_steps import save_own_steps
-from asdm_compress.sampling.settings import check_text_to_image
+from asdm_compress.sampling.settings import check_size, check_text_to_image
 from asdm_compress.scheduling.measure import sampler_timeline
 from asdm_compress.scheduling.rollouts import Judge, Score, gain
 from asdm_compress.scheduling.swaps import Bench, Swaps
@@ -125,6 +125,7 @@ def calibrate_members(
     and with exit code 3 for a time that no list keeps.
     """
     check_text_to_image(pipeline)
+    check_size(pipeline, settings.sampling)
     sampling, (teacher, *others) = settings.sampling, (Action(member=name) for name in members)
     timeline = sampler_timeline(pipeline, sampling.steps)
     schedule = SwitchingSchedule((teacher,) * sampling.steps, timeline.timesteps, noise_of(pipeline.scheduler))

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from asdm_compress.core.recipe import Recipe
 from asdm_compress.models.assembled_unet import AssembledUNet2DConditionModel
 from asdm_compress.models.loading import text_tokens_of
-from asdm_compress.models.names import HUB_NAMES
+from asdm_compress.models.names import HUB_NAMES, NAMES
 from asdm_compress.models.source import Source
 from asdm_compress.profiling.counting import count
 from asdm_compress.reporting.card import CardContent, CountedCosts, render_card
@@ -35,6 +35,11 @@ class Origin:
             return HUB_NAMES[name]
         is_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
         return name if is_id else None
+
+    @property
+    def reference(self) -> str:
+        """What a recipe calls the base model, by which commands open it where they can: of a path the last part."""
+        return self.source.name if self.source.name in NAMES else self.base
 
     @property
     def base(self) -> str:

@@ -20,7 +20,7 @@ from asdm_compress.evaluation.distances import Moments
 from asdm_compress.evaluation.instruments import Weights
 from asdm_compress.evaluation.prompts import evaluation_prompts
 from asdm_compress.evaluation.protocols import OWN, Rules
-from asdm_compress.evaluation.record import ModelFacts, OwnSampling, Reference
+from asdm_compress.evaluation.record import GENERAL_PROMPTS, WORLD_PROMPTS, ModelFacts, OwnSampling, Reference
 from asdm_compress.evaluation.reference import ImageFolder, read_moments
 from asdm_compress.evaluation.weights import find_weights
 from asdm_compress.models.loading import open_pipeline, open_unet
@@ -260,12 +260,13 @@ def choose_prompt_set(opened: Opened, settings: EvaluateSettings) -> PromptSet:
             raise AsdmError(
                 f"there are {len(prompts)} general prompts, and {count} images are asked for", "Give --prompts."
             )
-        return PromptSet(prompts, captions, "the bundled world's captions" if captions else "general prompts")
+        return PromptSet(prompts, captions, WORLD_PROMPTS if captions else GENERAL_PROMPTS)
     found = tuple(read_captions(settings.prompts)[:count])
-    if len(found) < count and settings.protocol != OWN.name and settings.changes.get("images") is None:
+    if len(found) < count and settings.protocol != OWN.name:
         raise AsdmError(
-            f"{settings.prompts} has {len(found)} captions, the protocol {settings.protocol} takes {count}",
-            "Give all of them, or say with --images that fewer are meant.",
+            f"{settings.prompts} has {len(found)} captions, and {count} images of the protocol {settings.protocol} are "
+            "asked for",
+            f"Give all of them, or say with --images {len(found)} that fewer are meant.",
         )
     return PromptSet(found, (), settings.prompts.name)
 

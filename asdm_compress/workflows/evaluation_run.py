@@ -177,6 +177,11 @@ def measure_pairs(
         pipeline = opened.pipelines[role]
         sampling = replace(opened.sampling[role], seed=opened.rules.seed + rows.start)
         drawn, pictures = _sample(pipeline, prompts, sampling)
+        if not bool(drawn.isfinite().all()):
+            raise AsdmError(
+                f"the {role}'s latents are no finite numbers: nothing can be measured on them",
+                "Does it overflow in this dtype? Try --dtype fp32 or bf16.",
+            )
         latents.append(drawn)
         images.append(pictures)
         measured = instruments.of_prompted(viewing.all_of(pictures), prompts)

@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import StableDiffusionPipeline
 
 from asdm_compress.core.errors import AsdmError, ExitCode
-from asdm_compress.core.files import check_output, output_folder
+from asdm_compress.core.files import check_apart, check_output, output_folder
 from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.inheritance.schedule_file import save_schedule
@@ -19,7 +19,7 @@ from asdm_compress.models.saving import link_equal_files, save_pipeline
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.reporting.frontier import frontier_svg
 from asdm_compress.sampling.own_steps import save_own_steps
-from asdm_compress.sampling.settings import check_text_to_image
+from asdm_compress.sampling.settings import check_size, check_text_to_image
 from asdm_compress.workflows.calibrate import CalibrateSettings
 from asdm_compress.workflows.candidates import Candidate, Search, frontier_of
 from asdm_compress.workflows.progress import Progress
@@ -62,13 +62,15 @@ def run_optimize(
     pipeline, members = open_models(models, options, progress, settings.scheduler)
     check_apart(out, overwrite, models)
     check_text_to_image(pipeline)
+    check_size(pipeline, settings.sampling)
     search = Search(pipeline, members, settings, progress)
     share = settings.goal.limit.absolute(search.whole) / search.whole
     if share >= 1:
         raise AsdmError("the full run is within this time already", "Ask for less than 1x.")
     tried = search.tried(share)
-    best = max((c for c in tried if c.share <= share), key=lambda c: c.validation.mean(), default=None)
-    if best is None:
+    within = [number for number, c in enumerate(tried) if c.share <= share]
+    chosen = max(within, key=lambda number: tried[number].validation.mean(), default=None)
+    if chosen is None:
         raise AsdmError(
             f"nothing was found that takes {share:.4g}x of the time of a whole image",
             f"Reached was latency={min(c.share for c in tried):.3f}x." if tried else "Allow more.",
@@ -76,7 +78,7 @@ def run_optimize(
         )
     with progress.bar("Reporting on test prompts") as bar:
         tried = search.tested(tried, bar)
-    best = next(c for c in tried if c.way.key == best.way.key)
+    best = tried[chosen]  # by its place: two ways may come to the same, timed each by itself
     content: dict[str, Any] = {
         "command": settings.command, "models": list(models), "goal": settings.goal.as_json(), "share": share,
         "reference": {"scheduler": search.sampler, "steps": settings.sampling.steps, "seconds": search.whole,

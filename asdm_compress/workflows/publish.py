@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Final
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
@@ -14,6 +15,7 @@ from asdm_compress.models.files import first_line
 from asdm_compress.models.loader import carried
 
 INDEX: Final = "model_index.json"
+WEIGHTS: Final = (".safetensors", ".bin")
 
 
 def check_hub(repository: str) -> None:
@@ -47,7 +49,10 @@ def push(folder: Path, repository: str) -> str:
     try:
         if not api.repo_exists(repository):
             api.create_repo(repository, private=True)
-        commit = api.create_commit(repository, contents(folder), commit_message="Upload a student of asdm-compress")
+        new = contents(folder)
+        old = [file.rfilename for file in api.repo_info(repository).siblings or []]
+        operations = [*new, *stale_weights(old, {each.path_in_repo for each in new})]
+        commit = api.create_commit(repository, operations, commit_message="Upload a student of asdm-compress")
     # Of a large file that is not taken, huggingface_hub says so by a plain RuntimeError or ValueError.
     except (HfHubHTTPError, HTTPError, OSError, RuntimeError, ValueError) as error:
         raise _unreachable(repository, error) from error
@@ -62,6 +67,15 @@ def contents(folder: Path) -> list[CommitOperationAdd]:
         what = carried(path.read_text(encoding="utf-8")).encode() if place == INDEX else path
         operations.append(CommitOperationAdd(place, what))
     return operations
+
+
+def stale_weights(old: Iterable[str], new: Collection[str]) -> list[CommitOperationDelete]:
+    """What goes of a repository's old files: weights, and indices of shards, that are not there anymore.
+
+    Beside new ones they would be what diffusers opens, which takes shards before a whole file.
+    """
+    gone = [name for name in old if name not in new and name.endswith((*WEIGHTS, ".index.json", ".index.fp16.json"))]
+    return [CommitOperationDelete(name) for name in gone]
 
 
 def _unreachable(repository: str, error: Exception) -> AsdmError:

@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from asdm_compress.core.errors import AsdmError
-from asdm_compress.core.files import check_output, check_space, output_folder
+from asdm_compress.core.files import check_apart, check_output, check_space, output_folder
 from asdm_compress.core.units import format_bytes
 from asdm_compress.inheritance.actions import Action
 from asdm_compress.inheritance.schedule import Schedule
