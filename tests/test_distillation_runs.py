@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from asdm_compress.assembly.plan import Plan
@@ -272,6 +272,20 @@ def test_a_training_that_harms_gives_back_what_it_was_given(place, monkeypatch):
     before, after = trained(place, "student"), trained(place, "harmed")
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
     assert "The weights are those from before the training" in "\n".join(result.lines())
+
+
+def test_a_teacher_whose_sampler_takes_more_passes_is_probed_with_another(place, monkeypatch):
+    """Stable Diffusion 1.x comes with PNDM."""
+    teacher = load_pipeline(str(place / "teacher"), LoadOptions())
+    teacher.scheduler = PNDMScheduler.from_config(teacher.scheduler.config, skip_prk_steps=True)
+    save_pipeline(teacher, place / "pndm")
+    changes = {"steps": 1, "probe_every": 1, "probe_prompts": 2}
+    result = run(place, monkeypatch, out="by-pndm", teacher="pndm", changes=changes)
+    assert 0 < result.outcome.last.latent_error < math.inf
+    assert (
+        load_pipeline(str(place / "by-pndm"), LoadOptions()).scheduler.config
+        == load_pipeline(str(place / "student"), LoadOptions()).scheduler.config
+    )
 
 
 def test_a_dry_run_forecasts_and_writes_nothing(place, monkeypatch):

@@ -34,6 +34,17 @@ def test_a_skipped_step_is_the_forecast_of_a_run_that_inherits(pipeline, unet, s
     assert not torch.equal(call(pipe_of(pipeline, unet)), expected)
 
 
+@pytest.mark.parametrize("member", ["teacher", "small", "tiny"])
+def test_a_rule_goes_before_the_schedule_of_a_compiled_unet(pipeline, switch, member):
+    pipe = pipe_of(pipeline, switch("explicit:tiny/small/teacher/tiny"))
+    rule = Schedule((Action(member=member),) * 4)
+    with inheriting(pipe, rule):
+        expected = call(pipe)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    with inheriting(pipe, rule, {"backend": "eager", "fullgraph": True}):
+        torch.testing.assert_close(call(pipe), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_runs_of_two_pipelines_and_threads_do_not_meet(pipeline, switch):
     switched = switch("explicit:teacher/small/skip/tiny")
     prompts = ["a small red circle", "a large blue square", "a green ring", "a white star"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from asdm_compress.inheritance.attachment import Attachment
 from asdm_compress.inheritance.corrections import Correction, CorrectionKey
 from asdm_compress.inheritance.dispatcher import Forward
-from asdm_compress.inheritance.members import with_own_members
+from asdm_compress.inheritance.members import HasMembers, with_own_members
 from asdm_compress.inheritance.remapping import CarriedOver, for_this_run
 from asdm_compress.inheritance.run import Run
 from asdm_compress.inheritance.schedule import Schedule, actions_of
@@ -78,8 +78,10 @@ class OpenRun:
                 all_of_them = with_own_members(self.unet, actions_of(rule, timeline, 0), timeline, 0)
                 whole = attachment.evaluator.plan(all_of_them, timeline, self.guided)
         actions = with_own_members(self.unet, actions_of(rule, timeline, start), timeline, start)
-        # Who asks for compiled passes of a UNet that is not compiled gets them for whole passes too.
-        ours = attachment.evaluator.compile_options is not None and not attachment.is_compiled
+        # Who asks for compiled passes of a UNet that is not compiled gets them for whole passes too. So does a compiled
+        # one with members: what compiles its forward compiles its own schedule.
+        is_own = not attachment.is_compiled or isinstance(self.unet, HasMembers)
+        ours = attachment.evaluator.compile_options is not None and is_own
         plain = None if ours else attachment.plain(before)
         since = timeline.since(start)
         return Run(attachment.evaluator, actions, since, self.guided, corrections, start, plain, whole)
