@@ -31,4 +31,5 @@ def test_the_other_family_has_its_plans_too():
     with torch.device("meta"):
         teacher = UNet2DConditionModel(**bench_gpu.family_of("sd21-base", 32).unet_config)
     names = [name for name, _ in bench_gpu.plans_of("sd21-base", teacher)]
-    assert names == ["bk-sdm-base-v2", "bk-sdm-small-v2", "bk-sdm-tiny-v2"]
+    ours = [f"sd21-latency-{share}x" for share in (0.5, 0.6, 0.7, 0.8, 0.9)]
+    assert names == ["bk-sdm-base-v2", "bk-sdm-small-v2", "bk-sdm-tiny-v2", *ours]
