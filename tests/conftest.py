@@ -183,3 +183,17 @@ print("DIFFERENCE", (found - case["expected"]).abs().max().item())
         return result.stdout
 
     return save_and_compare
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A teacher of Stable Diffusion's shape with few channels, random but the same every time."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16, 32, 32),
+        norm_num_groups=4,
+        cross_attention_dim=12,
+        attention_head_dim=2,
+    )
+    return unet.eval().requires_grad_(False)

@@ -270,28 +270,6 @@ def test_samplers_without_noise_levels_are_forecast_over_the_index_alone():
     assert "log-snr" in {f.abscissa for f in default_forecasts(Timeline((2.0, 1.0), (5.0, 1.0)))}
 
 
-def test_ddim_steps_from_one_of_its_timesteps_to_the_next(pipeline):
-    assert pipeline.scheduler.config.timestep_spacing == "linspace"
-    for name in ("ddim", "pndm"):
-        scheduler = make_scheduler(name, pipeline)
-        scheduler.set_timesteps(5)
-        steps = scheduler.timesteps.unique()  # PNDM takes one of them twice
-        assert steps.diff().tolist() == [1000 // 5] * 4
-        assert scheduler.timesteps[0] == 999
-
-
-def test_a_named_scheduler_has_nothing_of_the_pipelines_own_kind(pipeline):
-    own = pipeline.scheduler
-    try:
-        pipeline.scheduler = type(own).from_config(own.config, use_karras_sigmas=True, algorithm_type="sde-dpmsolver++")
-        for name in ("dpm++", "unipc", "euler", "heun", "lms"):
-            assert not make_scheduler(name, pipeline).config.use_karras_sigmas
-        assert make_scheduler("dpm++", pipeline).config.algorithm_type == "dpmsolver++"
-        assert make_scheduler("dpm++-karras", pipeline).config.use_karras_sigmas
-    finally:
-        pipeline.scheduler = own
-
-
 def test_the_verdict_is_that_of_test_prompts():
     def contestant(role, validation, test):
         one, other = (Score((value, value + 1), (0.9, 0.9)) for value in (validation, test))

@@ -117,3 +117,25 @@ def test_the_grid_holds_every_image_in_its_place():
     grid = labelled_grid(rows, ["first", "second one with a long text"])
     seen = {grid.getpixel((x, y)) for x in range(grid.width) for y in range(grid.height)}
     assert {(255, 0, 0), (0, 128, 0), (0, 0, 255), (0, 0, 0)} <= seen
+
+
+def test_ddim_steps_from_one_of_its_timesteps_to_the_next(pipeline):
+    assert pipeline.scheduler.config.timestep_spacing == "linspace"
+    for name in ("ddim", "pndm"):
+        scheduler = make_scheduler(name, pipeline)
+        scheduler.set_timesteps(5)
+        steps = scheduler.timesteps.unique()  # PNDM takes one of them twice
+        assert steps.diff().tolist() == [1000 // 5] * 4
+        assert scheduler.timesteps[0] == 999
+
+
+def test_a_named_scheduler_has_nothing_of_the_pipelines_own_kind(pipeline):
+    own = pipeline.scheduler
+    try:
+        pipeline.scheduler = type(own).from_config(own.config, use_karras_sigmas=True, algorithm_type="sde-dpmsolver++")
+        for name in ("dpm++", "unipc", "euler", "heun", "lms"):
+            assert not make_scheduler(name, pipeline).config.use_karras_sigmas
+        assert make_scheduler("dpm++", pipeline).config.algorithm_type == "dpmsolver++"
+        assert make_scheduler("dpm++-karras", pipeline).config.use_karras_sigmas
+    finally:
+        pipeline.scheduler = own

@@ -22,7 +22,14 @@ from asdm_compress.inheritance.timeline import timeline_of
 from asdm_compress.profiling.counting import ModuleCounts, count
 from asdm_compress.sampling.images import decode, synchronise
 from asdm_compress.sampling.schedulers import evaluations
-from asdm_compress.sampling.settings import SamplingSettings, encode, initial_latents, latent_side, step_generators
+from asdm_compress.sampling.settings import (
+    SamplingSettings,
+    check_size,
+    encode,
+    initial_latents,
+    latent_side,
+    step_generators,
+)
 
 Role = Literal["teacher", "model"]
 ROLES: Final[tuple[Role, Role]] = ("teacher", "model")
@@ -176,11 +183,7 @@ def peak_while_sampling(pipeline: StableDiffusionPipeline, prompt: str, settings
 def check_pair(teacher: StableDiffusionPipeline, model: StableDiffusionPipeline, settings: SamplingSettings) -> None:
     """Raise AsdmError for two models whose images cannot be laid side by side, or a size that one cannot make."""
     for pipeline in (teacher, model):
-        step = 2 ** (len(pipeline.unet.down_blocks) - 1) * pipeline.vae_scale_factor
-        if settings.image_size is not None and settings.image_size % step:
-            raise AsdmError(
-                f"the image size {settings.image_size} is no multiple of {step}", f"For example {4 * step}."
-            )
+        check_size(pipeline, settings)
     shapes = [(p.unet.config["in_channels"], latent_side(p, settings)) for p in (teacher, model)]
     if shapes[0] != shapes[1]:
         raise AsdmError("the two models make images of different sizes", "Give both one --image-size.")

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from asdm_compress.assembly.store import measurement_folder
 from asdm_compress.core.errors import AsdmError
-from asdm_compress.core.files import check_apart, check_output, output_folder
+from asdm_compress.core.files import check_apart, output_folder
 from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.inheritance.actions import Action
 from asdm_compress.inheritance.schedule import Schedule
@@ -99,11 +99,10 @@ def run_calibrate_members(
     The first model is the teacher. `out` also gets `switching.yaml`, `calibration.json` and `damages.svg`. Raises
     AsdmError for bad input (exit code 2) and for a time that no list keeps (3). `out` appears whole or not at all.
     """
-    check_output(out, overwrite)
+    check_apart(out, overwrite, models)
     if settings.goal.limit is None:
         raise AsdmError("members are calibrated for a time", "Use --budget latency=0.6x.")
     pipeline, members = open_members(models, options, progress, settings.scheduler)
-    check_apart(out, overwrite, models)
     found = calibrate_members(pipeline, members, settings, progress)
     pipeline.unet = found.switched
     with progress.stage("Writing"), output_folder(out, overwrite) as aside:

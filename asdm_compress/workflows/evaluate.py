@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asdm_compress.core.files import check_apart, check_output, output_folder
+from asdm_compress.core.files import check_apart, output_folder
 from asdm_compress.core.processes import ALONE, Processes
 from asdm_compress.core.provenance import package_version, versions
 from asdm_compress.evaluation.chunks import Chunks
@@ -84,7 +84,6 @@ def run_evaluate(
     Of several processes the main one alone has a result; the others help it to sample and to measure. Raises AsdmError
     for input that cannot be used, weights that are missing, and a run under way that is of other settings.
     """
-    check_output(out, overwrite)
     check_apart(out, overwrite, [model, *([settings.against] if settings.against else [])])
     run = out.with_name(out.name + _RUN)
     rules, departures = choose_rules(settings.protocol, settings.changes)

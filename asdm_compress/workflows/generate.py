@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from asdm_compress.core.errors import AsdmError
-from asdm_compress.core.files import check_apart, check_output, output_folder
+from asdm_compress.core.files import check_apart, output_folder
 from asdm_compress.evaluation.fidelity import Fidelity, compare
 from asdm_compress.inheritance.attach import inheriting
 from asdm_compress.inheritance.remapping import CarriedOver
@@ -84,7 +84,6 @@ def run_generate(
 ) -> GenerateResult:
     """Sample and write; raises AsdmError for models, schedulers or sizes that cannot be used."""
     names = [model] if settings.compare is None else [settings.compare, model]
-    check_output(out, overwrite)
     check_apart(out, overwrite, names)
     prompts = [prompt for prompt in settings.prompts for _ in range(settings.images_per_prompt)]
     runs: list[Samples] = []

@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import StableDiffusionPipeline
 
 from asdm_compress.core.errors import AsdmError, ExitCode
-from asdm_compress.core.files import check_apart, check_output, output_folder
+from asdm_compress.core.files import check_apart, output_folder
 from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.inheritance.schedule_file import save_schedule
@@ -56,11 +56,10 @@ def run_optimize(
     are measured; everything on the frontier is measured on prompts that chose nothing. Raises AsdmError for bad input
     (exit code 2) and for a time that nothing keeps (3). `out` appears whole or not at all.
     """
-    check_output(out, overwrite)
+    check_apart(out, overwrite, models)
     if settings.goal.limit is None:
         raise AsdmError("optimize takes a budget of time", "Use --budget latency=0.33x.")
     pipeline, members = open_models(models, options, progress, settings.scheduler)
-    check_apart(out, overwrite, models)
     check_text_to_image(pipeline)
     check_size(pipeline, settings.sampling)
     search = Search(pipeline, members, settings, progress)

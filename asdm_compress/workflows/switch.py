@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from asdm_compress.core.errors import AsdmError
-from asdm_compress.core.files import check_apart, check_output, check_space, output_folder
+from asdm_compress.core.files import check_apart, check_space, output_folder
 from asdm_compress.core.units import format_bytes
 from asdm_compress.inheritance.actions import Action
 from asdm_compress.inheritance.schedule import Schedule
@@ -80,9 +80,8 @@ def run_switch(
     Raises AsdmError for fewer than two models, for members that cannot stand in for one another, and for a schedule
     that does not fit them.
     """
-    check_output(out, overwrite)
-    pipeline, members = open_members(models, options, progress, settings.scheduler)
     check_apart(out, overwrite, models)
+    pipeline, members = open_members(models, options, progress, settings.scheduler)
     with progress.stage("Sharing what the members have in common"):
         schedule = schedule_of(pipeline, members, settings)
         switched = SwitchedUNet2DConditionModel.of(members, schedule)
