@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from asdm_compress.assembly.store import weights_hash
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.models.loading import load_pipeline, load_unet
 from asdm_compress.models.names import MINI_SD_FOLDER
 from asdm_compress.models.resolve import resolve, wanted_files
-from asdm_compress.models.source import LoadOptions
+from asdm_compress.models.source import LoadOptions, Source
+from asdm_compress.workflows.card import Origin
 
 OPTIONS = LoadOptions()
 
@@ -96,3 +99,19 @@ def test_of_a_repository_only_one_set_of_weights_is_fetched():
     shards = [f"unet/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     index = "unet/diffusion_pytorch_model.safetensors.index.json"
     assert wanted_files([*shards, index, "unet/diffusion_pytorch_model.bin"]) == [*shards, index]
+
+
+@pytest.mark.parametrize(
+    ("given", "called"),
+    [("sd15", "sd15"), ("mini-sd", "mini-sd"), ("someone/small", "someone/small"), ("./models/mine", "mine")],
+)
+def test_a_recipe_calls_its_model_as_commands_open_it(given, called):
+    assert Origin(Source(given, "pipeline folder", None)).reference == called
+
+
+def test_a_teachers_hash_is_that_of_its_stored_weights_in_whatever_precision_it_ran(unet):
+    stored = copy.deepcopy(unet).half()
+    assert weights_hash(stored, in_fp32=True) == weights_hash(copy.deepcopy(stored).float())
+    assert weights_hash(stored, in_fp32=True) != weights_hash(stored)
+    stored.conv_in.weight.data[0, 0, 0, 0] += 1
+    assert weights_hash(stored, in_fp32=True) != weights_hash(unet)
