@@ -23,11 +23,12 @@ from asdm_compress.core.units import parse_budget
 from asdm_compress.models.loading import LoadOptions, load_pipeline
 from asdm_compress.profiling.profile import ProfileSettings
 from asdm_compress.sampling.settings import SamplingSettings
-from asdm_compress.workflows import assemble_members
+from asdm_compress.workflows import students as making
 from asdm_compress.workflows.assemble import Target
-from asdm_compress.workflows.assemble_members import FILE_NAME, run_assemble_members
+from asdm_compress.workflows.assemble_members import run_assemble_members
 from asdm_compress.workflows.plan import PlanSettings
 from asdm_compress.workflows.progress import Silent
+from asdm_compress.workflows.students import FILE_NAME
 
 WEIGHTS = (0.5, 0.3, 0.2)
 BUDGET = 0.65
@@ -101,7 +102,7 @@ def test_a_time_that_no_student_keeps_is_refused():
 @pytest.mark.slow
 def test_assemble_writes_students_that_take_turns(unet, tmp_path, monkeypatch):
     monkeypatch.setenv("ASDM_COMPRESS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(assemble_members, "SHARES", (0.8, 0.4))  # each is searched for some seconds
+    monkeypatch.setattr(making, "SHARES", (0.8, 0.4))  # each is searched for some seconds
     settings = PlanSettings(
         ProfileSettings(repeats=3), SamplingSettings(6, 4.0), "ddim", calibration_prompts=4, held_out_prompts=2,
         bands=3, effort=Effort(12, 1), slot="none", narrow=(), finest="unit", refit="scale",

@@ -4,7 +4,7 @@
     python tools/bench_frontier.py --budgets 0.5 0.33    # a part of it
     python tools/bench_frontier.py --quick               # whether it runs; writes nothing
 
-Students come from `--members` (folders), or, without any, from `assemble mini-sd --members 2 --budget latency=0.5x`,
+Students come from `--members` (folders), or, without any, from `assemble mini-sd --members 2 --budget latency=0.7x`,
 which is run first. Of every role the best way on validation prompts within a budget, as measured, is reported on
 held-out captions with seeds of their own. Every way that is scored is written to tools/results/frontier.json at once,
 and a run that was cut off, or that asks for other budgets, goes on behind the last one. Plots: frontier_psnr.svg,
@@ -61,7 +61,7 @@ SOLVERS = ("ddim", "dpm++")
 ROLES = ("full model", "DeepCache", "guidance reuse", "inheritance", "switching", "T-Stitch", "all together")
 TOLERANCE = 1.01  # times the budget, which a measured time may come to
 NEAR = 6  # steps around the predicted number of T-Stitch's small ones
-STUDENTS = ("--members", "2", "--budget", "latency=0.5x", "--dtype", "fp32")
+STUDENTS = ("--members", "2", "--budget", "latency=0.7x", "--dtype", "fp32")
 QUICK = (
     *("--steps", "5", "--calibration-prompts", "4", "--calibration-triples", "16", "--bands", "2", "--probes", "1"),
     *("--held-out-prompts", "2", "--slot", "none", "--narrow", "none", "--finest", "unit", "--refit", "none"),

@@ -23,6 +23,12 @@ def optimize(
     members: Annotated[
         str | None, typer.Option(help="Students, separated by commas, that steps may be given to.")
     ] = None,
+    students: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Make up to so many students first, as `assemble --members` does, where none are given."
+        ),
+    ] = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pipeline and its report.")] = Path("fast"),
     steps: Annotated[int, typer.Option(min=2, help="Steps of the full run that pictures are compared with.")] = STEPS,
     guidance: o.Guidance = GUIDANCE,
@@ -47,6 +53,8 @@ def optimize(
     """Spend a budget of time for a whole image where it costs least: steps, sampler, members, inheritance, guidance."""
     if not budget:
         raise AsdmError("optimize takes a budget of time", "Use --budget latency=0.33x.")
+    if members and students:
+        raise AsdmError("--members are given, and --students are to be made", "Use one of the two.")
     limits = parse_budget(budget)
     check_output(out, overwrite)
     output = Output(quiet, as_json)
@@ -55,8 +63,10 @@ def optimize(
         from asdm_compress.workflows.calibrate import CalibrateSettings, goal_of
 
     from asdm_compress.evaluation.prompts import read_prompts
+    from asdm_compress.profiling.profile import ProfileSettings
     from asdm_compress.sampling.settings import SamplingSettings
-    from asdm_compress.workflows.optimize import run_optimize
+    from asdm_compress.workflows.optimize import Make, run_optimize
+    from asdm_compress.workflows.plan import PlanSettings
 
     settings = CalibrateSettings(
         goal_of(limits, None, None),
@@ -72,7 +82,10 @@ def optimize(
         command=o.command_line(),
     )
     names = [name.strip() for name in (members or "").split(",") if name.strip()]
-    found = run_optimize([model, *names], out, load, settings, output, overwrite)
+    make = Make(students, PlanSettings(ProfileSettings(image_size))) if students else None
+    found = run_optimize([model, *names], out, load, settings, output, overwrite, make)
+    if found.students is not None:
+        output.show(found.students.line())
     for candidate in found.tried:
         score = candidate.test.text() if candidate.test else ""
         output.show(f"{candidate.share:.3f}x  {score}  {candidate.role}: {candidate.way.name}")

@@ -2,93 +2,33 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from asdm_compress.assembly.in_time import TIMING_TOLERANCE
-from asdm_compress.assembly.ladder import SHARES, Lineup, Rung, climb, line_up
-from asdm_compress.assembly.store import weights_hash
-from asdm_compress.assembly.surgery import assemble
-from asdm_compress.assembly.verify import Search
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_output, output_folder
 from asdm_compress.core.processes import ALONE, Processes
-from asdm_compress.core.provenance import versions
-from asdm_compress.core.recipe import Base, EditEntry, Recipe, dump_recipe
 from asdm_compress.core.units import Limit
 from asdm_compress.evaluation.prompts import PromptSplit
-from asdm_compress.inheritance.actions import FULL
-from asdm_compress.models.edits import SlotWeights
-from asdm_compress.models.families import architecture
 from asdm_compress.models.loading import open_pipeline
 from asdm_compress.models.resolve import resolve
 from asdm_compress.models.source import LoadOptions
-from asdm_compress.sampling.settings import encode
 from asdm_compress.scheduling.goals import Goal
-from asdm_compress.scheduling.switch_times import SKIP, time_options
 from asdm_compress.switching.switched_unet import SwitchedUNet2DConditionModel
 from asdm_compress.workflows.assemble import Target, with_unet
 from asdm_compress.workflows.calibrate import CalibrateSettings
 from asdm_compress.workflows.calibrate_members import SwitchingFound, calibrate_members
 from asdm_compress.workflows.card import Origin
-from asdm_compress.workflows.plan import Measured, PlanSettings, measure
+from asdm_compress.workflows.plan import PlanSettings, measure
 from asdm_compress.workflows.progress import Progress
+from asdm_compress.workflows.students import Students, make_students, step_overhead
 
 TEACHER: Final = "teacher"
-FILE_NAME: Final = "members.json"
 SWITCH_PROMPTS: Final = 4  # that exchanges of members are measured on, and as many to choose on: each is a whole run
-FASTER: Final = 0.75  # times the budget: some of the ladder's plans are made for less than it
-
-
-@dataclass(frozen=True, slots=True)
-class Students:
-    """The ladder, who was lined up, and the names and weights, by number of rung, of those and of the best single one.
-
-    The latter is only compared with, unless it is lined up itself.
-    """
-
-    rungs: Sequence[Rung]
-    lineup: Lineup
-    names: Mapping[int, str]
-    weights: Mapping[int, SlotWeights]
-
-    @property
-    def bystanders(self) -> list[str]:
-        """Those that are only compared with."""
-        return [name for i, name in self.names.items() if i not in self.lineup.students]
-
-    def with_teacher(self, teacher: UNet2DConditionModel) -> dict[str, UNet2DConditionModel]:
-        """All of them behind their teacher, by name."""
-        students = {name: assemble(teacher, self.rungs[i].plan, self.weights[i]) for i, name in self.names.items()}
-        return {TEACHER: teacher, **students}
-
-    def as_json(self, band_weights: Sequence[float]) -> dict[str, Any]:
-        """The ladder from the slowest student on, and the line-up, whose students are its numbers."""
-        return {
-            "band_weights": list(band_weights), "lineup": self.lineup.as_json(),
-            "ladder": [
-                {
-                    "name": self.names.get(i), "latency": rung.latency, "damage": rung.damage.total,
-                    "bands": list(rung.damage.bands), "edits": {o.site: o.edit for o in rung.solution.options},
-                }
-                for i, rung in enumerate(self.rungs)
-            ],
-        }  # fmt: skip
-
-    def line(self) -> str:
-        """For the terminal."""
-        times = " and ".join(f"{self.rungs[i].latency:.3f}x" for i in self.lineup.students)
-        proof = "proven" if self.lineup.proven else f"with a bound of {self.lineup.bound:.3g}"
-        return (
-            f"Of {len(self.rungs)} students that were fitted and measured, those of {times or 'none'} switch best "
-            f"together: damage {self.lineup.predicted:.3g} ({proof})."
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,80 +84,21 @@ def run_assemble_members(
         overhead = step_overhead(pipeline, measured.prompts.held_out[:1], settings)
     students = make_students(teacher, measured, share, overhead, settings, most, progress)
     found = calibrate_members(
-        pipeline, students.with_teacher(teacher), _calibration(share, settings, measured.prompts), progress,
+        pipeline, {TEACHER: teacher, **students.of(teacher)}, _calibration(share, settings, measured.prompts), progress,
         students.bystanders,
     )  # fmt: skip
     with progress.stage("Writing"):
         stored = open_pipeline(source, replace(options, dtype=None, device=torch.device("cpu")))
         stored.scheduler = pipeline.scheduler
         taking = {action.member for action in found.switched.schedule.actions}
-        used = {name: unet for name, unet in students.with_teacher(stored.unet).items() if name in taking}
+        every = {TEACHER: stored.unet, **students.of(stored.unet)}
+        used = {name: unet for name, unet in every.items() if name in taking}
         whole = with_unet(stored, SwitchedUNet2DConditionModel.of(used, found.switched.schedule))
         with output_folder(target.out, target.overwrite) as aside:
             found.write(whole, aside, models=list(used))
             measured.profile.save(aside / "profile.json")
-            content = {"command": target.command, **students.as_json(measured.calibration.band_weights)}
-            (aside / FILE_NAME).write_text(json.dumps(content, indent=1), encoding="utf-8")
-            (aside / "members").mkdir()
-            for i, name in students.names.items():
-                if name in used:
-                    recipe = _recipe(Origin(source).reference, stored.unet, students.rungs[i], settings)
-                    (aside / "members" / f"{name}.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+            students.write(aside, used, Origin(source).reference, stored.unet, settings.refit, target.command)
     return MembersResult(target.out, students, found)
-
-
-def make_students(
-    teacher: UNet2DConditionModel,
-    measured: Measured,
-    share: float,
-    overhead: float,
-    settings: PlanSettings,
-    most: int,
-    progress: Progress,
-) -> Students:
-    """The students that switch best together in a share of the teacher's time, from what was measured of the teacher.
-
-    Of the teacher's time `overhead` is not its UNet's. Raises AsdmError with exit code 3 where no students take so
-    little.
-    """
-    of_unet = max((share - overhead) / (1 - overhead), 1e-3)
-    limits = (Limit("latency", of_unet, relative=True),)
-    search = Search(
-        teacher, measured.profile, measured.options, measured.damages, limits, measured.shape, measured.calibration,
-        settings.refit,
-    )  # fmt: skip
-    with progress.bar("Fitting and measuring students of several sizes") as bar:
-        # One of the budget itself could take all steps.
-        rungs = climb(search, (*SHARES, of_unet, FASTER * of_unet), bar)
-    with progress.stage("Solving for the students that switch best together"):
-        weights = measured.calibration.band_weights
-        lineup = line_up(rungs, weights, settings.sampling.steps, share, most, overhead)
-        names = _names(rungs, (*lineup.students, *_single(rungs, of_unet)))
-    with progress.stage("Fitting them to all prompts"):
-        fitted = {i: search.fit(rungs[i].plan, measured.calibration) for i in names}
-    return Students(rungs, lineup, names, fitted)
-
-
-def step_overhead(pipeline: StableDiffusionPipeline, prompts: Sequence[str], settings: PlanSettings) -> float:
-    """The part of a sampling step's time that is not the UNet's: the scheduler's, guidance, Python."""
-    texts = encode(pipeline, prompts, settings.sampling.guidance)
-    times = time_options(pipeline, (FULL, SKIP), texts, settings.sampling, settings.profile.repeats)
-    return min(times.seconds[SKIP] / times.teacher, 0.9)
-
-
-def _single(rungs: Sequence[Rung], share: float) -> tuple[int, ...]:
-    """The student of least damage that could take all steps, if there is one."""
-    fast = [i for i, rung in enumerate(rungs) if rung.latency <= share * (1 + TIMING_TOLERANCE)]
-    return tuple(sorted(fast, key=lambda i: rungs[i].damage.total)[:1])
-
-
-def _names(rungs: Sequence[Rung], students: Sequence[int]) -> dict[int, str]:
-    """Names that tell a student's share of the teacher's time in percent."""
-    names: dict[int, str] = {}
-    for i in dict.fromkeys(students):
-        name = f"student-{100 * rungs[i].latency:.0f}"
-        names[i] = name if name not in names.values() else f"{name}-{i}"
-    return names
 
 
 def _calibration(share: float, settings: PlanSettings, prompts: PromptSplit) -> CalibrateSettings:
@@ -228,14 +109,3 @@ def _calibration(share: float, settings: PlanSettings, prompts: PromptSplit) -> 
         Goal(limit=Limit("latency", share, relative=True)), settings.sampling, None, (*chosen, *prompts.held_out),
         few, max(1, len(chosen) - few), len(prompts.held_out), repeats=settings.profile.repeats,
     )  # fmt: skip
-
-
-def _recipe(model: str, stored: UNet2DConditionModel, rung: Rung, settings: PlanSettings) -> Recipe:
-    return Recipe(
-        asdm_recipe=1,
-        base=Base(model=model, architecture=architecture(stored)),
-        edits=[EditEntry(site=o.site, edit=o.edit) for o in rung.solution.options],
-        refit=settings.refit,
-        budget=[f"latency={rung.latency:.4f}x"],
-        provenance={"versions": versions(), "weights": weights_hash(stored, in_fp32=True)},
-    )

@@ -4,41 +4,58 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Final
 
 from diffusers import StableDiffusionPipeline
 
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.files import check_apart, output_folder
 from asdm_compress.core.provenance import processor_name, versions
+from asdm_compress.core.units import Limit
 from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.inheritance.schedule_file import save_schedule
+from asdm_compress.models.resolve import resolve
 from asdm_compress.models.saving import link_equal_files, save_pipeline
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.reporting.frontier import frontier_svg
 from asdm_compress.sampling.own_steps import save_own_steps
 from asdm_compress.sampling.settings import check_size, check_text_to_image
-from asdm_compress.workflows.calibrate import CalibrateSettings
-from asdm_compress.workflows.candidates import Candidate, Search, frontier_of
+from asdm_compress.workflows.calibrate import CalibrateSettings, split_prompts
+from asdm_compress.workflows.candidates import LONGER, Candidate, Search, frontier_of
+from asdm_compress.workflows.card import Origin
+from asdm_compress.workflows.plan import PlanSettings, measure
 from asdm_compress.workflows.progress import Progress
+from asdm_compress.workflows.students import Students, make_students, step_overhead
 from asdm_compress.workflows.switch import open_models
+
+STEP_SHARE: Final = 1 / median(LONGER)  # of the teacher's time, that a step of a tried schedule has on average
 
 
 @dataclass(frozen=True, slots=True)
 class Optimized:
-    """What `optimize` found: the best within the budget, and everything that was tried, by time."""
+    """What `optimize` found: the best within the budget, everything that was tried, and the students that it made."""
 
     out: Path
     best: Candidate
     tried: tuple[Candidate, ...]
     content: Mapping[str, Any]
+    students: Students | None = None
 
     @property
     def frontier(self) -> tuple[Candidate, ...]:
         """What nothing that is faster is as near to the reference as, on validation prompts."""
         return frontier_of(self.tried)
+
+
+@dataclass(frozen=True, slots=True)
+class Make:
+    """Students to make: at most how many, and what they are searched with. Its prompts are taken from the settings."""
+
+    most: int
+    plan: PlanSettings = field(default_factory=PlanSettings)
 
 
 def run_optimize(
@@ -48,20 +65,27 @@ def run_optimize(
     settings: CalibrateSettings,
     progress: Progress,
     overwrite: bool = False,
+    make: Make | None = None,
 ) -> Optimized:
     """Find the way of sampling within the goal's time that comes nearest to the first model's full run, and write it.
 
-    The other models are students that it may switch to. For the samplers and numbers of steps that the time allows,
-    every step's member, what it inherits and whether guidance is reused are solved for together, from exchanges that
-    are measured; everything on the frontier is measured on prompts that chose nothing. Raises AsdmError for bad input
-    (exit code 2) and for a time that nothing keeps (3). `out` appears whole or not at all.
+    The other models are students that it may switch to; where there are none, `make` says to make some first. For the
+    samplers and numbers of steps that the time allows, every step's member, what it inherits and whether guidance is
+    reused are solved for together, from exchanges that are measured; everything on the frontier is measured on prompts
+    that chose nothing. Raises AsdmError for bad input (exit code 2) and for a time that nothing keeps (3). `out`
+    appears whole or not at all.
     """
     check_apart(out, overwrite, models)
     if settings.goal.limit is None:
         raise AsdmError("optimize takes a budget of time", "Use --budget latency=0.33x.")
+    if settings.goal.limit.relative and settings.goal.limit.value >= 1:
+        raise AsdmError("the full run is within this time already", "Ask for less than 1x.")
     pipeline, members = open_models(models, options, progress, settings.scheduler)
     check_text_to_image(pipeline)
     check_size(pipeline, settings.sampling)
+    teacher, students = pipeline.unet, None if make is None else _students(pipeline, settings, make, models, progress)
+    if students is not None:
+        members |= students.of(teacher)
     search = Search(pipeline, members, settings, progress)
     share = settings.goal.limit.absolute(search.whole) / search.whole
     if share >= 1:
@@ -85,13 +109,51 @@ def run_optimize(
         "measured_on": {"processor": processor_name(), "device": str(pipeline.device),
                         "dtype": str(pipeline.unet.dtype), "images_at_once": settings.images, "versions": versions()},
         "best": best.as_json(), "tried": [c.as_json() for c in tried],
+        "students": None if students is None else students.as_json(),
     }  # fmt: skip
     with progress.stage("Writing"), output_folder(out, overwrite) as aside:
         content["frontier"] = _write(aside, search, best, frontier_of(tried))
         (aside / "optimize.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         points = [(c.role, c.share, c.test.mean()) for c in tried if c.test]
         (aside / "frontier.svg").write_text(frontier_svg(points, share), encoding="utf-8")
-    return Optimized(out, best, tuple(tried), content)
+        if students is not None:
+            origin = Origin(resolve(models[0], options))
+            refit = make.plan.refit if make else "none"
+            students.write(aside, students.names.values(), origin.reference, teacher, refit, settings.command)
+    return Optimized(out, best, tuple(tried), content, students)
+
+
+def _students(
+    pipeline: StableDiffusionPipeline,
+    settings: CalibrateSettings,
+    make: Make,
+    models: Sequence[str],
+    progress: Progress,
+) -> Students | None:
+    """Students for the time that a step has on average; None, with a note, where none take so little.
+
+    Schedules are tried with several times as many steps as the teacher alone has time for, whatever the budget. Of a
+    user's own prompts those for the test are kept from the students too.
+    """
+    if len(models) > 1:
+        raise AsdmError("students are given and are to be made", "Use --members or --students.")
+    if make.most < 1:
+        raise AsdmError(f"{make.most} students cannot be made", "Use --students 2.")
+    plan = replace(make.plan, sampling=settings.sampling, scheduler=None)
+    if settings.prompts is not None:
+        splits = split_prompts(pipeline, settings)
+        seen = tuple(dict.fromkeys((*splits.calibration, *splits.validation)))
+        plan = replace(plan, prompts=seen, calibration_prompts=max(1, len(seen) - 1), held_out_prompts=1)
+    measured = measure(pipeline, [Limit("latency", STEP_SHARE, relative=True)], plan, progress, models[0])
+    with progress.stage("Timing what a step takes beside the UNet"):
+        overhead = step_overhead(pipeline, measured.prompts.held_out[:1], plan)
+    try:
+        return make_students(pipeline.unet, measured, STEP_SHARE, overhead, plan, make.most, progress)
+    except AsdmError as error:
+        if error.exit_code != ExitCode.INFEASIBLE:
+            raise
+        progress.note(f"No students are made: {error}.")
+        return None
 
 
 def _write(
