@@ -18,6 +18,7 @@ from asdm_compress.distillation.data import open_source
 from asdm_compress.distillation.encoding import Encoder
 from asdm_compress.distillation.image_folder import ImageFolder, to_pixels
 from asdm_compress.distillation.sources import BadItem, CaptionSource, SceneSource
+from asdm_compress.distillation.tables import _as_pixels
 from asdm_compress.sampling.settings import SamplingSettings, encode
 
 
@@ -75,6 +76,29 @@ def test_csv_and_text_files_say_the_same_as_jsonl(folder):
     found = read_all(ImageFolder.open(folder))
     assert [(i.name, i.caption) for i in found if not isinstance(i, BadItem)] == wanted
     assert {i.name for i in found if isinstance(i, BadItem)} == {"broken.png", "silent.png"}
+
+
+def test_captions_may_hold_commas_ends_of_lines_and_what_looks_like_them(folder):
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a red\u2028circle\x85here"}\n', "utf-8")
+    assert ImageFolder.open(folder).entries == (("a.png", "a red circle here"),)
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text('file_name,text\na.png,"a red circle\r\non white, alone"\n')
+    assert ImageFolder.open(folder).entries == (("a.png", "a red circle on white, alone"),)
+    (folder / "metadata.csv").write_text("file_name,text\na.png,a red, round circle\n")
+    with pytest.raises(AsdmError, match=r"metadata\.csv:2: more values than columns"):
+        ImageFolder.open(folder)
+    captions = folder / "captions.txt"
+    captions.write_text("\ufeffa red circle\r\na blue\u2028ring\n", "utf-8")
+    assert [one.split() for one in CaptionSource.from_file(captions).captions] == [
+        ["a", "red", "circle"], ["a", "blue", "ring"],
+    ]  # fmt: skip
+
+
+def test_an_image_that_would_fill_the_memory_is_no_crash(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    found = {item.name: item for item in read_all(ImageFolder.open(folder))}
+    assert "exceeds limit" in found["a.png"].reason
+    assert "exceeds limit" in _as_pixels((folder / "a.png").read_bytes(), 8)
 
 
 def test_an_image_is_cropped_in_the_middle_and_stands_upright():

@@ -7,7 +7,8 @@ import torch
 
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.surgery import assemble
-from asdm_compress.distillation.estimate import encoder_bytes, estimate_memory, saved_bytes
+from asdm_compress.core.distillation import Losses
+from asdm_compress.distillation.estimate import encoder_bytes, estimate_memory, rows_kept, saved_bytes
 
 PLAN = Plan({"mid_block": "drop", "up_blocks.1.attentions.1": "conv1x1*4@timestep", "down_blocks.1.layers.1": "drop"})
 
@@ -29,6 +30,12 @@ def test_memory_is_counted_by_what_it_is_for(tiny):
     shared = whole.shared(2)
     assert (2 * shared.weights, 2 * shared.optimiser) == (whole.weights, whole.optimiser)
     assert (shared.teacher, shared.activations) == (whole.teacher, whole.activations)
+
+
+def test_rollouts_keep_the_activations_of_all_their_steps():
+    assert rows_kept(8, Losses()) == 8
+    assert rows_kept(8, Losses(trajectory=0.1, trajectory_steps=4)) == 8 + 2 * 4
+    assert rows_kept(1, Losses(trajectory=0.1, trajectory_steps=4)) == 1 + 4
 
 
 def test_what_else_of_the_teacher_stays_on_the_device_is_counted(pipeline):

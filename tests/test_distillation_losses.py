@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,7 @@ from asdm_compress.distillation.features import FeatureUNet
 from asdm_compress.distillation.losses import Batch, loss_terms, row_weights, weighted_sum
 from asdm_compress.distillation.pairs import check_student, find_pairs, given_pairs
 from asdm_compress.distillation.selection import SMALL_CUT, choose_parameters, phases_of, units_around_cuts
-from asdm_compress.distillation.trajectory import rollout
+from asdm_compress.distillation.trajectory import rolled_rows, rollout, trajectory_loss
 from asdm_compress.models.expert_conv import Moment, MultiExpertConv2d
 from asdm_compress.models.loading import load_unet
 from asdm_compress.models.source import LoadOptions
@@ -41,7 +43,14 @@ def batch():
     generator = torch.Generator().manual_seed(1)
     clean, noise = torch.randn(2, 4, 4, 8, 8, generator=generator)
     text = torch.randn(4, 5, 12, generator=generator)
-    return Batch(clean, noise, torch.tensor([10, 300, 600, 990]), text, torch.tensor([True, True, False, True]))
+    return Batch(
+        clean,
+        noise,
+        torch.tensor([10, 300, 600, 990]),
+        text,
+        torch.tensor([True, True, False, True]),
+        rolled_rows(4, 2),
+    )
 
 
 @pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
@@ -180,15 +189,17 @@ def test_weights_of_timesteps_are_those_of_min_snr(noising):
     assert row_weights(times, noising, Losses()).eq(1).all()
 
 
-def test_a_batch_in_parts_has_the_mean_of_their_losses(tiny, batch, noising):
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_a_batch_in_parts_has_the_mean_of_their_losses(tiny, batch, noising, rows):
+    losses = LOSSES.model_copy(update={"trajectory": 0.3, "trajectory_steps": 2})
     student = FeatureUNet(assemble(tiny, PLAN), ["down_blocks.0.downsamplers.0"])
     theirs = FeatureUNet(tiny, ["down_blocks.0.downsamplers.0"])
-    halves = [
-        Batch(*(getattr(batch, n)[rows] for n in ("clean", "noise", "timesteps", "text", "own")))
-        for rows in (slice(0, 2), slice(2, 4))
+    parts = [
+        Batch(*(getattr(batch, field.name)[first : first + rows] for field in fields(Batch)))
+        for first in range(0, 4, rows)
     ]
-    whole = weighted_sum(loss_terms(student, theirs, batch, noising, LOSSES), LOSSES)
-    parts = [weighted_sum(loss_terms(student, theirs, half, noising, LOSSES), LOSSES) for half in halves]
+    whole = weighted_sum(loss_terms(student, theirs, batch, noising, losses), losses)
+    parts = [weighted_sum(loss_terms(student, theirs, part, noising, losses), losses) for part in parts]
     theirs.release()
     torch.testing.assert_close(whole, torch.stack(parts).mean())
 
@@ -208,6 +219,15 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(tiny, batch, 
         found.append([loss.detach(), *(student.get_parameter(n).grad for n in names)])
     for plain, saved in zip(*found, strict=True):
         torch.testing.assert_close(plain, saved)
+
+
+@torch.no_grad()
+def test_the_trajectory_loss_is_of_one_row_in_so_many(tiny, batch, noising):
+    student, theirs = FeatureUNet(assemble(tiny, PLAN)), FeatureUNet(tiny)
+    found = trajectory_loss(student, theirs, batch.noise, batch.text, rolled_rows(4, 3), noising, 3)
+    ours, wanted = (rollout(u, batch.noise[[0, 3]], batch.text[[0, 3]], noising, 3) for u in (student, theirs))
+    torch.testing.assert_close(found, (ours - wanted).square().mean())
+    assert trajectory_loss(student, theirs, batch.noise, batch.text, torch.zeros(4), noising, 3) == 0
 
 
 @torch.no_grad()
@@ -234,7 +254,7 @@ def draws(batch=6, **values):
 
 
 def test_draws_are_a_function_of_seed_and_step():
-    for name in ("items", "timesteps", "noise", "captions", "captioned", "own"):
+    for name in ("items", "timesteps", "noise", "captions", "captioned", "own", "rolled"):
         assert torch.equal(getattr(draws().of(7), name), getattr(draws().of(7), name))
     assert not torch.equal(draws().of(7).noise, draws().of(8).noise)
     assert not torch.equal(draws().of(7).noise, draws(seed=1).of(7).noise)

@@ -387,6 +387,10 @@ def test_lora_trains_little_and_leaves_a_plain_student(place, monkeypatch):
     assert moved
     assert all(".to_" in name and ".attn" in name for name in moved)
     assert result.forecast.trained < 0.3 * sum(t.numel() for t in before.values())
+    torch.rand(7)  # wherever the generator of all else stands
+    run(place, monkeypatch, out="lora-again", changes=changes)
+    again = trained(place, "lora-again")
+    assert all(torch.equal(after[name], again[name]) for name in after)
 
 
 def test_divergence_is_judged_by_the_smoothed_loss():

@@ -121,6 +121,7 @@ def test_the_kernel_distance_of_pairs_has_no_bias_either():
     same = rng.normal(size=(20, 4))
     assert PairedKernel(same).value(same) == pytest.approx(0, abs=1e-12)
     apart = PairedKernel(same + 1)
+    assert (apart.counted(20), apart.counted(30_000)) == (20, 4_000)
     assert apart.value(same) > 3 * apart.resampled(same).std() > 0
 
 
@@ -157,6 +158,10 @@ def test_inception_score_is_the_definition(sets):
     many = np.random.default_rng(0).normal(size=(100, 5))
     parts = [InceptionScore().value(part) for part in np.split(many, 10)]
     assert InceptionScore().value(many) == pytest.approx(np.mean(parts))
+    # Where they do not divide, as published: from i n // 10 to (i + 1) n // 10.
+    more = np.random.default_rng(1).normal(size=(102, 5))
+    parts = [InceptionScore().value(more[i * 102 // 10 : (i + 1) * 102 // 10]) for i in range(10)]
+    assert InceptionScore().value(more) == pytest.approx(np.mean(parts))
 
 
 @pytest.mark.parametrize("unbiased", [True, False])

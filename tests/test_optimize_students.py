@@ -38,7 +38,9 @@ def settings_for(prompts):
 def test_students_are_made_take_part_and_leave_their_recipes(tmp_path, monkeypatch):
     monkeypatch.setenv("ASDM_COMPRESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(making, "SHARES", (0.7,))
-    settings = settings_for(tuple(f"a small {colour} circle" for colour in ("red", "blue", "green", "yellow", "purple")))
+    settings = settings_for(
+        tuple(f"a small {colour} circle" for colour in ("red", "blue", "green", "yellow", "purple"))
+    )
     found = run_optimize(["mini-sd"], tmp_path / "fast", LoadOptions(), settings, Silent(), make=MAKE)
     content = json.loads((tmp_path / "fast/optimize.json").read_text(encoding="utf-8"))
     made = [entry["name"] for entry in content["students"]["ladder"] if entry["name"]]

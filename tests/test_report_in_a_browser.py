@@ -144,13 +144,34 @@ def test_a_point_of_the_frontier_shows_its_plan(browser, page, width):
     assert browser.execute_script(visible) == [other]
     assert _one(browser, f".pick[data-opens={other}]").get_attribute("aria-pressed") == "true"
     browser.execute_script("document.querySelector('.pick[data-opens=plan-0]').focus()")
-    _press(browser, Keys.END)
+    _press(browser, Keys.END)  # the student as measured, which opens nothing
+    assert browser.execute_script("return document.activeElement.dataset.label") == "this student, as measured"
+    _press(browser, Keys.PAGE_UP)
     last = browser.execute_script("return document.activeElement.dataset.opens")
     assert last == f"plan-{points - 1}"
     _press(browser, Keys.ENTER)
     assert browser.execute_script(visible) == [last]
     _press(browser, Keys.HOME, Keys.SPACE)
     assert browser.execute_script(visible) == ["plan-0"]
+
+
+def test_every_edit_of_the_cloud_is_told_by_the_keyboard(browser, page):
+    from selenium.webdriver.common.keys import Keys
+
+    _open(browser, page)
+    cloud = "document.querySelector('#frontier [aria-label=\"Every edit that could be chosen\"]')"
+    told = f"return {cloud}.closest('.picture').querySelector('.readout').textContent"
+    points, picks = browser.execute_script(
+        f"return ['.point', '.pick'].map(kind => {cloud}.querySelectorAll(kind).length)"
+    )
+    assert points == picks > 1
+    browser.execute_script(f"{cloud}.querySelector('.pick[tabindex=\"0\"]').focus()")
+    seen = set()
+    for key in (Keys.HOME, Keys.END):
+        _press(browser, key)
+        seen.add(browser.execute_script(told))
+    assert len(seen) == 2
+    assert all("of the latency" in one and "damage" in one for one in seen)
 
 
 def test_parts_of_the_unet_tell_their_figures(browser, page):
@@ -209,7 +230,7 @@ def test_the_keyboard_reaches_everything_once(browser, page):
     assert {"plan", "damage", "frontier", "schedule", "experts", "commands"} <= set(order)
     assert seen[0][1] == "A"  # past the navigation
     picks = [section for _, tag, section, _ in seen if tag == "g"]
-    assert picks == ["plan", "damage", "frontier", "schedule", "experts"]
+    assert picks == ["plan", "damage", "frontier", "frontier", "schedule", "experts"]
 
 
 def test_names_are_there_for_those_who_do_not_see(browser, page):

@@ -54,7 +54,7 @@ class Batches:
         self._ahead = (step + 1, self._reader.submit(self._read, step + 1))
         for number in range(self.parts):
             here = slice(number * self.rows, (number + 1) * self.rows)
-            tensors = (clean, draw.noise, draw.timesteps, text, draw.own)
+            tensors = (clean, draw.noise, draw.timesteps, text, draw.own, draw.rolled)
             yield Batch(*(t[here].to(device, non_blocking=True) for t in tensors))
 
     def _read(self, step: int) -> tuple[Draw, Tensor, Tensor]:

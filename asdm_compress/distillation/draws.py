@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from asdm_compress.core.distillation import Distillation
+from asdm_compress.distillation.trajectory import rolled_rows
 
 _ORDER: Final = 1  # what a generator is for, so that no two draw the same numbers
 _STEP: Final = 2
@@ -25,7 +26,8 @@ _STEP: Final = 2
 class Draw:
     """One batch: `items` (B,), `timesteps` (B,), `noise` (B, C, h, w), and per row the item whose caption it gets.
 
-    `captioned` (B,) is False where the caption is left out; `own` (B,) where the caption is the item's own or none.
+    `captioned` (B,) is False where the caption is left out; `own` (B,) where the caption is the item's own or none;
+    `rolled` (B,) has the weights in the trajectory loss.
     """
 
     items: Tensor
@@ -34,6 +36,7 @@ class Draw:
     captions: Tensor
     captioned: Tensor
     own: Tensor
+    rolled: Tensor
 
     def rows(self, start: int, stop: int) -> Draw:
         """Some of the rows."""
@@ -65,7 +68,8 @@ class Draws:
             share = timesteps / self.train_timesteps
             swapped = chance < torch.exp(-losses.random_conditioning * (1 - share))
         captions = torch.where(swapped, others, items)
-        return Draw(items, timesteps, noise, captions, captioned, ~swapped | ~captioned)
+        rolled = rolled_rows(batch, losses.trajectory_steps)
+        return Draw(items, timesteps, noise, captions, captioned, ~swapped | ~captioned, rolled)
 
     def _items(self, step: int) -> Tensor:
         places = range(step * self.settings.batch, (step + 1) * self.settings.batch)

@@ -41,8 +41,9 @@ class Engine:
 
     def prepare(self, wrapped: FeatureUNet, optimiser: torch.optim.Optimizer, compiled: bool) -> tuple[Any, Any]:
         """The model to call and the optimiser to step, for one phase."""
-        body: Any = torch.compile(wrapped) if compiled else wrapped
-        model, prepared = self.accelerator.prepare(body, optimiser)
+        if compiled:
+            wrapped.compile()  # in its place: the names in a checkpoint are those of a training that is not compiled
+        model, prepared = self.accelerator.prepare(wrapped, optimiser)
         return model, prepared
 
     @contextmanager

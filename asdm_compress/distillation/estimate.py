@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from asdm_compress.core.distillation import Losses
 from asdm_compress.models.tree import meta_copy
 from asdm_compress.models.walk import run, start, steps_of
 
@@ -75,6 +77,12 @@ def estimate_memory(
         teacher=0 if teacher is None else bytes_of(teacher),
         activations=kept // 2 if half else kept,
     )
+
+
+def rows_kept(rows: int, losses: Losses) -> int:
+    """Rows whose activations are there at once: those of a pass, and of every step of those that are rolled out."""
+    steps = losses.trajectory_steps
+    return rows + (math.ceil(rows / steps) * steps if losses.trajectory else 0)
 
 
 def encoder_bytes(pipeline: StableDiffusionPipeline, runs_unet: bool = True) -> int:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from asdm_compress.core.errors import AsdmError
+from asdm_compress.core.images import BROKEN_IMAGE, what_is_wrong
 from asdm_compress.distillation.sources import BadItem, Item
 
 SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -68,11 +70,16 @@ def read_image(path: Path, size: int) -> Tensor | str:
     """An image file as (3, size, size) in [-1, 1], or what is wrong with it."""
     if not path.is_file():
         return "there is no such file"
+    return read_pixels(path, size)
+
+
+def read_pixels(file: Path | BinaryIO, size: int) -> Tensor | str:
+    """An image's bytes as (3, size, size) in [-1, 1], or what is wrong with them."""
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return to_pixels(image, size)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"it is no image that can be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    except BROKEN_IMAGE as error:
+        return f"it is no image that can be read: {what_is_wrong(error)}"
 
 
 def to_pixels(image: Image.Image, size: int) -> Tensor:
@@ -94,12 +101,13 @@ def _from_table(path: Path, rows: Sequence[Mapping[str, Any]], caption_column: s
 
 
 def _caption(value: Any) -> str | None:
-    return value.strip() or None if isinstance(value, str) else None
+    return " ".join(value.split()) or None if isinstance(value, str) else None
 
 
 def _read_jsonl(path: Path) -> list[Mapping[str, Any]]:
     rows = []
-    for number, line in enumerate(_lines(path), start=1):
+    # JSON's strings may hold characters that other programs take for ends of lines.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -113,15 +121,24 @@ def _read_jsonl(path: Path) -> list[Mapping[str, Any]]:
 
 
 def _read_csv(path: Path) -> list[Mapping[str, Any]]:
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
+    rows: list[Mapping[str, Any]] = []
     try:
-        return list(csv.DictReader(_lines(path)))
+        for row in reader:
+            if None in row:
+                raise AsdmError(
+                    f"{path}:{reader.line_num}: more values than columns", "Quote captions that have commas in them."
+                )
+            rows.append(row)
     except csv.Error as error:
         raise AsdmError(f"{path} is no CSV table: {error}") from error
+    return rows
 
 
-def _lines(path: Path) -> list[str]:
+def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        with path.open(encoding="utf-8-sig", newline="") as file:  # a quoted value keeps its ends of lines
+            return file.read()
     except UnicodeDecodeError as error:
         raise AsdmError(f"{path} is no UTF-8 text") from error
     except OSError as error:
@@ -134,7 +151,7 @@ def _from_text_files(folder: Path) -> list[tuple[str, str | None]]:
         text = path.with_suffix(".txt")
         caption = None
         if text.is_file():
-            caption = " ".join(line.strip() for line in _lines(text)).strip() or None
+            caption = _caption(_text(text))
         entries.append((path.relative_to(folder).as_posix(), caption))
     if entries and all(caption is None for _, caption in entries):
         raise AsdmError(f"none of the {len(entries)} images in {folder} has a caption", _HINT)

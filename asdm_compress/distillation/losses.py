@@ -32,7 +32,8 @@ def noise_scheduler(config: Mapping[str, object]) -> DDPMScheduler:
 class Batch:
     """What the UNets are given: `clean` and `noise` (B, C, h, w), `timesteps` (B,), `text` (B, tokens, width).
 
-    `own` (B,) is False for rows with another image's caption, which have no task.
+    `own` (B,) is False for rows with another image's caption, which have no task. `rolled` (B,) are the weights of the
+    rows in the trajectory loss, 0 for those that are not rolled out.
     """
 
     clean: Tensor
@@ -40,6 +41,7 @@ class Batch:
     timesteps: Tensor
     text: Tensor
     own: Tensor
+    rolled: Tensor
 
 
 def row_weights(timesteps: Tensor, noising: DDPMScheduler, losses: Losses) -> Tensor:
@@ -83,7 +85,7 @@ def loss_terms(
     if losses.trajectory:
         assert teacher is not None
         terms["trajectory"] = trajectory_loss(
-            student, teacher, batch.noise, batch.text, noising, losses.trajectory_steps
+            student, teacher, batch.noise, batch.text, batch.rolled, noising, losses.trajectory_steps
         )
     return terms
 

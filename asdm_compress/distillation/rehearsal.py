@@ -13,11 +13,12 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from asdm_compress.core.distillation import Distillation
 from asdm_compress.core.units import format_bytes, format_seconds
 from asdm_compress.distillation.draws import micro_batches
-from asdm_compress.distillation.estimate import Memory, encoder_bytes, estimate_memory, seconds_per_pass
+from asdm_compress.distillation.estimate import Memory, encoder_bytes, estimate_memory, rows_kept, seconds_per_pass
 from asdm_compress.distillation.features import FeatureUNet
 from asdm_compress.distillation.losses import Batch, loss_terms, noise_scheduler, weighted_sum
 from asdm_compress.distillation.selection import Phase, choose_parameters
 from asdm_compress.distillation.trainer import LoopSettings
+from asdm_compress.distillation.trajectory import rolled_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def rehearse(
     asks_teacher = training.losses.needs_teacher
     ours = FeatureUNet(student, places[0])
     theirs = FeatureUNet(teacher, places[1]) if asks_teacher else None
-    batch = _made_up(student, rows, text_tokens, device)
+    batch = _made_up(student, rows, text_tokens, training.losses.trajectory_steps, device)
 
     def one_pass() -> None:
         with accelerator.autocast():
@@ -90,8 +91,9 @@ def rehearse(
             theirs.release()
         student.disable_gradient_checkpointing()
     trained = sum(p.numel() for _, p in chosen)
+    kept = rows_kept(rows, training.losses)
     memory = estimate_memory(
-        student, teacher if asks_teacher else None, trained, rows, text_tokens, loop.gradient_checkpointing,
+        student, teacher if asks_teacher else None, trained, kept, text_tokens, loop.gradient_checkpointing,
         training.optimiser.name == "adamw-8bit", accelerator.mixed_precision in ("bf16", "fp16"),
     )  # fmt: skip
     memory = replace(memory, encoders=encoder_bytes(pipeline, asks_teacher))
@@ -101,13 +103,16 @@ def rehearse(
     return Forecast(memory, seconds * training.steps, seconds, trained, checkpoint)
 
 
-def _made_up(student: UNet2DConditionModel, rows: int, text_tokens: int, device: torch.device) -> Batch:
+def _made_up(
+    student: UNet2DConditionModel, rows: int, text_tokens: int, trajectory_steps: int, device: torch.device
+) -> Batch:
     generator = torch.Generator().manual_seed(0)
     size, channels = int(student.config["sample_size"]), int(student.config["out_channels"])
     clean, noise = torch.randn(2, rows, channels, size, size, generator=generator).to(device)
     text = torch.randn(rows, text_tokens, int(student.config["cross_attention_dim"]), generator=generator).to(device)
     timesteps = torch.randint(0, 1000, (rows,), generator=generator).to(device)
-    return Batch(clean, noise, timesteps, text, torch.ones(rows, dtype=torch.bool, device=device))
+    own, rolled = torch.ones(rows, dtype=torch.bool, device=device), rolled_rows(rows, trajectory_steps).to(device)
+    return Batch(clean, noise, timesteps, text, own, rolled)
 
 
 def _duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
@@ -86,15 +87,20 @@ def units_around_cuts(student: UNet2DConditionModel, teacher: UNet2DConditionMod
     return tuple(step.path for step in computing_steps(student) if step.path in chosen)
 
 
-def add_lora(student: UNet2DConditionModel, rank: int) -> None:
-    """Put LoRA (2106.09685) on the attentions' projections; raises AsdmError, exit code 4, without peft."""
+def add_lora(student: UNet2DConditionModel, rank: int, seed: int) -> None:
+    """Put LoRA (2106.09685) on the attentions' projections, the same for the same seed.
+
+    Raises AsdmError, exit code 4, without peft.
+    """
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise AsdmError(
             "LoRA needs the package peft", "Install it with `pip install asdm-compress[distill]`.", ExitCode.ENVIRONMENT
         ) from error
-    student.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_LORA_MODULES)))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        student.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_LORA_MODULES)))
 
 
 def fold_lora(student: UNet2DConditionModel) -> None:

@@ -91,7 +91,7 @@ class CaptionSource:
     def from_file(path: Path, size: int | None = None) -> CaptionSource:
         """The non-empty lines of a UTF-8 file; raises AsdmError for one that cannot be read or has none."""
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
         except OSError as error:
             raise AsdmError(f"the captions {path} cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:

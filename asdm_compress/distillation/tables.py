@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from asdm_compress.core.distillation import Data
 from asdm_compress.core.errors import AsdmError, ExitCode
-from asdm_compress.distillation.image_folder import read_image, to_pixels
+from asdm_compress.distillation.image_folder import read_image, read_pixels, to_pixels
 from asdm_compress.distillation.sources import BadItem, Item
 
 HUB: Final = "hf:"
@@ -174,7 +174,7 @@ def _column(asked: str, default: str, usual: Sequence[str], there: Sequence[str]
 def _as_text(value: Any) -> str | None:
     if isinstance(value, bytes):
         value = value.decode("utf-8", errors="replace")
-    return value.strip() or None if isinstance(value, str) else None
+    return " ".join(value.split()) or None if isinstance(value, str) else None
 
 
 def _as_pixels(value: Any, size: int) -> Tensor | str:
@@ -186,8 +186,4 @@ def _as_pixels(value: Any, size: int) -> Tensor | str:
         return to_pixels(value, size)
     if not isinstance(value, bytes):
         return "it has no image"
-    try:
-        with Image.open(io.BytesIO(value)) as image:
-            return to_pixels(image, size)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        return f"it is no image that can be read: {str(error).splitlines()[0]}"
+    return read_pixels(io.BytesIO(value), size)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from asdm_compress.core.distillation import Distillation
-from asdm_compress.core.errors import AsdmError
+from asdm_compress.core.errors import AsdmError, is_out_of_memory
 from asdm_compress.core.files import output_file
 from asdm_compress.distillation.batches import Batches
 from asdm_compress.distillation.checkpoints import Checkpoints
@@ -279,6 +279,8 @@ class Trainer:
         self._settle()
         if not all(map(math.isfinite, self.state.sums.values())):
             self.state.judge(float("nan"), self._last_good)
+        if self._unsound is not None:
+            return  # else it would in time push out the last good one, before that is judged
         aside = self.checkpoints.aside(step)
         with self.checkpoints.writing(step):
             if self.accelerator.is_main_process:
@@ -368,7 +370,9 @@ def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, EOFError, ValueError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise AsdmError(
-            f"the checkpoint {folder} cannot be read: {str(error).splitlines()[0]}",
+            f"the checkpoint {folder} cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}",
             "Remove it; --resume then goes on from the one before.",
         ) from error

@@ -10,16 +10,38 @@ from asdm_compress.distillation.features import FeatureUNet
 
 
 def trajectory_loss(
-    student: nn.Module, teacher: FeatureUNet, noise: Tensor, text: Tensor, noising: DDPMScheduler, steps: int
+    student: nn.Module,
+    teacher: FeatureUNet,
+    noise: Tensor,
+    text: Tensor,
+    rolled: Tensor,
+    noising: DDPMScheduler,
+    steps: int,
 ) -> Tensor:
     """Mean squared difference of the final latents of two rollouts of so many DDIM steps (2010.02502), unguided.
 
-    One row in `steps` is rolled out, so that the term costs about one more pass; gradients go through all its steps.
+    Rows with a weight in `rolled` (B,) are rolled out, and the mean over all rows is taken of their weighted errors
+    (see `rolled_rows`); gradients go through all steps. Where no row has a weight one is rolled out for nothing: with
+    sharded weights all processes have to make as many passes.
     """
-    noise, text = noise[::steps], text[::steps]
+    chosen = rolled.nonzero()[:, 0]
+    chosen = chosen if len(chosen) else torch.zeros_like(rolled[:1], dtype=torch.long)
+    noise, text = noise[chosen], text[chosen]
     with torch.no_grad():
         wanted = rollout(teacher, noise, text, noising, steps)
-    return (rollout(student, noise, text, noising, steps) - wanted).square().mean()
+    errors = (rollout(student, noise, text, noising, steps) - wanted).square().flatten(1).mean(dim=1)
+    return (rolled[chosen] * errors).sum() / len(rolled)
+
+
+def rolled_rows(batch: int, steps: int) -> Tensor:
+    """(B,) weights of a whole batch's rows: of one in `steps`, so that the term costs about one more pass.
+
+    The mean over all rows of weighted errors is the mean over the rows that are rolled out, and the mean over equal
+    parts of the batch the same, wherever these rows are.
+    """
+    rolled = torch.zeros(batch)
+    rolled[::steps] = 1.0
+    return rolled / rolled.mean()
 
 
 def rollout(unet: nn.Module, noise: Tensor, text: Tensor, noising: DDPMScheduler, steps: int) -> Tensor:

@@ -7,7 +7,7 @@ the same images are drawn in each resample, so that their difference has an inte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -36,6 +36,10 @@ class SetDistance(Protocol):
 
     least: float | None
 
+    def counted(self, n: int) -> int:
+        """How many of n images it takes in."""
+        ...
+
     def value(self, features: Array) -> float:
         """Of all images (N, D)."""
         ...
@@ -47,7 +51,8 @@ class SetDistance(Protocol):
 
 def estimate(distance: SetDistance, features: Array) -> Estimate:
     """A distance with its interval."""
-    return intervals.centred(distance.value(features), _resampled(distance, features), len(features), distance.least)
+    n = distance.counted(len(features))
+    return intervals.centred(distance.value(features), _resampled(distance, features), n, distance.least)
 
 
 def estimates(distance: SetDistance, teacher: Array, model: Array) -> tuple[Estimate, Estimate, Estimate]:
@@ -56,7 +61,7 @@ def estimates(distance: SetDistance, teacher: Array, model: Array) -> tuple[Esti
     for features in (teacher, model):
         values.append(distance.value(features))
         draws.append(_resampled(distance, features))
-    n = len(model)
+    n = distance.counted(len(model))
     ends = [intervals.centred(v, d, n, distance.least) for v, d in zip(values, draws, strict=True)]
     return ends[0], ends[1], intervals.centred(values[1] - values[0], draws[1] - draws[0], n)
 
@@ -98,6 +103,10 @@ class Frechet:
     def __init__(self, reference: Moments) -> None:
         self.mean, self.factor = reference.mean, reference.factor
         self.trace = float(np.square(self.factor).sum())
+
+    def counted(self, n: int) -> int:
+        """All of them."""
+        return n
 
     def value(self, features: Array) -> float:
         """Of images' features (N, D), N ≥ 2."""
@@ -156,6 +165,10 @@ class Kernel:
         self.least: float | None = None if unbiased else 0.0
         self.within = self._mean_within(*self._row_sums(self.reference, self.reference, own=True))
 
+    def counted(self, n: int) -> int:
+        """All of them."""
+        return n
+
     def value(self, features: Array) -> float:
         """Of images' features (N, D), N ≥ 2."""
         images = torch.from_numpy(features)
@@ -202,6 +215,10 @@ class PairedKernel:
 
     def __init__(self, reference: Array, kernel: Callable[[Tensor, Tensor], Tensor] = polynomial) -> None:
         self.reference, self.kernel = torch.from_numpy(reference[:_WHOLE]), kernel
+
+    def counted(self, n: int) -> int:
+        """Those whose matrix can be held."""
+        return min(n, _WHOLE)
 
     def value(self, features: Array) -> float:
         """Of the partners' features (N, D), N ≥ 2."""
@@ -266,6 +283,10 @@ class InceptionScore:
         """Into how many parts n images are split."""
         return SPLITS if n >= 10 * SPLITS else 1
 
+    def counted(self, n: int) -> int:
+        """All of them."""
+        return n
+
     def value(self, features: Array) -> float:
         """Of logits (N, classes)."""
         return float(self._scores(features, np.ones((1, len(features))))[0])
@@ -279,8 +300,9 @@ class InceptionScore:
         p = log_p.exp()
         certainty = (p * log_p).sum(1)
         found: list[Tensor] = []
-        places: Sequence[Tensor] = torch.arange(len(logits)).chunk(self.parts(len(logits)))
-        for rows in places:
+        n, parts = len(logits), self.parts(len(logits))
+        for number in range(parts):  # as even as they can be
+            rows = slice(number * n // parts, (number + 1) * n // parts)
             drawn = torch.from_numpy(weights)[:, rows]
             drawn = drawn / drawn.sum(1, keepdim=True).clamp(min=1)
             marginal = drawn @ p[rows]

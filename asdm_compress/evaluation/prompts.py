@@ -89,7 +89,7 @@ def _general_prompts(subjects: Sequence[str], count: int, seed: int) -> tuple[st
 def read_prompts(path: Path) -> list[str]:
     """The non-empty lines of a UTF-8 file; raises AsdmError for one that cannot be read or has fewer than two."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except OSError as error:
         raise AsdmError(f"the prompts file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from asdm_compress.core.errors import AsdmError
+from asdm_compress.core.images import BROKEN_IMAGE
 from asdm_compress.evaluation.distances import Array, Moments
 from asdm_compress.evaluation.inception import FEATURES
 from asdm_compress.evaluation.quality import scene_features
@@ -52,7 +53,7 @@ class ImageFolder:
             try:
                 with Image.open(self.files[row]) as image:
                     found.append(viewing.of_file(image))
-            except (OSError, UnidentifiedImageError) as error:
+            except BROKEN_IMAGE as error:
                 raise AsdmError(f"the image {self.files[row]} cannot be read", "Remove or replace it.") from error
         return found
 

@@ -40,6 +40,8 @@ def points_chart(
 ) -> str:
     """Dots, with a logarithmic ordinate if `log`; those of the kind `joined` are joined by a line from left to right.
 
+    Around those that open something a wide invisible ring makes them easy to hit with a finger.
+
     On a logarithmic one values of 0, and those that are nothing beside the largest, are drawn at the lower edge.
     """
     height, bottom = 340.0, 290.0
@@ -50,22 +52,9 @@ def points_chart(
     drawn = []
     for dot in dots:
         at = (x(dot.x), y(dot.y))
-        if dot.opens is None and not dot.lines:
-            drawn.append(
-                tag(
-                    "circle",
-                    tag("title", dot.label),
-                    cx=at[0],
-                    cy=at[1],
-                    r=3 if dot.kind == "faint" else 5,
-                    class_=f"point {dot.kind}",
-                )
-            )
-            continue
-        # A wide invisible ring makes small points easy to hit with a finger.
         rings = (
-            tag("circle", cx=at[0], cy=at[1], r=14, class_="target"),
-            tag("circle", cx=at[0], cy=at[1], r=6, class_=f"point {dot.kind}"),
+            tag("circle", cx=at[0], cy=at[1], r=14 if dot.opens else 7, class_="target"),
+            tag("circle", cx=at[0], cy=at[1], r=3 if dot.kind == "faint" else 6, class_=f"point {dot.kind}"),
         )
         drawn.append(pickable(dot.label, dot.lines, *rings, opens=dot.opens))
     return drawing(

@@ -11,9 +11,10 @@ from typing import Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from asdm_compress.core.errors import AsdmError
+from asdm_compress.core.images import BROKEN_IMAGE
 from asdm_compress.core.provenance import package_version
 from asdm_compress.reporting.report import Report
 
@@ -70,7 +71,7 @@ def data_url(path: Path) -> str:
                 return _data("image/png", content)
             buffer = io.BytesIO()
             image.convert("RGB").save(buffer, "WEBP", quality=WEBP_QUALITY)
-    except (OSError, SyntaxError, UnidentifiedImageError) as error:
+    except BROKEN_IMAGE as error:
         raise AsdmError(f"the image {path} cannot be read: {error}", "Remove it, or make it again.") from error
     return _data("image/webp", buffer.getvalue())
 
@@ -79,7 +80,7 @@ def _side(path: Path) -> int:
     try:
         with Image.open(path) as image:
             return int(max(image.size))
-    except (OSError, UnidentifiedImageError) as error:
+    except BROKEN_IMAGE as error:
         raise AsdmError(f"the image {path} cannot be read: {error}", "Remove it, or make it again.") from error
 
 

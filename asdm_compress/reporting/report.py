@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,32 +113,35 @@ class Blanks:
 
 def report_of(stages: Stages, blanks: Blanks) -> Report:
     """The report. Sections whose files are not there are left out, and named with the command that makes them."""
-    place = str(stages.name)
+    place = shlex.quote(stages.name)
+    # Folders that are no student's lack these for good, and a trained one must not be made again.
+    of_student = stages.recipe is not None
+    assembled = "asdm-compress assemble MODEL --budget latency=0.7x" if of_student and not stages.is_trained else ""
     made = [
-        (costs_section(stages), "Costs", f"asdm-compress assemble MODEL --budget latency=0.7x --out {place}"),
-        (plan_section(stages, blanks.teacher), "The UNet, part by part", "asdm-compress assemble, or apply"),
-        (time_section(stages, blanks.teacher), "Where the time goes", f"asdm-compress assemble MODEL --out {place}"),
-        (predictions_section(stages), "Predicted against measured", f"asdm-compress assemble MODEL --out {place}"),
-        (damage_section(stages), "Damage by timestep band", f"asdm-compress assemble MODEL --out {place}"),
-        (frontier_section(stages), "Frontier", f"asdm-compress frontier {place}"),
+        (costs_section(stages), "Costs", assembled),
+        (plan_section(stages, blanks.teacher), "The UNet, part by part", assembled),
+        (time_section(stages, blanks.teacher), "Where the time goes", assembled),
+        (predictions_section(stages), "Predicted against measured", assembled),
+        (damage_section(stages), "Damage by timestep band", assembled),
+        (frontier_section(stages), "Frontier", f"asdm-compress frontier {place}" if of_student else ""),
         (evaluation_section(stages), "Evaluation", f"asdm-compress evaluate {place} --against TEACHER"),
         (
             schedule_section(stages, blanks.student),
             "Inheritance schedule",
-            f"asdm-compress calibrate {place} --budget latency=0.6x --out {place}/schedule",
+            f"asdm-compress calibrate {place} --budget latency=0.6x --out {place}/schedule" if of_student else "",
         ),
         # These two are of folders of their own, not of a student that could lack them.
         (switching_section(stages), "Switching between members", ""),
         (optimize_section(stages), "One budget over everything", ""),
         (experts_section(stages), "Experts over the timesteps", "a plan with convolutions such as conv1x1*8@timestep"),
-        (training_section(stages), "Distillation", f"asdm-compress distill {place}"),
+        (training_section(stages), "Distillation", f"asdm-compress distill {place}" if of_student else ""),
         (provenance_section(stages), "Where this came from", ""),
     ]
     sections = [section for section, _, _ in made if section is not None]
     missing = [Missing(title, command) for section, title, command in made if section is None and command]
     pairs = tuple(_pairs(stages))
-    if not pairs:
-        missing.insert(0, Missing("Teacher and student, image by image", f"asdm-compress assemble MODEL --out {place}"))
+    if not pairs and assembled:
+        missing.insert(0, Missing("Teacher and student, image by image", assembled))
     return Report(
         name=stages.name,
         title=_title(stages),
@@ -274,12 +278,9 @@ def _commands(stages: Stages) -> Iterator[Command]:
         if line and line.startswith("asdm-compress") and line not in seen:
             seen.add(line)
             yield Command(what, line)
+    place = shlex.quote(stages.name)
     if stages.recipe is not None:
-        yield Command(
-            "The same plan on another checkpoint", f"asdm-compress apply {stages.name}/recipe.yaml MODEL --out student"
-        )
-        yield Command(
-            "Images beside the teacher's",
-            f'asdm-compress generate {stages.name} "PROMPT" --compare {stages.recipe.base.model}',
-        )
-    yield Command("This report", f"asdm-compress report {stages.name}")
+        recipe, teacher = shlex.quote(f"{stages.name}/recipe.yaml"), shlex.quote(stages.recipe.base.model)
+        yield Command("The same plan on another checkpoint", f"asdm-compress apply {recipe} MODEL --out student")
+        yield Command("Images beside the teacher's", f'asdm-compress generate {place} "PROMPT" --compare {teacher}')
+    yield Command("This report", f"asdm-compress report {place}")

@@ -91,8 +91,8 @@ def frontier_section(stages: Stages) -> Section | None:
     evidence = stages.recipe.evidence if stages.recipe else None
     if evidence is not None:
         measured = _measured_share(evidence.measured, evidence.teacher, frontier.resource)
-        text = f"this student, as measured: {measured:.3f}x of the {name}, damage {evidence.held_out_damage:.3g}"
-        dots.append(Dot(measured, evidence.held_out_damage, text, (), None, "chosen"))
+        lines = (f"{measured:.3f}x of the {name}", f"damage {evidence.held_out_damage:.3g} on held-out prompts")
+        dots.append(Dot(measured, evidence.held_out_damage, "this student, as measured", lines, None, "chosen"))
     columns = ("budget", name, "edits", "summed damage", "proven", "predicted damage", "measured damage")
     also = f" under {', '.join(frontier.also)}" if frontier.also else ""
     picture = points_chart(
@@ -131,12 +131,18 @@ def _cloud(stages: Stages) -> str | None:
         if option.saved_latency <= 0 or option.damage <= 0:
             continue
         saved = 100 * option.saved_latency / profile.latency
-        text = f"{option.site} {option.edit}: saves {saved:.1f} %, damage {option.damage:.2g}"
-        kind = "chosen" if (option.site, option.edit) in chosen else "faint"
-        dots.append(Dot(saved, option.damage, text, (), None, kind))
+        is_chosen = (option.site, option.edit) in chosen
+        lines = [f"saves {saved:.1f} % of the latency", f"damage {option.damage:.2g} alone"]
+        lines += ["chosen"] if is_chosen else []
+        kind = "chosen" if is_chosen else "faint"
+        dots.append(Dot(saved, option.damage, f"{option.site} {option.edit}", tuple(lines), None, kind))
     if not dots:
         return None
     dots.sort(key=lambda dot: dot.kind == "chosen")
     return points_chart(
-        dots, "Every edit that could be chosen", "saved share of the latency, %", "damage alone", joined=None
+        dots,
+        "Every edit that could be chosen",
+        "saved share of the latency, %",
+        "damage alone",
+        joined=None,
     )

@@ -220,7 +220,7 @@ def training_section(stages: Stages) -> Section | None:
         )
         tables.append(Table("Probes", ("step", "latent error", "damage"), rows, key="probes"))
     if training.losses:
-        names = [n for n in training.losses[0] if n == "loss" or (n in ("task", "output", "feature"))]
+        names = [n for n in training.losses[0] if n == "loss" or (n in ("task", "output", "feature", "trajectory"))]
         names += [n for n in training.losses[0] if n.endswith("_loss")]
         curves = {
             name: [

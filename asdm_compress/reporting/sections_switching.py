@@ -68,13 +68,12 @@ def optimize_section(stages: Stages) -> Section | None:
     if facts is None:
         return None
     kept = sorted((e for e in facts.tried if _psnr(e) is not None), key=lambda e: e.share)
-    dots = [
-        Dot(
-            e.share, _psnr(e) or 0.0, f"{e.role}: {e.way}", (f"{e.share:.3f}x of the time", score(e.validation).text),
-            None, "chosen" if e == facts.best else "dot",
-        )
-        for e in kept
-    ]  # fmt: skip
+    dots = []
+    for e in kept:
+        lines = [f"{e.share:.3f}x of the time", score(e.validation).text]
+        lines += ["the best within the budget"] if e == facts.best else []
+        kind = "chosen" if e == facts.best else "dot"
+        dots.append(Dot(e.share, _psnr(e) or 0.0, f"{e.role}: {e.way}", tuple(lines), None, kind))
     drawings = []
     if dots:
         title = ("What was tried", "time of a whole image over the reference's", "PSNR on validation prompts, dB")

@@ -178,6 +178,11 @@ class Training:
     losses: tuple[Mapping[str, Any], ...]
     probes: tuple[Mapping[str, Any], ...]
 
+    @property
+    def kept(self) -> Mapping[str, Any]:
+        """The probe whose weights the trainer keeps: the first of least damage."""
+        return min(self.probes, key=lambda probe: probe.get("damage", probe["latent_error"]))
+
 
 @dataclass(frozen=True, slots=True)
 class Stages:

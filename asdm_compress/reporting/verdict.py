@@ -91,5 +91,9 @@ def _training_words(stages: Stages) -> str:
     steps = max(line["step"] for line in (*probes, *losses))
     if len(probes) < 2:
         return f"distilled for {steps:,} steps"
-    first, best = probes[0]["latent_error"], min(p["latent_error"] for p in probes)
-    return f"distilled for {steps:,} steps: latent error on held-out prompts {first:.3g} before, {best:.3g} at best"
+    kept = stages.training.kept
+    first, best = probes[0]["latent_error"], kept["latent_error"]
+    return (
+        f"distilled for {steps:,} steps: latent error on held-out prompts {first:.3g} before, {best:.3g} with the "
+        f"weights of step {kept['step']:,}, which were kept"
+    )

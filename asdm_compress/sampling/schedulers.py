@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any, Final
 
 import diffusers
@@ -24,6 +25,12 @@ SCHEDULERS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "unipc": ("UniPCMultistepScheduler", {"use_karras_sigmas": False}),
 }
 
+# What a UNet was trained with, which no other model's scheduler knows.
+_OF_THE_MODEL: Final = (
+    "prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+    "rescale_betas_zero_snr",
+)  # fmt: skip
+
 
 def make_scheduler(name: str, pipeline: StableDiffusionPipeline) -> SchedulerMixin:
     """The scheduler called `name` with the noise schedule and prediction type of the pipeline's own.
@@ -39,6 +46,16 @@ def make_scheduler(name: str, pipeline: StableDiffusionPipeline) -> SchedulerMix
     if class_name in ("DDIMScheduler", "PNDMScheduler") and scheduler.config.timestep_spacing == "linspace":
         scheduler = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
     return scheduler
+
+
+def scheduler_like(other: SchedulerMixin, own: SchedulerMixin) -> SchedulerMixin:
+    """A scheduler of another's kind and settings, but with its own model's noise schedule and prediction type."""
+    of_model = {key: value for key, value in own.config.items() if key in _OF_THE_MODEL}
+    accepted = inspect.signature(type(other).__init__).parameters
+    made: SchedulerMixin = type(other).from_config(
+        {**other.config, **{key: value for key, value in of_model.items() if key in accepted}}
+    )
+    return made
 
 
 def evaluations(scheduler: SchedulerMixin, steps: int) -> int:

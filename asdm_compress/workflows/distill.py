@@ -116,6 +116,7 @@ def run_distill(
     Raises AsdmError for bad input, for data that cannot be used, and for a training that diverges. `out` appears whole
     or not at all; a run that was killed goes on with `resume`.
     """
+    out = out.absolute()  # `.` has no name to put the run's folder beside
     run = out.with_name(out.name + _RUN)
     if not settings.dry_run:
         check_places(out, run, settings)
@@ -136,7 +137,7 @@ def run_distill(
     phases = phases_of(training, opened.student, damage_before(opened.recipe))
     around = units_around_cuts(opened.student, teacher, opened.plan)
     if training.trains == "lora":
-        add_lora(opened.student, training.lora_rank)
+        add_lora(opened.student, training.lora_rank, training.seed)
     noising = noise_scheduler(opened.teacher.scheduler.config)
     _sample_once_per_step(opened.teacher, training, progress)
     places = ([p.student for p in pairs], [p.teacher for p in pairs])

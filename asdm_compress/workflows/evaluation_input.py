@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import StableDiffusionPipeline
+from diffusers import SchedulerMixin, StableDiffusionPipeline
 
 from asdm_compress.assembly.store import weights_hash
 from asdm_compress.core.errors import AsdmError
@@ -27,7 +27,7 @@ from asdm_compress.models.loading import open_pipeline, open_unet
 from asdm_compress.models.resolve import resolve
 from asdm_compress.models.source import LoadOptions, Source
 from asdm_compress.sampling.own_steps import own_steps
-from asdm_compress.sampling.schedulers import evaluations, make_scheduler
+from asdm_compress.sampling.schedulers import evaluations, make_scheduler, scheduler_like
 from asdm_compress.sampling.settings import SamplingSettings, check_text_to_image
 from asdm_compress.scenes.captions import Caption
 from asdm_compress.workflows.card import PYTHON
@@ -208,9 +208,11 @@ def open_models(
     steps = settings.model_steps or own or rules.steps
     if settings.model_sampler:
         student.scheduler = make_scheduler(settings.model_sampler, student)
-    elif own is None and not rules.sampler and not _sample_alike(teacher, student):
-        progress.note("the model's own sampler differs from the teacher's; both sample with the teacher's")
-        student.scheduler = type(teacher.scheduler).from_config(teacher.scheduler.config)
+    elif own is None and not rules.sampler:
+        like_teacher = scheduler_like(teacher.scheduler, student.scheduler)
+        if not _sample_alike(like_teacher, student.scheduler):
+            progress.note("the model's own sampler differs from the teacher's; both sample with the teacher's")
+            student.scheduler = like_teacher
     pipelines: dict[Role, StableDiffusionPipeline] = {"teacher": teacher, "model": student}
     opened = Opened({"teacher": theirs, "model": ours}, pipelines, rules, departures, steps)
     own_sampling = opened.own_sampling
@@ -235,14 +237,12 @@ def _resolve_teacher(model: str, ours: Source, settings: EvaluateSettings, optio
         raise AsdmError(error.message, "Name the student's teacher with --against.", error.exit_code) from error
 
 
-def _sample_alike(teacher: StableDiffusionPipeline, student: StableDiffusionPipeline) -> bool:
-    """Whether both have the same scheduler with the same settings."""
-    kinds = {type(pipeline.scheduler) for pipeline in (teacher, student)}
-    ours, theirs = (
-        {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
-        for pipeline in (student, teacher)
+def _sample_alike(one: SchedulerMixin, other: SchedulerMixin) -> bool:
+    """Whether two schedulers are of one kind with the same settings."""
+    first, second = (
+        {key: value for key, value in scheduler.config.items() if not key.startswith("_")} for scheduler in (one, other)
     )
-    return len(kinds) == 1 and ours == theirs
+    return type(one) is type(other) and first == second
 
 
 def _named_teacher(model: str, source: Source) -> str:

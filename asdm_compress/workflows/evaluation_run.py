@@ -117,6 +117,10 @@ def prepare_run(run: Path, key: Mapping[str, Any], overwrite: bool) -> None:
                 f"{run} holds an evaluation that was begun with other {other[0]}",
                 "Finish it with the same settings, or begin anew with --overwrite.",
             )
+    elif run.is_dir() and any(run.iterdir()) and not overwrite:
+        raise AsdmError(
+            f"{run} is there, and is of no evaluation", "Choose another --out, or replace it with --overwrite."
+        )
     shutil.rmtree(run, ignore_errors=True)
     with output_file(path) as aside:
         aside.write_text(json.dumps(key, indent=1), encoding="utf-8")

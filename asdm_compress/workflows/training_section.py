@@ -22,7 +22,7 @@ from asdm_compress.core.distillation import (
 )
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.recipe import Recipe
-from asdm_compress.distillation.estimate import encoder_bytes, estimate_memory
+from asdm_compress.distillation.estimate import encoder_bytes, estimate_memory, rows_kept
 from asdm_compress.distillation.pairs import find_pairs
 from asdm_compress.evaluation.prompts import understands_scenes
 from asdm_compress.profiling.counting import count_macs
@@ -42,7 +42,7 @@ def training_section(
     pairs = find_pairs(student, teacher, plan, training.losses.features)
     tokens, size = int(pipeline.tokenizer.model_max_length), int(teacher.config["sample_size"])
     parameters = sum(p.numel() for p in student.parameters())
-    memory = estimate_memory(student, teacher, parameters, training.batch, tokens)
+    memory = estimate_memory(student, teacher, parameters, rows_kept(training.batch, training.losses), tokens)
     memory = replace(memory, encoders=encoder_bytes(pipeline))
     ours, theirs = (count_macs(unet, 1, size, size, tokens)[""].total for unet in (student, teacher))
     expected = Expected(

@@ -33,8 +33,11 @@ class MuonWithAdamW:
             [p for _, p in named if id(p) not in taken], lr=learning_rate, betas=(0.9, 0.995), weight_decay=WEIGHT_DECAY
         )
         self.module = module
-        # Their learning rates are on one scale.
-        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Of both, whose learning rates are on one scale; loading a state gives each of them new ones."""
+        return [*self.muon.param_groups, *self.adamw.param_groups]
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

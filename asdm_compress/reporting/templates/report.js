@@ -65,9 +65,12 @@
     return [box.left + box.width / 2, box.top + box.height / 2];
   };
   const directions = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+  const turns = { PageUp: -1, PageDown: 1 };
   const next = (picks, pick, key) => {
     if (key === "Home") return picks[0];
     if (key === "End") return picks[picks.length - 1];
+    // What lies at one place with another is reached by going through all of them in order.
+    if (key in turns) return picks[picks.indexOf(pick) + turns[key]] || null;
     const [dx, dy] = directions[key];
     const [x, y] = centre(pick);
     let best = null;
@@ -99,7 +102,7 @@
       if (event.key === "Enter" || event.key === " ") {
         event.preventDefault();
         open(pick);
-      } else if (event.key in directions || event.key === "Home" || event.key === "End") {
+      } else if (event.key in directions || event.key in turns || event.key === "Home" || event.key === "End") {
         event.preventDefault();
         const other = next(picks, pick, event.key);
         if (other) other.focus();
