@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from asdm_compress.assembly.calibration import measure_band_weights, record
+from asdm_compress.assembly.calibration import Calibration, _pick_steps, measure_band_weights, record
 from asdm_compress.assembly.damage import (
     SKETCH,
     compare_predictions,
@@ -19,6 +19,7 @@ from asdm_compress.assembly.damage import (
     measure_plan,
     predictions,
     sketch,
+    summarise,
 )
 from asdm_compress.assembly.options import find_options
 from asdm_compress.assembly.plan import Plan
@@ -27,7 +28,7 @@ from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.edits import edited_copy
 from asdm_compress.sampling.images import sample
-from asdm_compress.sampling.run import SamplingRun
+from asdm_compress.sampling.run import GuidedInputs, SamplingRun
 from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.sampling.settings import SamplingSettings, encode
 from asdm_compress.scenes.captions import sample_captions
@@ -57,6 +58,30 @@ def test_triples_are_one_moment_per_prompt_and_band(calibration):
     assert inputs.texts.shape[1] == 2
     assert sum(calibration.band_weights) == pytest.approx(1)
     assert all(w > 0 for w in calibration.band_weights)
+
+
+@pytest.mark.parametrize(("prompts", "moments"), [(256, 512), (32, 64), (18, 36), (9, 27)])
+def test_every_band_is_measured_on_alike(prompts, moments):
+    """Among the prompts that are kept out of fits too, which are few."""
+    picks = _pick_steps(prompts, SamplingSettings(25), 4, moments)
+    bands, who = (picks >= 0).nonzero(as_tuple=True)
+    inputs = GuidedInputs(torch.zeros(len(who), 1), torch.zeros(len(who)), torch.zeros(len(who), 1), 1.0)
+    whole = Calibration(inputs, bands, who, (0.25,) * 4, ())
+    for part in (*whole.parts(), *whole.for_plans()):
+        counts = torch.bincount(part.bands, minlength=4)
+        assert counts.min() >= 1
+        assert counts.max() - counts.min() <= 0.25 * len(part) / 4 + 3
+        assert part.bands_without_moments() == []
+    assert whole.only(bands < 3).bands_without_moments() == [3]
+
+
+def test_a_band_without_moments_is_taken_to_be_as_the_others(calibration):
+    few = calibration.only(calibration.bands < 3)
+    errors = np.arange(1.0, 1 + len(few))
+    found = summarise(errors, np.ones(len(few)), few)
+    assert found.bands[3] == pytest.approx(found.total)
+    weights = np.array(few.band_weights[:3])
+    assert found.total == pytest.approx(float(weights @ found.bands[:3] / weights.sum()))
 
 
 def test_recorded_runs_are_the_pipelines_own(pipeline):

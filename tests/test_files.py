@@ -69,6 +69,18 @@ def test_an_existing_folder_is_refused_or_replaced(tmp_path):
     assert [p.name for p in out.iterdir()] == ["new.txt"]
 
 
+def test_of_a_link_what_it_points_to_is_replaced(tmp_path):
+    (tmp_path / "disk/real").mkdir(parents=True)
+    (tmp_path / "disk/real/old").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "disk/real")
+    with output_folder(tmp_path / "link", overwrite=True) as aside:
+        assert aside.parent == tmp_path / "disk"
+        (aside / "new").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "disk/real").iterdir()] == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
 def test_what_is_made_does_not_replace_a_model_that_it_is_made_from(tmp_path, monkeypatch):
     (tmp_path / "models" / "mine").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -130,6 +130,14 @@ def test_the_stored_precision_is_kept_when_asked_for(copy):
     }
 
 
+def test_every_part_keeps_its_own_stored_precision(copy):
+    vae = next((copy / "vae").glob("*.safetensors"))
+    save_file({name: tensor.float() for name, tensor in load_file(vae).items()}, vae)
+    found = load_pipeline(str(copy), LoadOptions(dtype=None))
+    assert (found.unet.dtype, found.vae.dtype) == (torch.float16, torch.float32)
+    assert load_pipeline(str(copy), LoadOptions(dtype=torch.bfloat16)).vae.dtype == torch.bfloat16
+
+
 def test_a_safe_bin_folder_opens_and_an_unsafe_one_does_not(copy, unet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = weights_of(copy)

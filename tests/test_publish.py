@@ -63,12 +63,13 @@ def test_a_student_goes_to_the_hub_and_comes_back(hub: Hub, cli, elsewhere, tmp_
     # A second time it is there already, and shards of another student, which would be opened before this one.
     shard = "unet/diffusion_pytorch_model-00001-of-00002.safetensors"
     stale = {shard, "unet/diffusion_pytorch_model.safetensors.index.json"}
-    repository.files |= dict.fromkeys([*stale, "images/kept.png"], b"old")
+    others = {"images/kept.png", "loras/style.safetensors", "whole.safetensors", "unet/training_args.bin"}
+    repository.files |= dict.fromkeys([*stale, *others], b"old")
     again = cli(*APPLY, "--overwrite")
     assert again.returncode == 0, again.stderr
     assert hub.asked.count("POST /api/repos/create") == 1
     assert len(repository.commits) == 2
-    assert repository.files.keys() == {*here, "images/kept.png"}
+    assert repository.files.keys() == {*here, *others}
 
     unet = load_unet(str(folder), LoadOptions())
     with torch.no_grad():

@@ -166,10 +166,15 @@ def test_recipes_are_compared_by_what_they_do():
     assert compare(base, find_recipe("segmind-small")) == []
 
 
-def test_a_recipe_is_found_by_path_or_name(tmp_path):
+def test_a_recipe_is_found_by_path_or_name(tmp_path, monkeypatch):
     copy = tmp_path / "mine.yaml"
     copy.write_text(find_recipe("bk-sdm-tiny-v1").read_text())
     assert load_recipe(find_recipe(str(copy))).as_edits() == load_recipe(find_recipe("bk-sdm-tiny-v1")).as_edits()
+    (tmp_path / "bk-sdm-base-v1").mkdir()  # a folder of that name hides no recipe
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("bk-sdm-base-v1").is_file()
+    copy.rename(tmp_path / "bk-sdm-base-v1/recipe.yaml")  # but a student in it is one
+    assert find_recipe("bk-sdm-base-v1").parent.name == "bk-sdm-base-v1"
     with pytest.raises(AsdmError, match="no recipe bk-sdm-tiny") as caught:
         find_recipe("bk-sdm-tiny")
     assert "Did you mean bk-sdm-tiny-v" in str(caught.value.hint)

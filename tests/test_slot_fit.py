@@ -273,6 +273,17 @@ def test_a_calibration_of_two_parts_keeps_prompts_apart(calibration):
     assert [len(part) for part in calibration.for_plans()] == [len(part) for part in calibration.parts()]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("edit", ["conv3x3", "conv1x1*4@timestep"])
+def test_a_slot_that_nothing_is_fitted_for_is_as_if_it_were_empty(unet, calibration, edit):
+    rows = calibration.part(0, 2).rows()
+    for site in ("up_blocks.1.layers.0", "down_blocks.1.resnets.0", "mid_block.resnets.0"):
+        widens = unet.get_submodule(site.replace("layers", "resnets")).conv_shortcut is not None
+        empty = assemble(unet, Plan({site: "shortcut" if widens else "drop"}))(*rows, return_dict=False)[0]
+        found = assemble(unet, Plan({site: edit}))(*rows, return_dict=False)[0]
+        torch.testing.assert_close(found, empty, atol=1e-4, rtol=1e-4)
+
+
 def test_other_starts_are_of_kept_kernels_or_of_the_right_size(unet):
     edits = {"mid_block.resnets.0": "conv3x3*4@timestep", "up_blocks.3.layers.1": "conv1x1"}
     plan = Plan({**edits, "mid_block.attentions.0": "drop"})

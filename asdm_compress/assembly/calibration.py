@@ -19,7 +19,9 @@ from asdm_compress.sampling.settings import SamplingSettings, check_text_to_imag
 
 DEFAULT_BANDS: Final = BANDS
 PERTURBATION: Final = 0.05  # of the noise prediction's norm, when the sampler's response is measured
-FEW: Final = 12  # prompts, of fewer of which one in three is kept out of fits
+ONE_IN: Final = 6  # prompts is kept out of fits
+FEW: Final = 12  # prompts, of fewer of which it is one in three
+ONE_IN_FEW: Final = 3
 TOGETHER: Final = 16  # prompts that are sampled at once: bounds the memory
 
 Progress = Callable[[int, int], None]
@@ -68,7 +70,7 @@ class Calibration:
 
         One prompt in six is measured on, of few prompts one in three, and all where none are to be held out.
         """
-        return self._without_one_in(6)
+        return self._without_one_in(ONE_IN)
 
     def for_plans(self) -> tuple[Calibration, Calibration]:
         """The same for whole plans, of which the best is picked: of many prompts every second is measured on.
@@ -81,11 +83,16 @@ class Calibration:
     def _without_one_in(self, share: int) -> tuple[Calibration, Calibration]:
         if not self.held_out:
             return self, self
-        every = share if int(self.prompts.max()) >= FEW - 1 else 3
+        every = share if int(self.prompts.max()) >= FEW - 1 else ONE_IN_FEW
         measured = self.prompts % every == every - 1
         if not measured.any():
             return self, self
         return self.only(~measured), self.only(measured)
+
+    def bands_without_moments(self) -> list[int]:
+        """Those in which nothing can be measured."""
+        there = set(self.bands.tolist())
+        return [band for band in range(len(self.band_weights)) if band not in there]
 
     def thinned(self, moments: int) -> Calibration:
         """About so many of the moments, evenly over prompts and bands, at least one of every prompt."""
@@ -248,7 +255,8 @@ def _middles(steps: int, bands: int) -> list[int]:
 def _pick_steps(count: int, settings: SamplingSettings, bands: int, moments: int) -> Tensor:
     """For every band and prompt a random step of the band, or -1 where the prompt has no moment in it, (bands, count).
 
-    Few moments of many prompts tell more than many moments of few: those of one run look alike.
+    Few moments of many prompts tell more than many moments of few: those of one run look alike. They are spread over
+    the bands among the prompts that are kept out of fits too (see `Calibration.parts`).
     """
     generator = torch.Generator().manual_seed(settings.seed + 1)
     picks = []
@@ -257,8 +265,10 @@ def _pick_steps(count: int, settings: SamplingSettings, bands: int, moments: int
         picks.append(members[torch.randint(len(members), (count,), generator=generator)])
     steps = torch.stack(picks)
     each = min(bands, -(-moments // count))
-    taken = torch.zeros(bands)
+    apart = ONE_IN if count >= FEW else ONE_IN_FEW
+    taken_by = torch.zeros(apart, bands)
     for prompt in range(count):
+        taken = taken_by[prompt % apart]
         order = (taken + torch.rand(bands, generator=generator) / 2).argsort()  # the least taken first
         taken[order[:each]] += 1
         steps[order[each:], prompt] = -1

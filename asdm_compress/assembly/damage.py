@@ -173,17 +173,18 @@ def predictions(unet: UNet2DConditionModel, calibration: Calibration) -> torch.T
 def summarise(errors: np.ndarray, energy: np.ndarray, calibration: Calibration) -> Damage:
     """Per-triple squared errors and energies (N,) to damages per band and their weighted sum.
 
-    A band without triples has damage 0 and no weight.
+    A band without triples has no weight; its damage is taken to be that of the others.
     """
     bands = calibration.bands.numpy()
     weights = np.asarray(calibration.band_weights)
     there = np.array([(bands == band).any() for band in range(len(weights))])
     weights = np.where(there, weights, 0.0) / weights[there].sum()
-    per_band = tuple(
+    per_band = [
         float(errors[bands == band].sum() / energy[bands == band].sum()) if there[band] else 0.0
         for band in range(len(weights))
-    )
-    return Damage(per_band, float(np.dot(weights, per_band)))
+    ]
+    total = float(np.dot(weights, per_band))
+    return Damage(tuple(one if known else total for one, known in zip(per_band, there, strict=True)), total)
 
 
 def teacher_pass(

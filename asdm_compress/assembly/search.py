@@ -144,6 +144,7 @@ def _solve_known(
     total = sum(damages[o.name] for o in options) + sum(abs(term) for term in known.values())
     if not math.isfinite(total):
         broken = [o.name for o in options if not math.isfinite(damages[o.name])]
+        broken += [" with ".join(sorted(pair)) for pair, term in known.items() if not math.isfinite(term)]
         raise AsdmError(
             f"the damage of {len(broken)} edits is not a finite number, the first is {broken[0]}",
             "Does the model overflow in this dtype? Try --dtype fp32.",

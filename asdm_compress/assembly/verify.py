@@ -304,6 +304,9 @@ def _neighbours(
         solution = in_time.solution
         if any(solution.plan == f.in_time.solution.plan for f in found):
             continue
+        # That nothing is better was shown without one edit; for all edits there is the bound of the search with them.
+        bound = min(solution.bound, best.in_time.solution.bound)
+        in_time = replace(in_time, solution=replace(solution, bound=bound, proven=False))
         found.append(_Found(best.attempt, in_time, *_fitted_damage(search, solution.plan, moments)))
         longest = max(longest, time.monotonic() - since)
 

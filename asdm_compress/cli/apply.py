@@ -10,7 +10,7 @@ import typer
 
 from asdm_compress.cli import options as o
 from asdm_compress.cli.console import Output
-from asdm_compress.core.defaults import CALIBRATION_PROMPTS, GUIDANCE, STEPS
+from asdm_compress.core.defaults import BANDS, CALIBRATION_PROMPTS, GUIDANCE, MOMENTS, STEPS
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_output
 from asdm_compress.core.recipe import find_recipe, load_recipe, telling_lines
@@ -38,6 +38,11 @@ def apply(
     calibration_prompts: Annotated[
         int, typer.Option(min=1, help="Prompts that convolutions are fitted on.")
     ] = CALIBRATION_PROMPTS,
+    calibration_triples: Annotated[
+        int,
+        typer.Option(min=1, help="Moments of these runs that are kept, whose activations a fit holds in memory."),
+    ] = MOMENTS,
+    bands: Annotated[int, typer.Option(min=1, help="Timestep bands; at least as many as a slot has experts.")] = BANDS,
     steps: o.Steps = STEPS,
     guidance: o.Guidance = GUIDANCE,
     seed: o.Seed = 0,
@@ -67,6 +72,7 @@ def apply(
         load = replace(load, dtype=None) if dtype == "auto" else load
         from asdm_compress.models.saving import FileLayout
         from asdm_compress.workflows.apply import SlotStart, Writing, run_apply
+    from asdm_compress.assembly.calibration import Effort
     from asdm_compress.evaluation.prompts import read_prompts
     from asdm_compress.sampling.settings import SamplingSettings
 
@@ -76,6 +82,8 @@ def apply(
         scheduler,
         None if prompts is None else tuple(read_prompts(prompts)),
         calibration_prompts,
+        bands=bands,
+        effort=Effort(calibration_triples),
         device=fitting.device,
     )
     writing = Writing(out, overwrite, FileLayout(variant, shard_bytes), push_to_hub, o.command_line())
@@ -84,6 +92,8 @@ def apply(
     if result.slots:
         how = "fitted to this model" if slot_start == "fit" else f"not fitted ({slot_start}): train before use"
         output.show(f"{result.slots} convolutions and narrowed modules {how}.")
+    elif content.refit != "none" and slot_start != "fit":
+        output.show(f"What stays is not refitted ({slot_start}): train before use.")
     output.show(
         f"Wrote {out}: {result.kept} tensors inherited, {result.removed} removed; "
         f"{'opens in plain diffusers' if result.is_stock else 'opens after `import asdm_compress`'}."

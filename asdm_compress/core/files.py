@@ -71,6 +71,7 @@ def output_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     parent cannot be written, and when the disk is full.
     """
     check_output(out, overwrite)
+    out = out.resolve()  # of a link what it points to is replaced
     with disk_errors(out, OUT_HINT, (errno.ENOENT,)):  # some places, as /proc, know no new folders
         out.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

@@ -113,13 +113,15 @@ def bundled_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe that is given by its path or by the name of a bundled one.
+    """The file of a recipe that is given by its path, by the student's folder, or by the name of a bundled one.
 
     Raises AsdmError where there is neither.
     """
     path, bundled = Path(name), bundled_recipes()
-    if path.exists() or path.suffix in (".yaml", ".yml"):
+    if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path
+    if (path / "recipe.yaml").is_file():  # a student's folder
+        return path / "recipe.yaml"
     if name in bundled:
         return bundled[name]
     close = difflib.get_close_matches(name, bundled)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, TypeVar
 
+import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -274,8 +275,19 @@ def _conv_slot(kind: str, module: Any, spec: ConvSpec) -> nn.Module:
     if kind == "upsamplers":
         return ConvUpsampler(MultiExpertConv2d(module.channels, module.out_channels, spec))
     dense = not spec.separable and spec.rank is None
+    slot = MultiExpertConv2d(module.in_channels, module.out_channels, spec)
+    if dense and module.conv_shortcut is not None and slot.bias.device.type != "meta":
+        _take_in(slot, module.conv_shortcut, module.output_scale_factor)
     # A dense kernel takes a 1 x 1 shortcut in; a factorised one could not express it.
-    shortcut = None if dense else module.conv_shortcut
-    return ConvResnet(
-        MultiExpertConv2d(module.in_channels, module.out_channels, spec), shortcut, module.output_scale_factor
-    )
+    return ConvResnet(slot, None if dense else module.conv_shortcut, module.output_scale_factor)
+
+
+@torch.no_grad()
+def _take_in(slot: MultiExpertConv2d, shortcut: nn.Conv2d, scale: float) -> None:
+    """Let every expert do what the shortcut does by itself: what is not fitted is then as if it were empty."""
+    middle, weight = slot.spec.kernel // 2, shortcut.weight
+    if weight.device.type == "meta":
+        return
+    slot.weights[0][:, :, :, middle, middle].add_(weight[:, :, 0, 0] / scale)
+    if shortcut.bias is not None:
+        slot.bias.add_(shortcut.bias / scale)

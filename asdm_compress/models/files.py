@@ -23,6 +23,9 @@ AGAIN: Final = "Fetch or copy the file again."
 _WEIGHTS: Final = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.(?P<suffix>safetensors|bin)$"
 )
+_INDEX: Final = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)\.(?:safetensors|bin)\.index(?:\.\w+)?\.json$"
+)
 # The original checkpoints name a class of their training program, as a key beside the weights. In its place stands one
 # of that name that does nothing.
 _INERT: Final[list[Any]] = [type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})]
@@ -54,6 +57,11 @@ def check_folder(folder: Path, allow_pickle: bool) -> None:
     for path in sorted(folder.rglob("*.bin")):
         if path.parent not in safe:
             read_pickle(path, allow_pickle)
+
+
+def is_weights(name: str) -> bool:
+    """Whether diffusers would open a file of this name as a part's weights, or as the index of their shards."""
+    return bool(_WEIGHTS.match(name) or _INDEX.match(name))
 
 
 def choose_weights(names: Iterable[str]) -> tuple[list[str], str | None]:

@@ -96,13 +96,14 @@ def _resolved(reference: str, options: LoadOptions) -> Source:
 def _pipeline_from_folder(source: Source, options: LoadOptions) -> Any:
     assert source.path is not None
     assert source.unet_folder is not None
-    dtype = options.dtype or stored_dtype(source.unet_folder)
+    unet_dtype = options.dtype or stored_dtype(source.unet_folder)
     # Passed at once, the UNet's class would be looked up by the index, which may name the folder's own loader.
     parts: dict[str, Any] = {"unet": None}
     index = read_json(source.path / "model_index.json")
     for name, part_class in _CHECKED_PARTS.items():
         if index.get(name, [None, None])[1] == part_class.__name__:
-            parts[name] = open_part(part_class, source.path / name, dtype, options)
+            part_dtype = options.dtype or stored_dtype(source.path / name)
+            parts[name] = open_part(part_class, source.path / name, part_dtype, options)
     # diffusers wants some parts named even where a folder goes without them, such as a depth estimator.
     parts |= {name: None for name, value in index.items() if value == [None, None]}
     own = str(index.get("_class_name"))
@@ -110,7 +111,7 @@ def _pipeline_from_folder(source: Source, options: LoadOptions) -> Any:
     with readable(source.path):
         check_folder(source.path, options.allow_pickle)
         pipeline = pipeline_class.from_pretrained(
-            source.path, **parts, dtype=dtype, variant=variant_of(source.unet_folder), local_files_only=True
+            source.path, **parts, dtype=unet_dtype, variant=variant_of(source.unet_folder), local_files_only=True
         )
     whole = {**pipeline.components, "unet": open_unet(source, options)}
     flags = {"requires_safety_checker"} & set(inspect.signature(pipeline_class.__init__).parameters)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from asdm_compress.assembly.calibration import DEFAULT_BANDS, record
+from asdm_compress.assembly.calibration import DEFAULT_BANDS, Effort, check_bands, record
 from asdm_compress.assembly.other_starts import copied_start, random_start
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.plan_fit import RefitChoice, fit_plan
@@ -74,8 +74,9 @@ class SlotStart:
     """How what a recipe brings along starts on another checkpoint.
 
     `fit` fits it to the checkpoint's own activations, for which it samples with it, on `device`, on its own prompts or
-    a user's. Otherwise convolutions start from zero, from random kernels, or from copies of kept ones, and narrowed
-    modules keep their largest structures: a start for a training, not a student.
+    a user's. For more experts than `bands` there are as many bands as experts. Otherwise convolutions start from zero,
+    from random kernels, or from copies of kept ones, and narrowed modules keep their largest structures: a start for a
+    training, not a student.
     """
 
     start: SlotStartName = "fit"
@@ -85,6 +86,7 @@ class SlotStart:
     calibration_prompts: int = CALIBRATION_PROMPTS
     held_out_prompts: int = HELD_OUT_PROMPTS  # left out of a user's own, as `assemble` leaves them out
     bands: int = DEFAULT_BANDS
+    effort: Effort = field(default_factory=Effort)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
@@ -135,7 +137,8 @@ def _assemble(
         student = assemble(teacher, plan, weights)
     with progress.stage("Writing"), output_folder(writing.out, writing.overwrite) as aside:
         _save(pipeline, student, aside, writing.layout)
-        _tell(aside, writing, recipe, source, teacher, student)
+        done = recipe if start.start == "fit" else recipe.model_copy(update={"refit": "none"})
+        _tell(aside, writing, done, source, teacher, student)
     slots = len({unit for unit, _ in spec.slot_map.values()})
     return ApplyResult(len(spec.weight_map), len(removed_tensors(teacher, spec)), slots, spec.is_stock)
 
@@ -202,14 +205,17 @@ def _fit(
             "Give a whole pipeline folder, or --slot-start zero for a student that a later training fills.",
         )
     specs = [spec for spec in map(conv_spec, plan.edits.values()) if spec is not None]
-    check_fits(specs, start.bands)
+    experts = max((spec.experts for spec in specs if spec.routing == "timestep"), default=1)
+    bands = max(start.bands, experts)
+    check_fits(specs, bands)
+    check_bands(start.sampling.steps, bands)
     pipeline = open_pipeline(source, replace(options, dtype=torch.float32, device=start.device))
     if start.scheduler:
         pipeline.scheduler = make_scheduler(start.scheduler, pipeline)
     prompts = choose_prompts(pipeline, start.prompts, start.calibration_prompts, start.held_out_prompts).calibration
     check_prompts(len(prompts))
     with progress.bar("Recording the model's trajectories") as bar:
-        calibration = record(pipeline, prompts, start.sampling, start.bands, bar)
+        calibration = record(pipeline, prompts, start.sampling, bands, bar, effort=start.effort)
     with progress.bar("Fitting the slots") as bar:
         # As `assemble` does: on the same model, prompts and sampler the weights come out the same.
         return fit_plan(pipeline.unet, plan, calibration, bar, refit)

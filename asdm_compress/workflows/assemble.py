@@ -24,6 +24,7 @@ from asdm_compress.core.units import Limit
 from asdm_compress.evaluation.prompts import HELD_OUT_SEED
 from asdm_compress.evaluation.quality import Quality, assess
 from asdm_compress.models.families import architecture
+from asdm_compress.models.lazy import lazy_unet
 from asdm_compress.models.loading import open_pipeline
 from asdm_compress.models.resolve import resolve
 from asdm_compress.models.saving import save_pipeline
@@ -102,7 +103,7 @@ def run_assemble(
     processes.part()
     if not processes.is_main:
         return None
-    found = choose(pipeline, measured, settings, progress)
+    found = _as_stored(choose(pipeline, measured, settings, progress), teacher, source, options)
     verified, chosen = found.verified, found.verified.solution.plan
     unseen = replace(settings.sampling, seed=HELD_OUT_IMAGE_SEED)
     with progress.bar("Measuring the plan on held-out prompts") as bar:
@@ -224,6 +225,21 @@ def _calibrated(
         if error.exit_code != ExitCode.INFEASIBLE:
             raise
         return _Schedule(name, refused=error)  # which is no reason to lose the student
+
+
+def _as_stored(found: PlanResult, teacher: UNet2DConditionModel, source: Source, options: LoadOptions) -> PlanResult:
+    """With the plan's own weights rounded as they will be stored: what is measured from here on is what is written."""
+    if source.family is not None:
+        return found
+    with lazy_unet(source, options) as lazy:
+        dtype = lazy.dtype("conv_in.weight")
+    verified = found.verified
+    weights = {
+        unit: {name: t.to(dtype).to(t.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        for unit, tensors in verified.slot_weights.items()
+    }
+    student = assemble(teacher, verified.solution.plan, weights)
+    return replace(found, verified=replace(verified, slot_weights=weights, student=student))
 
 
 def _student_in_stored_precision(

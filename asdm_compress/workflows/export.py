@@ -171,7 +171,8 @@ def _write_portable(source: Source, out: Path, options: LoadOptions, overwrite: 
         raise AsdmError("a portable folder has the weights as they are", "Leave --dtype out.")
     assert source.path is not None
     with output_folder(out, overwrite) as aside:
-        shutil.copytree(source.path, aside, dirs_exist_ok=True)
+        # Into a folder inside of itself: the copy is not copied.
+        shutil.copytree(source.path, aside, dirs_exist_ok=True, ignore=lambda _, names: {aside.name} & {*names})
         write_loader(aside / "unet", type(student).__name__)
         carry_loader(aside)
     return ExportResult(out, tensors, _size(out), verdicts(student, "folder", is_whole=True))

@@ -183,6 +183,11 @@ def measure(
             processes,
         ).to(pipeline.device)
     calibration = replace(calibration, held_out=is_fitted)
+    if (empty := calibration.parts()[1].bands_without_moments()) and processes.is_main:
+        progress.note(
+            f"{len(empty)} of {settings.bands} timestep bands have no moments to measure damage on, and count "
+            "as the others do; more --calibration-prompts or --calibration-triples, or fewer --bands, mend that"
+        )
     processes.wait()
     with progress.stage("Timing convolutions in slots and narrower modules"):
         options = processes.on_main(lambda: _options(teacher, costs, limits, shape, settings))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
@@ -11,11 +11,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from asdm_compress.core.errors import AsdmError, ExitCode
-from asdm_compress.models.files import first_line
+from asdm_compress.models.files import first_line, is_weights
 from asdm_compress.models.loader import carried
 
 INDEX: Final = "model_index.json"
-WEIGHTS: Final = (".safetensors", ".bin")
 
 
 def check_hub(repository: str) -> None:
@@ -72,9 +71,12 @@ def contents(folder: Path) -> list[CommitOperationAdd]:
 def stale_weights(old: Iterable[str], new: Collection[str]) -> list[CommitOperationDelete]:
     """What goes of a repository's old files: weights, and indices of shards, that are not there anymore.
 
-    Beside new ones they would be what diffusers opens, which takes shards before a whole file.
+    Beside new ones they would be what diffusers opens, which takes shards before a whole file. Only what
+    diffusers would open in a folder that has weights now goes: a repository may hold a LoRA or a single file too.
     """
-    gone = [name for name in old if name not in new and name.endswith((*WEIGHTS, ".index.json", ".index.fp16.json"))]
+    folders = {PurePosixPath(name).parent for name in new if is_weights(PurePosixPath(name).name)}
+    places = [(name, PurePosixPath(name)) for name in old if name not in new]
+    gone = [name for name, place in places if place.parent in folders and is_weights(place.name)]
     return [CommitOperationDelete(name) for name in gone]
 
 
