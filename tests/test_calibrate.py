@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.units import parse_budget
 from asdm_compress.inheritance.actions import FULL, conditional_only, cut, skip
-from asdm_compress.inheritance.forecast import HOLD, LINEAR
+from asdm_compress.inheritance.forecast import HOLD, LINEAR, Forecast
 from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.inheritance.timeline import Timeline
 from asdm_compress.sampling.schedulers import make_scheduler
@@ -153,6 +153,33 @@ def test_the_same_holds_of_runs_in_which_anchors_go_out_of_reach(unet):
         assert total >= front.bound(share) * (1 - 1e-9) - 1e-9
     for corner in front.corners:
         assert corner.cost == pytest.approx(min(total for share, total in points if share <= corner.share * (1 + 1e-9)))
+
+
+def test_the_bound_holds_where_the_search_ends_before_all_corners_are_found(unet, monkeypatch):
+    surrogate, times = small(unet, 9)
+    program = DynamicProgram(surrogate, times)
+    whole = find_front(program)
+    monkeypatch.setattr("asdm_compress.scheduling.search.MOST_CORNERS", 4)
+    few = find_front(program)
+    assert len(few.corners) < len(whole.corners)
+    for corner in whole.corners:
+        assert few.bound(corner.share) <= corner.cost * (1 + 1e-9) + 1e-9
+        assert whole.bound(corner.share) == pytest.approx(corner.cost, abs=1e-9)
+    # What lies on the line between corners that were found would have been too much.
+    shares, costs = [c.share for c in few.corners], [c.cost for c in few.corners]
+    assert any(np.interp(c.share, shares, costs) > c.cost * (1 + 1e-6) for c in whole.corners)
+
+
+def test_timesteps_that_repeat_at_the_end_are_forecast_over(unet):
+    """Karras's of many steps are rounded to the same ones."""
+    surrogate, _ = small(unet, 5)
+    timeline = Timeline((9.0, 5.0, 1.0, 1.0, 0.0), (9.0, 5.0, 1.0, 1.0, 0.5))
+    surrogate = replace(surrogate, timeline=timeline)
+    over_noise = Forecast(1, "log-snr")
+    assert surrogate.taken(4, (2, 3), over_noise) == ([3], (1.0,))
+    steps, factors = surrogate.taken(3, (0, 1), over_noise)
+    assert steps == [1, 0]
+    assert sum(factors) == pytest.approx(1)
 
 
 def test_computing_everything_has_no_error(unet):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
 
 from asdm_compress.assembly.calibration import Calibration, _pick_steps, measure_band_weights, record
 from asdm_compress.assembly.damage import (
@@ -162,6 +163,24 @@ def test_a_kill_half_way_loses_only_the_chunk_in_work(unet, calibration, few_opt
     # Two chunks were taken from the store: only one was measured, after a word on what was known of it.
     assert len(calls) == 2 + 1 + len(few_options)
     assert measure_damages(unet, few_options, calibration, store) == expected
+
+
+def test_what_a_model_is_told_beside_its_weights_is_another_measurement(pipeline):
+    own = StableDiffusionPipeline(**{**pipeline.components, "unet": copy.deepcopy(pipeline.unet)},
+                                  requires_safety_checker=False)  # fmt: skip
+    key = lambda: measurement_folder(own, PROMPTS, SETTINGS, 4)  # noqa: E731
+    found = [key()]
+    own.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    found.append(key())
+    own.disable_freeu()
+    assert key() == found[0]
+    own.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]), "drawn")
+    found.append(key())
+    own.set_adapters("drawn", 0.3)
+    found.append(key())
+    own.unet.disable_adapters()
+    found.append(key())
+    assert len(set(found)) == len(found)
 
 
 def test_a_kill_within_a_chunk_that_takes_long_loses_little(unet, calibration, few_options, tmp_path, monkeypatch):

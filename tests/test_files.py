@@ -91,6 +91,14 @@ def test_what_is_made_does_not_replace_a_model_that_it_is_made_from(tmp_path, mo
         check_apart(tmp_path / "other", True, ["mini-sd", name])
 
 
+def test_what_is_read_is_not_replaced_either(tmp_path):
+    (tmp_path / "fast").mkdir()
+    (tmp_path / "fast/prompts.txt").touch()
+    with pytest.raises(AsdmError, match=r"prompts\.txt, which is read"):
+        check_output(tmp_path / "fast", True, None, tmp_path / "fast/prompts.txt")
+    check_output(tmp_path / "fast", True, None, None, tmp_path / "uniform:3")
+
+
 def test_too_little_space_is_seen_before_any_work(tmp_path):
     out = tmp_path / "deep" / "out"
     free = shutil.disk_usage(tmp_path).free

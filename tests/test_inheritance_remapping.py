@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -172,6 +173,20 @@ def test_a_sampler_that_evaluates_twice_and_another_scheduler_are_refused(make, 
     other = Schedule(periodic(made.evaluations, 2), {}, made)
     with inheriting(ddim, other), pytest.raises(AsdmError, match="another scheduler"):
         latents(ddim, 8)
+
+
+def test_a_schedule_of_another_solver_of_the_same_kind_is_refused(make):
+    pipe = make(scheduler="dpm++")
+    schedule = Schedule(periodic(4, 2), {}, validity(pipe, 4))
+    for changes in ({"algorithm_type": "sde-dpmsolver++"}, {"solver_order": 3}):
+        other = make(scheduler="dpm++")
+        other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
+        with inheriting(other, schedule), pytest.raises(AsdmError, match="calibrated for another solver"):
+            latents(other, 4)
+    # Of a file from before this was kept, nothing is known.
+    older = Schedule(schedule.actions, {}, replace(schedule.validity, solver=""))
+    with inheriting(other, older):
+        latents(other, 4)
 
 
 def test_image_to_image_takes_its_part_of_the_schedule(make):

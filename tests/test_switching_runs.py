@@ -103,6 +103,20 @@ def test_a_run_that_breaks_off_keeps_no_model_in_memory(pipeline, switch):
     assert gone() is None
 
 
+def test_runs_that_were_cut_off_leave_nothing_behind(pipeline, switch):
+    def fail(*_):
+        raise RuntimeError("stopped")
+
+    switched = switch("explicit:teacher/small/skip/tiny")
+    pipe = pipe_of(pipeline, switched)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="stopped"):
+            call(pipe, callback_on_step_end=fail)
+    assert len(switched._runs._by_place) == 1  # whose sampler could still go on
+    call(pipe)
+    assert not switched._runs._by_place
+
+
 def test_a_timestep_of_a_batch_is_no_place_in_a_run():
     assert is_run([900.0, 500.0, 500.0, 100.0])
     for timesteps in ([500.0, 500.0], [100.0, 900.0], [900.0, -1.0], [900.0, 20_000.0]):
@@ -184,6 +198,9 @@ def test_inheritance_works_on_top_of_switching(pipeline, unet, students, switch)
     with inheriting(plain, "uniform:1"):
         assert torch.equal(call(plain), expected)
     assert torch.equal(call(plain), expected)
+    # A step is skipped where the rule or the schedule says so.
+    rule = Schedule((FULL, FULL, skip(), FULL))
+    assert torch.equal(inherited(switch("small-first:0"), rule), inherited(unet, rule))
     # A step inherits from the member that computes it: where that has computed nothing yet, it computes all.
     actions = (
         Action(member="teacher"),

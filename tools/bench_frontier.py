@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import numpy as np
 from frontier_plots import write_plots
 from measuring import check_alone, fingerprint
 
+from asdm_compress.assembly.store import weights_hash
 from asdm_compress.core.units import parse_budget
 from asdm_compress.evaluation.distances import frechet_distance
 from asdm_compress.evaluation.fidelity import compare_pairs, to_tensor
@@ -50,7 +52,7 @@ from asdm_compress.scheduling.switch_times import SKIP
 from asdm_compress.scheduling.timing import time_runs
 from asdm_compress.scheduling.ways import Way
 from asdm_compress.workflows.calibrate import CalibrateSettings
-from asdm_compress.workflows.candidates import LONGER, Search
+from asdm_compress.workflows.candidates import LONGER, Search, tried_steps
 from asdm_compress.workflows.progress import Silent
 from asdm_compress.workflows.switch import open_members
 
@@ -78,17 +80,22 @@ def full_model(search: Search, steps: Sequence[int]) -> Iterator[tuple[str, Way]
 
 
 def rivals(search: Search, share: float, arguments: argparse.Namespace) -> Iterator[tuple[str, Way]]:
-    """DeepCache's schedules (2312.00858) at every branch, guidance reuse alone, and T-Stitch's order (2402.14167)."""
+    """DeepCache's schedules (2312.00858) at every branch, guidance reuse alone, and T-Stitch's order (2402.14167).
+
+    The first two of as many steps as ours are tried with too.
+    """
     steps, budget = arguments.steps, share * search.whole - search.outside
     cuts = range(sum(place.level == "cut" for place in find_places(search.pipeline.unet).values()))
+    full = max(int((budget - search.times.outside) / search.times.teacher), 1)
+    counts = dict.fromkeys([steps, *tried_steps(full, full, steps, [n for n in arguments.longer if n > 1])])
+    for solver, count in product(arguments.solvers, counts):
+        rules = {f"uniform:{n},branch={branch},forecast=hold": "DeepCache" for n in range(2, 9) for branch in cuts}
+        for n, forecast in product((2, 3, 5), ("hold", "linear")):
+            rules[f"uniform:1,guidance={n},guidance-forecast={forecast}"] = "guidance reuse"
+        for rule, role in rules.items():
+            if count > 1:
+                yield role, Way(f"{rule}, {count} steps of {solver}", count, 0.0, parse_mode(rule), solver)
     for solver in arguments.solvers:
-        for interval in range(2, 9):
-            for branch in cuts:
-                rule = f"uniform:{interval},branch={branch},forecast=hold"
-                yield "DeepCache", Way(f"{rule}, {solver}", steps, 0.0, parse_mode(rule), solver)
-        for every in (2, 3, 5):
-            rule = f"uniform:1,guidance={every}"
-            yield "guidance reuse", Way(f"{rule}, {solver}", steps, 0.0, parse_mode(rule), solver)
         for student in search.students:
             order = small_first(student, search.teacher, steps, search.times, budget)
             if order is None:
@@ -130,6 +137,7 @@ class Report:
             },
             "prompts": {name: len(getattr(search.splits, name)) for name in ("calibration", "validation")},
             "test_prompts": len(self.captions),
+            "weights": weights_hash(search.unet),
             "members": {a.name: s / search.times.teacher for a, s in search.times.seconds.items()},
             "rows": [],
         }  # fmt: skip
@@ -149,6 +157,8 @@ class Report:
             content["prompts"],
             content["test_prompts"],
             *content["members"],
+            content["weights"],
+            content["machine"]["device"],
         ]
 
     @property
@@ -280,7 +290,8 @@ def main() -> None:
     report = Report(search, arguments, None if arguments.quick else RESULTS / "frontier.json")
     report.content["students"] = together
     if "full model" in arguments.roles:
-        for role, way in full_model(search, arguments.full_steps):
+        steps = [*arguments.full_steps, *(round(share * arguments.steps) for share in arguments.budgets)]
+        for role, way in full_model(search, sorted({n for n in steps if n > 1}, reverse=True)):
             report.add(role, way, None)
     for share in arguments.budgets:
         measure_budget(search, report, share, arguments)

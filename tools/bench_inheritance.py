@@ -195,11 +195,11 @@ class Bench:
         plan = self.plan(goal, share)
         self.keep(share, "calibrated", plan.way, plan)
         rivals = {
-            "fewer steps": fewer_steps(times, share, (None,)),
-            "fewer steps, best sampler": fewer_steps(times, share, SOLVERS),
-            "DeepCache": uniform_caches(choosing.every, times, share),
+            "fewer steps": fewer_steps(times, share * SLACK, (None,)),
+            "fewer steps, best sampler": fewer_steps(times, share * SLACK, SOLVERS),
+            "DeepCache": uniform_caches(choosing.every, times, share * SLACK),
         }
-        rivals["DeepCache, not uniform"] = power_caches(choosing, share, self.best_cuts(rivals["DeepCache"]))
+        rivals["DeepCache, not uniform"] = power_caches(choosing, share * SLACK, self.best_cuts(rivals["DeepCache"]))
         for role, ways in rivals.items():
             if ways:
                 self.keep(share, role, self.best(ways))

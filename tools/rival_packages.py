@@ -44,7 +44,7 @@ PACKAGES: Final = {
     BROADCAST: "diffusers", FASTER_CACHE: "diffusers", TAYLOR: "diffusers",
 }  # fmt: skip
 WHOLE_RUN: Final = (-1, 1001)  # of timesteps
-SOLVERS: Final = ("ddim", "unipc")
+SOLVERS: Final = ("ddim", "dpm++", "unipc")
 # Modules that return one tensor, which is what TaylorSeer can forecast; its own names match nothing of a UNet.
 TAYLOR_PARTS: Final = {
     "transformers": r".*\.transformer_blocks\.\d+",
@@ -243,7 +243,7 @@ def every_setting(steps: int, budgets: Sequence[float], quick: bool = False) -> 
     """The grid of every package that is installed; of fewer steps those whose share is near a budget."""
     found: list[Setting] = []
     if has(DEEPCACHE):
-        found += deepcache((3,) if quick else (2, 3, 4, 5, 7, 10), (0,) if quick else (0, 1, 2, 3, 6))
+        found += deepcache((3,) if quick else (2, 3, 4, 5, 7, 10), (0,) if quick else range(12))
     if has(TOMESD):
         found += token_merging((0.5,) if quick else (0.25, 0.5, 0.75), (1,) if quick else (1, 4))
     found += attention_broadcast((None, 2) if quick else (None, 2, 5))

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -20,6 +20,7 @@ from asdm_compress.core.provenance import content_hash, package_version
 from asdm_compress.sampling.run import GuidedInputs
 from asdm_compress.sampling.settings import SamplingSettings
 
+_ADAPTERS: Final = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
 # To be raised when the meaning of a kept measurement changes.
 STORE_VERSION = 13
 
@@ -32,6 +33,18 @@ def weights_hash(module: nn.Module, in_fp32: bool = False) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def switches_of(module: nn.Module) -> dict[str, Any]:
+    """What changes a module's results beside its weights and its config: how adapters are set, and FreeU's factors."""
+    found: dict[str, Any] = {}
+    for path, part in module.named_modules():
+        if hasattr(part, "lora_A"):  # one of peft's layers, which keep this out of their weights
+            found[path] = [str(getattr(part, name, None)) for name in _ADAPTERS]
+        factors = [getattr(part, name, None) for name in ("s1", "s2", "b1", "b2")]
+        if any(factor is not None for factor in factors):
+            found[path] = factors
+    return found
 
 
 def measurement_folder(
@@ -51,6 +64,7 @@ def measurement_folder(
             "store": STORE_VERSION,
             "weights": weights_hash(pipeline.unet),
             "text": weights_hash(pipeline.text_encoder),
+            "switches": [switches_of(part) for part in (pipeline.unet, pipeline.text_encoder)],
             "configs": [_plain(pipeline.unet.config), _plain(pipeline.text_encoder.config.to_dict())],
             "tokens": [pipeline.tokenizer.model_max_length, sorted(pipeline.tokenizer.get_vocab().items())],
             "chunk": CHUNK,

@@ -58,7 +58,7 @@ def apply(
     """Replay a recipe on a checkpoint of the same family, without a search."""
     path = find_recipe(recipe)
     content = load_recipe(path)
-    check_output(out, overwrite)
+    check_output(out, overwrite, None, prompts)
     shard_bytes = parse_bytes(max_shard_size)
     dtype = _dtype_of(variant, dtype)
     if slot_start not in ("fit", "zero", "random", "copied"):

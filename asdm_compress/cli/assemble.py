@@ -120,7 +120,7 @@ def assemble(
     if members is not None and inherit is not None:
         raise AsdmError("--members and --inherit do not go together", "Use `optimize --members` on the students.")
     with joined() as processes:
-        check_output(out, overwrite)
+        check_output(out, overwrite, None, prompts)
         output = Output(quiet or not processes.is_main, as_json and processes.is_main)
         with output.stage("Starting torch"):
             place = processes.device(device)

@@ -66,7 +66,7 @@ def calibrate(
     `generate --inherit` and `asdm_compress.inheriting`. One goal is needed: --budget, --min-psnr or --min-ssim.
     """
     limits = parse_budget(budget) if budget else ()
-    check_output(out, overwrite)
+    check_output(out, overwrite, None, prompts)
     output = Output(quiet, as_json)
     with output.stage("Starting torch"):
         load = o.load_options(device, dtype, threads, allow_pickle, prediction_type=prediction_type)

@@ -77,7 +77,7 @@ def evaluate(
     launch` several processes share the images.
     """
     with joined() as processes:
-        check_output(out, overwrite)
+        check_output(out, overwrite, None, prompts, None if inherit is None else Path(inherit))
         output = Output(quiet or not processes.is_main, as_json and processes.is_main)
         with output.stage("Starting torch"):
             place = processes.device(device)

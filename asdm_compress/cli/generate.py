@@ -46,7 +46,7 @@ def generate(
     as_json: o.Json = False,
 ) -> None:
     """Make images, with a labelled grid and the seconds per image."""
-    check_output(out, overwrite)
+    check_output(out, overwrite, None, None if inherit is None else Path(inherit))
     output = Output(quiet, as_json)
     with output.stage("Starting torch"):
         load = o.load_options(device, dtype, threads, allow_pickle, prediction_type=prediction_type)

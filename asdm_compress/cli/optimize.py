@@ -56,7 +56,7 @@ def optimize(
     if members and students:
         raise AsdmError("--members are given, and --students are to be made", "Use one of the two.")
     limits = parse_budget(budget)
-    check_output(out, overwrite)
+    check_output(out, overwrite, None, prompts)
     output = Output(quiet, as_json)
     with output.stage("Starting torch"):
         load = o.load_options(device, dtype, threads, allow_pickle)

@@ -38,7 +38,7 @@ def switch(
     as_json: o.Json = False,
 ) -> None:
     """Make one model of a teacher and its students, and say which of them takes which sampling step."""
-    check_output(out, overwrite)
+    check_output(out, overwrite, None, Path(schedule))
     output = Output(quiet, as_json)
     with output.stage("Starting torch"):
         from dataclasses import replace

@@ -29,16 +29,17 @@ def cache_folder() -> Path:
     return Path(override) if override else Path(platformdirs.user_cache_dir("asdm-compress", appauthor=False))
 
 
-def check_output(out: Path, overwrite: bool, source: Path | None = None) -> None:
+def check_output(out: Path, overwrite: bool, source: Path | None = None, *read: Path | None) -> None:
     """Refuse a place that cannot become the output, before any time is spent.
 
-    That is one that exists (without `overwrite`), that holds the current folder or `source`, or whose nearest existing
-    parent is no folder that can be written.
+    That is one that exists (without `overwrite`), that holds the current folder, `source`, or another file that is
+    `read`, or whose nearest existing parent is no folder that can be written.
     """
     if out.exists() and not overwrite:
         raise AsdmError(f"{out} exists already", "Choose another --out, or replace it with --overwrite.")
     place = out.resolve()
-    for what, holder in (("the current folder", Path.cwd()), ("the model itself", source)):
+    files = [(f"{file}, which is read", file) for file in read if file is not None and file.exists()]
+    for what, holder in (("the current folder", Path.cwd()), ("the model itself", source), *files):
         if holder is not None and out.exists() and place in (holder.resolve(), *holder.resolve().parents):
             raise AsdmError(f"{out} holds {what} and cannot be replaced", "Choose another --out.")
     parent = next(p for p in place.parents if p.exists())

@@ -13,11 +13,13 @@ from diffusers import StableDiffusionPipeline
 
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.inheritance.actions import Action
-from asdm_compress.inheritance.costs import run_macs
+from asdm_compress.inheritance.costs import fitted_macs, run_macs
 from asdm_compress.inheritance.evaluator import Evaluator
 from asdm_compress.inheritance.members import HasMembers, member_of, with_own_members
+from asdm_compress.inheritance.run_plan import RunPlan
 from asdm_compress.inheritance.schedule import Schedule, actions_of
 from asdm_compress.inheritance.schedule_file import read_rule
+from asdm_compress.inheritance.shapes import value_shapes
 from asdm_compress.inheritance.timeline import timeline_of
 from asdm_compress.profiling.counting import ModuleCounts, count
 from asdm_compress.sampling.images import decode, synchronise
@@ -79,6 +81,8 @@ def count_costs(pipeline: StableDiffusionPipeline, settings: SamplingSettings, i
         plan = Evaluator(unet).plan(actions, timeline, guided)
         members = {step.action.member for step in plan.steps if step.program.computes}
         image_macs = sum(run_macs(plan, passes.counts))
+        if isinstance(rule, Schedule) and rule.corrections:
+            image_macs += passes.of_corrections(plan, rule)
     pass_macs = None if isinstance(unet, HasMembers) else passes.counts(None, halved=False).macs[""].total
     peak = max(passes.counts(member, halved=False).peak_bytes[""] for member in members)
     return Counted(*parameters, peak, pass_macs, image_macs)
@@ -101,6 +105,12 @@ class _Passes:
             unet = member_of(self._unet, member)
             self._found[member, rows] = count(unet, rows, self._side, self._side, self._tokens)
         return self._found[member, rows]
+
+    def of_corrections(self, plan: RunPlan, schedule: Schedule) -> int:
+        """Of a run's fitted corrections, of one image."""
+        looked_at = {feature.value for step in plan.steps for feature in step.sources}
+        shapes = value_shapes(self._unet, looked_at, self._side, self._side)
+        return sum(fitted_macs(plan, schedule.corrections, shapes, self._rows))
 
 
 def time_in_turns(

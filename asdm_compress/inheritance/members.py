@@ -58,13 +58,13 @@ def member_of(unet: UNet2DConditionModel, name: str | None) -> UNet2DConditionMo
 def with_own_members(unet: object, actions: Sequence[Action], timeline: Timeline, start: int) -> tuple[Action, ...]:
     """The actions of a run from evaluation `start` on, with the members and skipped steps of the UNet's own schedule.
 
-    Actions that name members themselves stay as they are.
+    A step is skipped where either says so. Actions that name members themselves stay as they are.
     """
     if not isinstance(unet, HasMembers) or any(action.member is not None for action in actions):
         return tuple(actions)
     own = unet.actions_at(timeline)[start:]
     return tuple(
-        Action(action.inherits, action.guidance, mine.member) if mine.is_whole and not action.skips else mine
+        action if action.skips else Action(action.inherits, action.guidance, mine.member) if mine.is_whole else mine
         for action, mine in zip(actions, own, strict=True)
     )
 

@@ -72,6 +72,7 @@ class MadeFor(Strict):
     sigmas: list[float]
     guidance: float
     latent_size: tuple[int, int]
+    solver: str = ""  # of older files nothing is known of it
 
 
 class ScheduleFile(Strict):
@@ -161,8 +162,9 @@ def read_rule(rule: Rule | str | Path) -> Rule:
 def _validity(made: MadeFor) -> Validity:
     mark = ModelMark(made.architecture, tuple(made.weights))
     return Validity(
-        made.model, mark, made.scheduler, made.evaluations, tuple(made.sigmas), made.guidance, made.latent_size
-    )
+        made.model, mark, made.scheduler, made.evaluations, tuple(made.sigmas), made.guidance, made.latent_size,
+        made.solver,
+    )  # fmt: skip
 
 
 def _made_for(validity: Validity) -> MadeFor:
@@ -175,4 +177,5 @@ def _made_for(validity: Validity) -> MadeFor:
         sigmas=list(validity.sigmas),
         guidance=validity.guidance,
         latent_size=validity.latent_size,
+        solver=validity.solver,
     )

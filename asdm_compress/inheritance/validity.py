@@ -24,6 +24,8 @@ _WEIGHT_TOLERANCE: Final = 3e-3
 _SIGMA_TOLERANCE: Final = 1e-3
 _GUIDANCE_TOLERANCE: Final = 1e-3
 
+_SOLVER: Final = ("prediction_type", "algorithm_type", "solver_type", "solver_order")
+
 _Difference = tuple[str, object, object, bool]  # what, in what was made, in what is seen, whether that is the same
 
 
@@ -50,6 +52,7 @@ class ModelMark:
 class Validity:
     """What a schedule was made for. `latent_size` is (height, width) of the UNet's input.
 
+    `solver` is how the scheduler goes from step to step, where its kind leaves that open; empty where it is not known.
     `sigmas` has one entry per evaluation of the UNet in a whole run, and so says how many steps there are; it is empty
     for a scheduler without σs.
     """
@@ -61,6 +64,7 @@ class Validity:
     sigmas: tuple[float, ...]
     guidance: float
     latent_size: tuple[int, int]
+    solver: str = ""
 
     def check(self, seen: Validity) -> None:
         """Raise AsdmError, naming what differs, where a run is none that this was made for."""
@@ -79,6 +83,10 @@ class Validity:
         return [
             ("model", self.model, "this one", self.mark.fits(seen.mark)),
             ("scheduler", self.scheduler, seen.scheduler, self.scheduler == seen.scheduler),
+            (
+                "solver", self.solver, seen.solver,
+                not self.solver or not seen.solver or self.solver == seen.solver,
+            ),
             (
                 "guidance scale", f"{self.guidance:g}", f"{seen.guidance:g}",
                 abs(self.guidance - seen.guidance) <= _GUIDANCE_TOLERANCE,
@@ -119,7 +127,14 @@ def validity_of(
         timeline.sigmas or (),
         float(pipeline.guidance_scale) if guided else 1.0,
         (sample.shape[2], sample.shape[3]),
+        solver_of(pipeline.scheduler),
     )
+
+
+def solver_of(scheduler: Any) -> str:
+    """What a scheduler's settings say of how it goes from step to step, beside the noise levels."""
+    known = ((name, scheduler.config.get(name)) for name in _SOLVER)
+    return ", ".join(f"{name}={value}" for name, value in known if value is not None)
 
 
 def _own_weights(unet: UNet2DConditionModel) -> Iterator[tuple[str, str, str]]:

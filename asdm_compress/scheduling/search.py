@@ -41,9 +41,13 @@ class Corner:
 
 @dataclass(frozen=True, slots=True)
 class Front:
-    """The corners of the hull, from the cheapest schedule to the one that computes everything."""
+    """The corners of the hull, from the cheapest schedule to the one that computes everything.
+
+    `tangents` are the prices of time that were solved for, each with the schedule that is best at that price.
+    """
 
     corners: tuple[Corner, ...]
+    tangents: tuple[tuple[float, Corner], ...]
 
     @property
     def cheapest(self) -> Corner:
@@ -57,8 +61,7 @@ class Front:
 
     def bound(self, share: float) -> float:
         """What the summed cost of no schedule of at most this time can be under."""
-        shares = [corner.share for corner in self.corners]
-        return float(np.interp(share, shares, [corner.cost for corner in self.corners]))
+        return max(0.0, *(best.cost - price * (share - best.share) for price, best in self.tangents))
 
 
 class DynamicProgram:
@@ -150,19 +153,22 @@ def find_front(program: DynamicProgram) -> Front:
     """The hull of all schedules of the family, corner by corner: between two of them lies another, or none does."""
     # Of all schedules of least time the one of least cost, without which its cost would be no bound.
     scale = program.solve(_ONLY_TIME).cost
-    cheapest, dearest = program.solve(_MOST_TIME * max(scale, _LEAST_COST)), program.solve(0.0)
+    most = _MOST_TIME * max(scale, _LEAST_COST)
+    cheapest, dearest = program.solve(most), program.solve(0.0)
     found, open_pairs = [cheapest, dearest], [(cheapest, dearest)]
+    tangents = [(most, cheapest), (0.0, dearest)]
     while open_pairs and len(found) < MOST_CORNERS:
         left, right = open_pairs.pop(0)
         if right.share - left.share < SLACK:
             continue
         price = (left.cost - right.cost) / (right.share - left.share)
         middle = program.solve(price)
+        tangents.append((price, middle))
         line = left.cost - price * (middle.share - left.share)
         if middle.cost < line * (1 - 1e-9) and left.share < middle.share < right.share:
             found.append(middle)
             open_pairs += [(left, middle), (middle, right)]
-    return Front(tuple(sorted(found, key=lambda corner: corner.share)))
+    return Front(tuple(sorted(found, key=lambda corner: corner.share)), tuple(tangents))
 
 
 def improved(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -102,6 +103,8 @@ class Surrogate:
         """The steps that a forecast takes, the newest first, and their factors."""
         steps = [pair[1]] if pair[0] == NEVER or not forecast.order else [pair[1], pair[0]]
         at = [self.timeline.at(then, forecast.abscissa) for then in steps]
+        if len(at) == 2 and math.isclose(*at, rel_tol=1e-9):  # rounded timesteps repeat at the end of some samplers
+            steps, at = steps[:1], at[:1]
         return steps, weights(at, self.timeline.at(step, forecast.abscissa), forecast.damping)
 
     def feature_error(

@@ -14,6 +14,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from asdm_compress.inheritance.run import Run
 
@@ -23,10 +24,7 @@ _LARGEST: Final = 10_000  # timesteps of a run, and more than any schedule's tra
 
 @dataclass(frozen=True, slots=True)
 class InRun:
-    """A place in a run: all timesteps of it, on their device, and the number of the one at hand.
-
-    As long as it is held, no other run can have its timesteps in the same memory.
-    """
+    """A place in a run: all timesteps of it, on their device, and the number of the one at hand."""
 
     timesteps: Tensor
     number: int
@@ -39,11 +37,27 @@ class InRun:
 
 @dataclass(slots=True)
 class RunUnderWay:
-    """A run under way; it began with evaluation `first` of its sampler."""
+    """A run under way; it began with evaluation `first` of its sampler.
 
-    place: InRun
+    Its timesteps are not held: once nobody has them, nobody can call for its next step, and another run may have its
+    timesteps in the same memory.
+    """
+
+    key: tuple[int, str]
+    timesteps: StorageWeakRef
     first: int
     run: Run
+
+    @classmethod
+    def at(cls, place: InRun, run: Run) -> RunUnderWay:
+        """A run that begins at a place."""
+        timesteps = StorageWeakRef(place.timesteps.untyped_storage())  # type: ignore[no-untyped-call]
+        return cls(place.key, timesteps, place.number, run)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has made its last step, or was cut off and its timesteps are gone."""
+        return self.run.finished or bool(self.timesteps.expired())  # type: ignore[no-untyped-call]
 
     @property
     def next(self) -> int:
@@ -59,15 +73,20 @@ class OpenRuns(threading.local):
 
     def of(self, place: InRun) -> RunUnderWay | None:
         """The run of a place, if it is under way."""
+        self._forget_what_is_over()
         return self._by_place.get(place.key)
 
     def keep(self, opened: RunUnderWay) -> None:
         """Remember a run, and forget it once it is over; of too many the oldest is forgotten."""
-        self._by_place.pop(opened.place.key, None)
-        if not opened.run.finished:
-            self._by_place[opened.place.key] = opened
+        self._by_place.pop(opened.key, None)
+        self._by_place[opened.key] = opened
+        self._forget_what_is_over()
         while len(self._by_place) > MOST_OPEN:
             self._by_place.popitem(last=False)
+
+    def _forget_what_is_over(self) -> None:
+        for key in [key for key, opened in self._by_place.items() if opened.is_over]:
+            del self._by_place[key]
 
     def __reduce__(self) -> tuple[type[OpenRuns], tuple[()]]:
         return type(self), ()

@@ -218,7 +218,7 @@ class SwitchedUNet2DConditionModel(AssembledUNet2DConditionModel):
             return body_prediction(self, call.arguments())
 
         since = timeline.since(place.number)
-        return RunUnderWay(place, place.number, Run(self._evaluator, actions, since, plain=plain))
+        return RunUnderWay.at(place, Run(self._evaluator, actions, since, plain=plain))
 
     def _by_noise(self, call: UNetCall) -> Tensor:
         """The prediction of a call that stands alone: every row by the member that computes at its noise level."""

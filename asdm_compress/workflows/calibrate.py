@@ -24,7 +24,7 @@ from asdm_compress.inheritance.modes import Mode
 from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.inheritance.schedule_file import save_schedule
 from asdm_compress.inheritance.timeline import Timeline
-from asdm_compress.inheritance.validity import Validity, mark_of
+from asdm_compress.inheritance.validity import Validity, mark_of, solver_of
 from asdm_compress.models.families import check_supported
 from asdm_compress.models.loading import open_pipeline
 from asdm_compress.models.resolve import resolve
@@ -374,7 +374,7 @@ def _validity(
     guidance = sampling.guidance if sampling.guidance > 1 else 1.0
     return Validity(
         Path(model).name or model, mark_of(pipeline.unet), type(pipeline.scheduler).__name__, len(timeline),
-        timeline.sigmas or (), guidance, (int(size[2]), int(size[3])),
+        timeline.sigmas or (), guidance, (int(size[2]), int(size[3])), solver_of(pipeline.scheduler),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from asdm_compress.inheritance.actions import Action, conditional_only, cut
 from asdm_compress.inheritance.forecast import LINEAR
 from asdm_compress.inheritance.places import find_places
 from asdm_compress.inheritance.schedule import Schedule
-from asdm_compress.inheritance.validity import Validity, mark_of
+from asdm_compress.inheritance.validity import Validity, mark_of, solver_of
 from asdm_compress.profiling.latency import median_ratio, time_side_by_side
 from asdm_compress.sampling.images import decode
 from asdm_compress.sampling.schedulers import make_scheduler
@@ -314,5 +314,6 @@ class Search:
         validity = Validity(
             "this folder", mark_of(pipeline.unet), type(pipeline.scheduler).__name__, len(timeline),
             timeline.sigmas or (), max(sampling.guidance, 1.0), (int(size[2]), int(size[3])),
+            solver_of(pipeline.scheduler),
         )  # fmt: skip
         return pipeline, Schedule(actions, {}, validity)

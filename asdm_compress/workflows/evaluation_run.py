@@ -5,7 +5,6 @@ Everything that is known already lies in the run's folder, so that a run that wa
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -39,6 +38,7 @@ from asdm_compress.evaluation.fidelity import compare_pairs, ms_ssim
 from asdm_compress.evaluation.instruments import Instruments
 from asdm_compress.evaluation.record import ModelFacts
 from asdm_compress.evaluation.viewing import Viewing
+from asdm_compress.evaluation.weights import sha256_of
 from asdm_compress.inheritance.attach import inheriting
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.sampling.images import decode
@@ -75,7 +75,9 @@ def run_key(
     """All that what is kept of a run depends on, as JSON can hold it."""
     schedule = settings.inherit
     if schedule and Path(schedule).is_file():
-        schedule = hashlib.sha256(Path(schedule).read_bytes()).hexdigest()
+        corrections = Path(schedule).with_suffix(".safetensors")
+        files = [Path(schedule), *([corrections] if corrections.is_file() else [])]
+        schedule = " ".join(sha256_of(file) for file in files)
     rest = [
         weights_hash(part)
         for role in ROLES
