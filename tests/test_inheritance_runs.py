@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from asdm_compress.assembly.plan import Plan
@@ -190,6 +191,34 @@ def test_freeu_and_guidance_switched_off_half_way(make):
     more = {"callback_on_step_end": off, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
     with inheriting(pipe, "uniform:2,guidance=2"):
         assert torch.isfinite(latents(pipe, **more)).all()
+
+
+class Reads(TorchDispatchMode):
+    """Counts what asks the device for a value, and so waits for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rule", [RULE, "uniform:2,branch=8,guidance=2,forecast=linear@log-snr", "uniform:3"])
+def test_no_step_of_a_run_waits_for_the_device(make, rule):
+    pipe = make(scheduler="dpm++")
+
+    def reads(steps):
+        with Reads() as seen:
+            latents(pipe, num_inference_steps=steps)
+        return seen.count
+
+    plain = {steps: reads(steps) for steps in (4, 8)}
+    with inheriting(pipe, rule):
+        inherited = {steps: reads(steps) for steps in (4, 8)}
+    # Whatever a run asks once, as when it begins, it asks for no step; pipelines and samplers have reads of their own.
+    assert inherited[8] - plain[8] == inherited[4] - plain[4]
 
 
 def test_deepcache_parameters_are_a_uniform_schedule_that_holds(make):

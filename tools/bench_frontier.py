@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 from frontier_plots import write_plots
+from inheritance_macs import planned_macs
 from measuring import check_alone, fingerprint
 
 from asdm_compress.assembly.store import weights_hash
@@ -34,6 +35,7 @@ from asdm_compress.core.units import parse_budget
 from asdm_compress.evaluation.distances import frechet_distance
 from asdm_compress.evaluation.fidelity import compare_pairs, to_tensor
 from asdm_compress.evaluation.quality import scene_features
+from asdm_compress.inheritance.actions import FULL
 from asdm_compress.inheritance.modes import parse_mode
 from asdm_compress.inheritance.places import find_places
 from asdm_compress.inheritance.schedule import Schedule
@@ -62,6 +64,7 @@ FULL_STEPS = (50, 25, 20, 15, 10, 8)
 SOLVERS = ("ddim", "dpm++")
 ROLES = ("full model", "DeepCache", "guidance reuse", "inheritance", "switching", "T-Stitch", "all together")
 TOLERANCE = 1.01  # times the budget, which a measured time may come to
+MACS = (0.55, 1.2)  # times the budget: which share of the full run's MACs is worth timing
 NEAR = 6  # steps around the predicted number of T-Stitch's small ones
 STUDENTS = ("--members", "2", "--budget", "latency=0.7x", "--dtype", "fp32")
 QUICK = (
@@ -79,11 +82,29 @@ def full_model(search: Search, steps: Sequence[int]) -> Iterator[tuple[str, Way]
             yield "full model", Way(f"{count} steps of {solver}", count, search.times.full(count), rule, solver)
 
 
+class Plain:
+    """The teacher's pipeline without members, to count the MACs of ways with none."""
+
+    def __init__(self, search: Search) -> None:
+        parts = {**search.pipeline.components, "unet": next(iter(search.members.values()))}
+        self.pipeline = type(search.pipeline)(**parts, requires_safety_checker=False)
+        self.sampling = search.settings.sampling
+        full = Schedule((FULL,) * self.sampling.steps)
+        self.full = planned_macs(self.pipeline, full, self.sampling)
+
+    def macs_share(self, way: Way) -> float:
+        """A way's MACs over those of the full run."""
+        assert way.rule is not None
+        schedule = Schedule(way.rule.actions(way.steps))  # type: ignore[union-attr]
+        return planned_macs(self.pipeline, schedule, replace(self.sampling, steps=way.steps)) / self.full
+
+
 def rivals(search: Search, share: float, arguments: argparse.Namespace) -> Iterator[tuple[str, Way]]:
     """DeepCache's schedules (2312.00858) at every branch, guidance reuse alone, and T-Stitch's order (2402.14167).
 
-    The first two of as many steps as ours are tried with too.
+    The first two of as many steps as ours are tried with too; those are timed whose MACs are about the time's share.
     """
+    plain = Plain(search)
     steps, budget = arguments.steps, share * search.whole - search.outside
     cuts = range(sum(place.level == "cut" for place in find_places(search.pipeline.unet).values()))
     full = max(int((budget - search.times.outside) / search.times.teacher), 1)
@@ -92,9 +113,10 @@ def rivals(search: Search, share: float, arguments: argparse.Namespace) -> Itera
         rules = {f"uniform:{n},branch={branch},forecast=hold": "DeepCache" for n in range(2, 9) for branch in cuts}
         for n, forecast in product((2, 3, 5), ("hold", "linear")):
             rules[f"uniform:1,guidance={n},guidance-forecast={forecast}"] = "guidance reuse"
-        for rule, role in rules.items():
-            if count > 1:
-                yield role, Way(f"{rule}, {count} steps of {solver}", count, 0.0, parse_mode(rule), solver)
+        for rule, role in rules.items() if count > 1 else ():
+            way = Way(f"{rule}, {count} steps of {solver}", count, 0.0, parse_mode(rule), solver)
+            if MACS[0] * share <= plain.macs_share(way) <= MACS[1] * share:
+                yield role, way
     for solver in arguments.solvers:
         for student in search.students:
             order = small_first(student, search.teacher, steps, search.times, budget)

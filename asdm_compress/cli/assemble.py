@@ -33,6 +33,7 @@ _SHARES = ",".join(map(str, NARROW_SHARES))
 
 
 def assemble(
+    context: typer.Context,
     model: o.Model = "mini-sd",
     budget: Annotated[
         list[str] | None,
@@ -119,6 +120,9 @@ def assemble(
     shares = parse_shares(narrow)
     if members is not None and inherit is not None:
         raise AsdmError("--members and --inherit do not go together", "Use `optimize --members` on the students.")
+    if members is not None:
+        why = "does nothing with --members"
+        o.refuse_given(context, ["neighbours"], why, "Students of several sizes are each searched for once.")
     with joined() as processes:
         check_output(out, overwrite, None, prompts)
         output = Output(quiet or not processes.is_main, as_json and processes.is_main)

@@ -100,5 +100,5 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        hint = "Use --dtype bf16, a smaller --image-size or a smaller --batch."
+        hint = "Use --dtype bf16, a smaller --image-size or --batch, or, where something is fitted, fewer moments."
         fail(AsdmError("memory ran out", hint, ExitCode.ENVIRONMENT), as_json="--json" in sys.argv)

@@ -1,0 +1,52 @@
+"""`apply` of recipes whose weights are fitted to the checkpoint at hand, and of those that leave that to a training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from asdm_compress.core.recipe import Base, EditEntry, Recipe, dump_recipe, load_recipe
+from asdm_compress.models.families import architecture
+
+SITE = "mid_block"
+FEW = ("--calibration-prompts", "3", "--calibration-triples", "24", "--steps", "16", "-q")
+
+
+@pytest.fixture
+def recipe(unet, tmp_path):
+    """The path of a recipe of one edit."""
+
+    def write(edit, refit="none"):
+        content = Recipe(
+            asdm_recipe=1,
+            base=Base(model="mini-sd", architecture=architecture(unet)),
+            edits=[EditEntry(site=SITE, edit=edit)],
+            refit=refit,
+        )
+        (tmp_path / "recipe.yaml").write_text(dump_recipe(content), encoding="utf-8")
+        return "recipe.yaml"
+
+    return write
+
+
+def test_more_experts_than_bands_are_fitted_in_as_many_bands(recipe, cli, tmp_path):
+    result = cli("apply", recipe("conv1x1*16@timestep"), "mini-sd", "--out", "student", *FEW)
+    assert result.returncode == 0, result.stderr
+    student = StableDiffusionPipeline.from_pretrained(tmp_path / "student").unet
+    weights = dict(student.named_parameters())
+    (kernels,) = (tensor for name, tensor in weights.items() if name.endswith("slot.weights.0"))
+    assert len(kernels) == 16
+    assert torch.isfinite(kernels).all()
+    assert not torch.equal(kernels[0], kernels[-1])
+    few = cli("apply", "recipe.yaml", "mini-sd", "--out", "other", *FEW[:4], "--steps", "8", "-q")
+    assert (few.returncode, "Traceback" in few.stderr) == (2, False)
+    assert "8 sampling steps cannot be split into 16 timestep bands" in few.stderr
+
+
+def test_a_student_that_is_not_refitted_does_not_say_that_it_is(recipe, cli, tmp_path):
+    result = cli("apply", recipe("drop", "full"), "mini-sd", "--out", "student", "--slot-start", "zero")
+    assert result.returncode == 0, result.stderr
+    assert "not refitted (zero): train before use" in result.stdout
+    assert load_recipe(tmp_path / "student/recipe.yaml").refit == "none"
+    assert "refit" not in (tmp_path / "student/README.md").read_text(encoding="utf-8")
