@@ -19,9 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measuring import check_alone
-
-from asdm_compress.core.provenance import processor_name, versions
+from measuring import measured
 
 RESULTS = Path(__file__).parent / "results"
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -34,46 +32,36 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="a folder for measurements that stays; otherwise none is kept")
     parser.add_argument("--budgets", type=float, nargs="+", default=[SHOWN])
     arguments = parser.parse_args()
-    check_alone()
-    rows: list[dict[str, Any]] = []
-    RESULTS.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with measured("assemble_mini_sd", __doc__) as bench, tempfile.TemporaryDirectory() as folder:
+        bench.facts["asked"] = "assemble mini-sd --budget latency=<budget>x"
         for share in arguments.budgets:
             out = Path(folder) / f"student-{share}"
-            began = time.monotonic()
-            result = subprocess.run(
-                [
-                    *(sys.executable, "-m", "asdm_compress", "assemble", "mini-sd", "--json"),
-                    *("--budget", f"latency={share}x", "--out", str(out)),
-                ],
-                env={**os.environ, "ASDM_COMPRESS_CACHE": str(arguments.cache or folder)},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            seconds = time.monotonic() - began
-            printed = json.loads(result.stdout)
-            if result.returncode:
-                rows.append({"budget": share, "seconds": seconds, **printed})
-                continue
-            recipe = printed["recipe"]
-            rows.append(
-                {
-                    "budget": share,
-                    "seconds": round(seconds, 1),
-                    "stock": printed["stock"],
-                    "quality": printed["quality"],
-                    "edits": recipe["edits"],
-                    "evidence": recipe["evidence"],
-                }
-            )
-            print(json.dumps({k: v for k, v in rows[-1].items() if k != "edits"}), flush=True)
-            if share == SHOWN:
+            bench.add(main_job(share, out, arguments.cache or Path(folder)))
+            if share == SHOWN and out.is_dir():
                 shutil.copy(out / "grid.png", RESULTS / "readme_grid.png")
                 shutil.copy(out / "recipe.yaml", RECIPES / f"mini-sd-latency-{share}x.yaml")
-    content = {"command": "assemble mini-sd --budget latency=<budget>x", "device": processor_name(), "rows": rows}
-    text = json.dumps({**content, "versions": versions()}, indent=1)
-    (RESULTS / "assemble_mini_sd.json").write_text(text + "\n", encoding="utf-8")
+
+
+def main_job(share: float, out: Path, cache: Path) -> dict[str, Any]:
+    """The command line's run for one budget, as a row."""
+    began = time.monotonic()
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "asdm_compress", "assemble", "mini-sd", "--json"),
+            *("--budget", f"latency={share}x", "--out", str(out)),
+        ],
+        env={**os.environ, "ASDM_COMPRESS_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    row = {"budget": share, "seconds": round(time.monotonic() - began, 1)}
+    printed = json.loads(result.stdout)
+    if result.returncode:
+        return {**row, **printed}
+    recipe = printed["recipe"]
+    kept = {name: printed[name] for name in ("stock", "quality")}
+    return {**row, **kept, "edits": recipe["edits"], "evidence": recipe["evidence"]}
 
 
 if __name__ == "__main__":
