@@ -14,9 +14,14 @@ from command_lines import contents, run_all
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from asdm_compress.assembly.plan import Plan
+from asdm_compress.assembly.surgery import assemble
+from asdm_compress.inheritance.actions import Action
 from asdm_compress.models.families import FAMILIES
 from asdm_compress.models.ldm import unet_to_ldm
 from asdm_compress.models.names import MINI_SD_FOLDER
+from asdm_compress.switching.schedules import SwitchingSchedule, noise_of
+from asdm_compress.switching.switched_unet import SwitchedUNet2DConditionModel
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TYPO = """\
@@ -117,6 +122,14 @@ CASES = {
         ("generate", "mini-sd", "a cat", "--prediction-type", "v_prediction"),
         ("mini-sd has the prediction type epsilon, not v_prediction, as its scheduler_config.json says",),
     ),
+    "a switched model to profile": Case(("profile", "switched"), ("is switched between teacher, small", "evaluate")),
+    "a quality that is no number": Case(("calibrate", "mini-sd", "--min-psnr", "nan"), ("nan dB cannot be kept",)),
+    "a quality that nothing has": Case(("calibrate", "mini-sd", "--min-ssim", "1.5"), ("an SSIM of 1.5",)),
+    "several schedules in a model's folder": Case(
+        ("generate", "scheduled", "a circle", "--inherit", "calibrated", "--steps", "2"),
+        ("several calibrated schedules: one/inheritance.yaml, two/inheritance.yaml",),
+    ),
+    "a report into a file": Case(("report", "scheduled", "--out", "good.yaml"), ("good.yaml is a file",)),
     "a prediction type for a UNet folder": Case(
         ("profile", "nan", "--prediction-type", "epsilon"), ("is a UNet alone, whose prediction type changes nothing",)
     ),
@@ -166,6 +179,16 @@ def place(tmp_path_factory, unet, pipeline):
     for name, index in foreign.items():
         (folder / name).mkdir()
         (folder / name / "model_index.json").write_text(json.dumps(index))
+    shutil.copytree(MINI_SD_FOLDER, folder / "scheduled")
+    for name in ("one", "two"):
+        (folder / "scheduled" / name).mkdir()
+        (folder / "scheduled" / name / "inheritance.yaml").write_text("asdm_inheritance: 1\nsteps: [full, full]\n")
+    small = assemble(unet, Plan({"mid_block": "drop"}))
+    schedule = SwitchingSchedule(
+        (Action(member="teacher"), Action(member="small")), (999.0, 499.0), noise_of(pipeline.scheduler)
+    )
+    switched = SwitchedUNet2DConditionModel.of({"teacher": unet, "small": small}, schedule)
+    switched.save_pretrained(folder / "switched")
     torch.save({"string_to_param": {"*": some}, "name": "cat"}, folder / "ti.pt")
     shutil.copytree(MINI_SD_FOLDER, folder / "inpainting")
     config = json.loads((folder / "inpainting" / "unet" / "config.json").read_text())
@@ -190,7 +213,7 @@ def results(place):
 
 
 def _out(case: Case) -> list[str]:
-    if case.arguments[0] in ("profile", "recipes"):
+    if case.arguments[0] in ("profile", "recipes") or "--out" in case.arguments:
         return []
     is_file = case.arguments[0] == "export" and "onnx" not in case.arguments
     return ["--out", "out.safetensors" if is_file else "out"]

@@ -297,6 +297,9 @@ def test_a_dry_run_forecasts_and_writes_nothing(place, monkeypatch):
     assert memory.teacher == 4 * sum(t.numel() for t in trained(place, "teacher").values())
     assert memory.activations > 0
     assert result.forecast.seconds == pytest.approx(8 * result.forecast.seconds_per_step)
+    assert result.items > 0
+    with pytest.raises(AsdmError, match="no training data"):
+        run(place, monkeypatch, out="dry", dry_run=True, changes={"data.source": "nowhere"})
     assert not {p.name for p in place.iterdir()} & {"dry", "dry.run"}
 
 

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from report_folder import PLAN, make_folder
 
-from asdm_compress.assembly.frontier import Menu, Question, find_frontier, load_frontier
+from asdm_compress.assembly.frontier import Menu, Question, find_frontier, frontier_of, load_frontier
 from asdm_compress.assembly.options import Option
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.record import load_assembly
-from asdm_compress.core.errors import AsdmError
+from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.units import Limit
 from asdm_compress.models.saving import copy_rest
 from asdm_compress.profiling.profile import ProfileSettings, load_profile
@@ -248,6 +248,24 @@ def test_every_point_of_the_frontier_is_the_best_there_is():
     assert harms == sorted(harms)
     with pytest.raises(AsdmError, match="no plan meets"):
         find_frontier(menu, Question("macs", (0.9,), also=(Limit("params", 0.5, relative=True),)))
+    with pytest.raises(AsdmError, match="the smallest that can be reached is macs=0") as caught:
+        find_frontier(menu, Question("macs", (0.1, 0.05)))
+    assert caught.value.exit_code == ExitCode.INFEASIBLE
+
+
+def test_a_plan_that_a_smaller_one_is_predicted_to_beat_is_on_no_frontier():
+    options = [
+        Option(name, "drop", frozenset({name}), {"latency": 0.0, "macs": saved, "params": 0.0})
+        for name, saved in (("a", 100), ("b", 100), ("c", 300))
+    ]
+    menu = Menu(
+        options, {"a:drop": 0.1, "b:drop": 0.1, "c:drop": 0.3}, {"latency": 1.0, "macs": 1000.0, "params": 10.0},
+        lambda one, other: 0.5 if {one, other} == {"a:drop", "b:drop"} else 0.0,
+    )  # fmt: skip
+    found = frontier_of(menu, Question("macs", (0.9, 0.8, 0.7)), "model", "command")
+    assert [point.budget for point in found.points] == ["macs=0.9x", "macs=0.7x"]
+    predicted = [point.predicted_damage for point in found.points]
+    assert predicted == sorted(predicted)
 
 
 def test_the_commands_find_the_frontier_of_a_folder_and_report_it(folder, cli, tmp_path):

@@ -16,7 +16,7 @@ from asdm_compress.assembly.in_time import Clock, search_in_time
 from asdm_compress.assembly.options import Option, find_options
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.polish import Problem, polish
-from asdm_compress.assembly.search import Solution, solve
+from asdm_compress.assembly.search import Solution, check_reachable, solve
 from asdm_compress.assembly.verify import PLAIN_ATTEMPTS, Attempt, Search, search_verified
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.units import Limit
@@ -125,6 +125,13 @@ def test_an_infeasible_budget_names_the_smallest_that_is_not():
     assert named == pytest.approx(664 / 997, abs=1e-4)
     assert solve(odd, {"a:drop": 1.0}, teacher, [Limit("params", named, True)]).plan.edits == {"a": "drop"}
     assert solve(options, damages, TEACHER, [Limit("latency", 0.7, True)]).plan.edits == {"a": "drop", "b": "drop"}
+    # The same is known before any damage is.
+    for limits in ([Limit("latency", 0.7, True)], [Limit("params", 0.99, True), Limit("latency", 0.8, True)]):
+        check_reachable(options, TEACHER, limits)
+    for limits in ([Limit("latency", 0.5, True)], [Limit("latency", 0.8, True), Limit("params", 1.0, False)]):
+        with pytest.raises(AsdmError, match="no plan meets") as caught:
+            check_reachable(options, TEACHER, limits)
+        assert caught.value.exit_code == ExitCode.INFEASIBLE
 
 
 @settings(max_examples=25, deadline=None)

@@ -6,6 +6,7 @@ what the plans would do together is predicted beside them from the scalar produc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -132,7 +133,7 @@ def find_frontier(
 
     Budgets that no plan meets are left out, and the least share itself becomes the last one in their place. A plan that
     another one beats or equals in both, cost and damage, is left out. Raises AsdmError with exit code 3 where no plan
-    meets the limits that hold for all budgets.
+    meets the limits that hold for all budgets, or any of the budgets.
     """
     report = progress or (lambda done, total: None)
     resource, also = question.resource, question.also
@@ -140,10 +141,17 @@ def find_frontier(
     if smallest is None:
         raise AsdmError(f"no plan meets {', '.join(map(str, also))}", "Choose a larger budget.", ExitCode.INFEASIBLE)
     reachable = smallest / menu.teacher[resource]
+    if max(question.shares) < reachable:
+        raise AsdmError(
+            f"no plan meets {resource}={max(question.shares):g}x; the smallest that can be reached is "
+            f"{resource}={math.ceil(1e4 * reachable) / 1e4:.4f}x",
+            "Choose larger budgets.",
+            ExitCode.INFEASIBLE,
+        )
     wanted = sorted({share for share in question.shares if share >= reachable}, reverse=True)
     if len(wanted) < len(set(question.shares)):
         # A little more, so that the solver's own rounding does not make it impossible.
-        wanted.append(min(1.0, reachable * (1 + 1e-6) + 1e-9))
+        wanted.append(min(1.0, math.ceil(1e6 * reachable + 1e-3) / 1e6))
     found: list[tuple[Limit, Solution]] = []
     for number, share in enumerate(wanted):
         limit = Limit(resource, share, relative=True)
@@ -163,12 +171,17 @@ def find_frontier(
 def frontier_of(
     menu: Menu, question: Question, model: str, command: str, progress: Callable[[int, int], None] | None = None
 ) -> Frontier:
-    """The frontier for the file: as `find_frontier`, with what the edits of each plan would damage together."""
+    """The frontier for the file: as `find_frontier`, with what the edits of each plan would damage together.
+
+    A plan that a smaller one is predicted to beat with these terms is left out too: it would be the worse choice.
+    """
     found, reachable = find_frontier(menu, question, progress)
-    points = []
+    points: list[FrontierPoint] = []
     for limit, solution in found:
         names = [o.name for o in solution.options]
         terms = 0.0 if solution.pairs else sum(menu.interaction(a, b) for a, b in combinations(names, 2))
+        predicted = max(solution.damage + terms, 0.0)
+        points = [point for point in points if point.predicted_damage < predicted]
         points.append(
             FrontierPoint(
                 budget=str(limit),
@@ -177,7 +190,7 @@ def frontier_of(
                 summed_damage=solution.damage,
                 bound=solution.bound,
                 proven=solution.proven,
-                predicted_damage=max(solution.damage + terms, 0.0),
+                predicted_damage=predicted,
             )
         )
     return Frontier(

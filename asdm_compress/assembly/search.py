@@ -188,6 +188,17 @@ def _pair_variables(
     return together
 
 
+def check_reachable(options: Sequence[Option], teacher: Mapping[Resource, float], limits: Sequence[Limit]) -> None:
+    """Raise AsdmError with exit code 3, naming the smallest budget that can be reached, where no plan meets the limits.
+
+    What edits damage says nothing about that, so that it is known before any is measured.
+    """
+    first, *others = limits
+    best = smallest_reachable(options, teacher, first.resource, others)
+    if best is None or best > first.absolute(teacher[first.resource]) * (1 + _ROUNDING):
+        raise _infeasible(options, teacher, limits)
+
+
 def costs_of(options: Sequence[Option], teacher: Mapping[Resource, float]) -> dict[Resource, float]:
     """The teacher's costs less the savings of the options."""
     return {resource: cost - sum(o.savings[resource] for o in options) for resource, cost in teacher.items()}

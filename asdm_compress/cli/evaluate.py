@@ -40,7 +40,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder of a CLIP model, for CMMD; published with ViT-L/14 at 336 pixels.")
     ] = None,
     lpips: Annotated[Path | None, typer.Option(help="torchvision's AlexNet or VGG16 weights, for LPIPS.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; own: 25.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps; own: 25.")] = None,
     model_steps: Annotated[
         int | None,
         typer.Option(
@@ -53,7 +53,7 @@ def evaluate(
         str | None, typer.Option(help="Sampler of the model where it is not the teacher's: ddim, dpm++, euler, …")
     ] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; own: 5.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the first pair; each has the next.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the first pair; each has the next.")] = None,
     scheduler: o.Scheduler = None,
     image_size: o.ImageSize = None,
     resize: Annotated[

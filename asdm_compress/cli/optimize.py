@@ -64,6 +64,7 @@ def optimize(
 
     from asdm_compress.evaluation.prompts import read_prompts
     from asdm_compress.profiling.profile import ProfileSettings
+    from asdm_compress.reporting.frontier import tried_table
     from asdm_compress.sampling.settings import SamplingSettings
     from asdm_compress.workflows.optimize import Make, run_optimize
     from asdm_compress.workflows.plan import PlanSettings
@@ -86,10 +87,8 @@ def optimize(
     found = run_optimize([model, *names], out, load, settings, output, overwrite, make)
     if found.students is not None:
         output.show(found.students.line())
-    for candidate in found.tried:
-        score = candidate.test.text() if candidate.test else ""
-        output.show(f"{candidate.share:.3f}x  {score}  {candidate.role}: {candidate.way.name}")
     best = found.best
+    output.show(tried_table(found.rows()))
     output.show(
         f"Best within the budget: {best.way.name}. Wrote {out}; sample with `generate {out} …`, which takes the "
         f"{best.way.steps} steps that it is made for, or, after `import asdm_compress`, by diffusers with "

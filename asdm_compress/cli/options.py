@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -55,6 +55,9 @@ def refuse_given(context: typer.Context, names: Iterable[str], why: str, hint: s
             raise AsdmError(f"--{name.replace('_', '-')} {why}", hint)
 
 
+_TORCHS_OWN: Final = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
 def command_line() -> str:
     """The command under way, as it can be typed again."""
     return shlex.join(["asdm-compress", *sys.argv[1:]])
@@ -90,6 +93,7 @@ def load_options(
     if place.type == "cuda":
         torch.cuda.set_device(place)
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = _TORCHS_OWN.get(dtype, dtype)
     if dtype == "auto":
         dtype = "fp32" if place.type == "cpu" else "fp16"
     if dtype not in types:

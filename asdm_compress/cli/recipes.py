@@ -107,4 +107,8 @@ def _left(one: Description) -> tuple[str, str]:
 
 
 def _stem(name: str) -> str:
-    return Path(name).stem
+    """A bundled recipe's name as it is; of a file its name, with its folder's where that says more."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        return name
+    return f"{path.parent.name}/{path.name}" if path.name == "recipe.yaml" and path.parent.name else path.stem

@@ -44,7 +44,13 @@ def check_output(out: Path, overwrite: bool, source: Path | None = None, *read: 
             raise AsdmError(f"{out} holds {what} and cannot be replaced", "Choose another --out.")
     parent = next(p for p in place.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise AsdmError(f"{out} cannot be written: {parent} is no folder that can be written", OUT_HINT)
+        raise AsdmError(f"{out} cannot be written: {parent} is no folder that can be written", "Choose another --out.")
+    try:  # some places, as /proc, say that they can be written, and cannot
+        with tempfile.TemporaryDirectory(prefix=".", dir=parent):
+            pass
+    except OSError as error:
+        why = f"{parent} takes no new folder ({error.strerror})"
+        raise AsdmError(f"{out} cannot be written: {why}", "Choose another --out.") from error
 
 
 def check_apart(out: Path, overwrite: bool, models: Iterable[str]) -> None:
@@ -72,15 +78,15 @@ def output_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     parent cannot be written, and when the disk is full.
     """
     check_output(out, overwrite)
-    out = out.resolve()  # of a link what it points to is replaced
+    place = out.resolve()  # of a link what it points to is replaced
     with disk_errors(out, OUT_HINT, (errno.ENOENT,)):  # some places, as /proc, know no new folders
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
         aside.chmod(0o755)
     try:
         with disk_errors(out, OUT_HINT):
             yield aside
-            _replace(aside, out)
+            _replace(aside, place)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -134,7 +134,7 @@ def _accuracies(teacher: np.ndarray, model: np.ndarray) -> Iterator[Measure]:
             model=intervals.pooled_share(after, claims),
             change=intervals.pooled_difference(before, after, claims),
             change_kind="difference",
-            note=f"{int(claims.sum())} claims; n is the number of images",
+            note=f"{int(claims.sum())} claims of {attribute}",
         )
 
 

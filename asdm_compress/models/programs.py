@@ -39,6 +39,7 @@ class Facts:
     transformer_depths: tuple[int, ...]
     text_width: int
     uses_linear: bool
+    is_stock: bool
 
     @staticmethod
     def of(unet: UNet2DConditionModel, is_whole: bool) -> Facts:
@@ -64,6 +65,7 @@ class Facts:
             (0,) * levels if nested else per_level(transformers),
             config["cross_attention_dim"],
             bool(config.get("use_linear_projection")),
+            type(unet) is UNet2DConditionModel,
         )
 
     @property
@@ -224,7 +226,7 @@ PROGRAMS: Final[tuple[Program, ...]] = (
         "folder",
         (
             Need(
-                lambda f: not f.edits, "it opens after `import asdm_compress`, or by the loader that the folder carries"
+                lambda f: f.is_stock, "it opens after `import asdm_compress`, or by the loader that the folder carries"
             ),
         ),
         (),

@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
+from rich.table import Table
 
 from asdm_compress.reporting.plots import as_svg
 
 Point = tuple[str, float, float]  # role, share of the time of a whole image, PSNR in dB
+
+
+def tried_table(rows: Sequence[tuple[bool, str, float, str, str]]) -> Table:
+    """The same as a table: whether it is the best within the time, the way, its time, and PSNR twice."""
+    table = Table(title="What was tried; validation prompts chose", title_justify="left")
+    for name in ("", "way", "time", "PSNR, validation", "PSNR, test"):
+        table.add_column(name, justify="left" if name in ("", "way") else "right")
+    for is_best, way, share, validation, test in rows:
+        table.add_row("best" if is_best else "", way, f"{share:.3f}x", validation, test)
+    return table
 
 
 def frontier_svg(points: Sequence[Point], share: float) -> str:

@@ -45,6 +45,7 @@ from asdm_compress.workflows.report import write_report
 from asdm_compress.workflows.training_section import training_section
 
 HELD_OUT_IMAGE_SEED = 10_000 + HELD_OUT_SEED
+FAR_OFF = 0.1  # of the predicted time, that a quiet machine's timings do not differ by
 SCHEDULE_PROMPTS = 8  # of each kind at most, so that a schedule takes a small part of the main job's time
 
 
@@ -104,6 +105,7 @@ def run_assemble(
     if not processes.is_main:
         return None
     found = _as_stored(choose(pipeline, measured, settings, progress), teacher, source, options)
+    _note_timing(found, progress)
     verified, chosen = found.verified, found.verified.solution.plan
     unseen = replace(settings.sampling, seed=HELD_OUT_IMAGE_SEED)
     with progress.bar("Measuring the plan on held-out prompts") as bar:
@@ -225,6 +227,16 @@ def _calibrated(
         if error.exit_code != ExitCode.INFEASIBLE:
             raise
         return _Schedule(name, refused=error)  # which is no reason to lose the student
+
+
+def _note_timing(found: PlanResult, progress: Progress) -> None:
+    """Say so where a student was timed far from what was predicted."""
+    measured, predicted = found.verified.latency_ratio, found.verified.solution.costs["latency"] / found.profile.latency
+    if abs(measured / predicted - 1) > FAR_OFF:
+        progress.note(
+            f"the student was timed at {measured:.3f}x and predicted to take {predicted:.3f}x: something else may have "
+            "been running; make it again when the machine is quiet, with more --repeats"
+        )
 
 
 def _as_stored(found: PlanResult, teacher: UNet2DConditionModel, source: Source, options: LoadOptions) -> PlanResult:

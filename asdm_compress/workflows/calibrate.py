@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
@@ -387,6 +388,10 @@ def goal_of(limits: Sequence[Limit], min_psnr: float | None, min_ssim: float | N
         if len(limits) != 1 or limits[0].resource != "latency":
             raise AsdmError("schedules are calibrated for time alone", "Use --budget latency=0.5x.")
         return Goal(limit=limits[0])
+    if min_psnr is not None and not 0 < min_psnr < math.inf:
+        raise AsdmError(f"a PSNR of {min_psnr:g} dB cannot be kept", "Give decibels, for example --min-psnr 40.")
+    if min_ssim is not None and not 0 < min_ssim < 1:
+        raise AsdmError(f"an SSIM of {min_ssim:g} cannot be kept", "Give a share below 1, for example --min-ssim 0.98.")
     if min_psnr is not None:
         return Goal(metric="psnr", least=min_psnr)
     assert min_ssim is not None

@@ -179,5 +179,9 @@ def verdict_on(contestants: Sequence[Contestant]) -> str:
     if not better:
         return f"The schedule beats everything that was tried in its time: {said}."
     beaten = [c.role for c in rivals if c not in better]
-    start = f"The schedule beats {', '.join(beaten)} only" if beaten else "The schedule beats none of its rivals"
+    start = (
+        f"The schedule beats {'; '.join(beaten)}, and nothing else"
+        if beaten
+        else "The schedule beats none of its rivals"
+    )
     return f"{start}: {said}. Recommended: {strongest.way.name}."

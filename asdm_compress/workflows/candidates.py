@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -67,6 +68,14 @@ class Candidate:
             "test": self.test.as_json() if self.test else None,
             "actions": [action.name for action in rule.actions] if isinstance(rule, Schedule) else None,
         }  # fmt: skip
+
+
+def _spent(actions: Sequence[Action]) -> str:
+    """What a schedule's steps do, counted, for people: two of them are told apart by it."""
+    counts = Counter(
+        "skipped" if action.skips else f"{action.member}{'' if action.is_whole else ' in part'}" for action in actions
+    )
+    return ", ".join(f"{count} {what}" for what, count in counts.items())
 
 
 def frontier_of(tried: Sequence[Candidate]) -> tuple[Candidate, ...]:
@@ -232,7 +241,7 @@ class Search:
             solved = solve(swaps, self.times, budget, most)
             if solved is None:
                 break
-            name = f"{role}, {steps} steps of {solver or 'its own sampler'}"
+            name = f"{steps} steps of {solver or 'its own sampler'}, {_spent(solved.actions)}"
             way = Way(name, steps, self.times.run(solved.actions), Schedule(solved.actions), solver)
             if any(way.key == other.key for other in found):
                 break

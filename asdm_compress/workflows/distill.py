@@ -31,7 +31,7 @@ from asdm_compress.distillation.pairs import FeaturePair, find_pairs, given_pair
 from asdm_compress.distillation.probe import Probe
 from asdm_compress.distillation.rehearsal import Forecast, rehearse
 from asdm_compress.distillation.selection import add_lora, fold_lora, phases_of, units_around_cuts
-from asdm_compress.distillation.sources import CaptionSource
+from asdm_compress.distillation.sources import CaptionSource, Source
 from asdm_compress.distillation.trainer import Outcome, Subjects, Trainer
 from asdm_compress.evaluation.prompts import choose_prompts, understands_scenes
 from asdm_compress.models.quiet import quiet_libraries
@@ -76,7 +76,7 @@ class DistillResult:
     def lines(self) -> list[str]:
         """For the terminal."""
         if self.outcome is None:
-            return [self.forecast.text()]
+            return [f"{self.items:,} items of data. {self.forecast.text()}"]
         found = self.outcome
         lines: list[str] = []
         if found.first and found.last:
@@ -116,7 +116,7 @@ def run_distill(
     Raises AsdmError for bad input, for data that cannot be used, and for a training that diverges. `out` appears whole
     or not at all; a run that was killed goes on with `resume`.
     """
-    out = out.absolute()  # `.` has no name to put the run's folder beside
+    out = out if out.name else out.absolute()  # `.` has no name to put the run's folder beside
     run = out.with_name(out.name + _RUN)
     if not settings.dry_run:
         check_places(out, run, settings)
@@ -133,6 +133,7 @@ def run_distill(
     if settings.loop.sharded and training.optimiser.name == "adamw-8bit":
         raise AsdmError("8-bit optimiser states cannot be sharded", "Use --optimiser adamw, or leave out --shard.")
     check_share(training.batch, accelerator.num_processes)
+    source = open_source(training.data, understands_scenes(opened.teacher))
     pairs = _pairs(opened, training, progress)
     phases = phases_of(training, opened.student, damage_before(opened.recipe))
     around = units_around_cuts(opened.student, teacher, opened.plan)
@@ -145,15 +146,16 @@ def run_distill(
         forecast = rehearse(
             opened.student, opened.teacher, training, phases, around, places, settings.loop, accelerator
         )
-    progress.note(forecast.text())
-    result = DistillResult(out, training, pairs, forecast)
+    if not settings.dry_run:  # which shows it as its result
+        progress.note(forecast.text())
+    result = DistillResult(out, training, pairs, forecast, items=len(source))
     if settings.dry_run:
         return result
     if accelerator.is_main_process:
         there = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())  # of a run that goes on
         check_space(run, forecast.checkpoint_bytes * (settings.loop.keep + 1) - there)
         prepare_run(run, training, opened.hashes, settings)
-    cache = _data(opened, training, accelerator, progress)
+    cache = _data(source, opened, training, accelerator, progress)
     share = Share(accelerator.process_index, accelerator.num_processes)
     batches = Batches(cache, training, int(noising.config.num_train_timesteps), share, settings.loop.micro_batch)
     subjects = Subjects(
@@ -239,12 +241,12 @@ def _train(
 
 
 def _data(
+    source: Source,
     opened: StudentAndTeacher,
     training: Distillation,
     accelerator: Accelerator,
     progress: Progress,
 ) -> LatentCache:
-    source = open_source(training.data, understands_scenes(opened.teacher))
     sampling = SamplingSettings(training.data.sampling_steps, training.data.guidance)
     encoder = Encoder(opened.teacher, sampling, makes_images=isinstance(source, CaptionSource))
     share = Share(accelerator.process_index, accelerator.num_processes)

@@ -110,7 +110,9 @@ def _write_file(
 ) -> ExportResult:
     programs = verdicts(unet, "sdcpp" if form == "sdcpp" else "ldm", is_whole=pipeline is not None)
     if form == "sdcpp" and not any(program.opens for program in programs):
-        raise AsdmError(f"stable-diffusion.cpp does not open this UNet: {programs[0].why}", "Try --format ldm.")
+        other = any(program.opens for program in verdicts(unet, "ldm", is_whole=pipeline is not None))
+        hint = "Try --format ldm." if other else "No file format has names for it; portable and onnx take it."
+        raise AsdmError(f"stable-diffusion.cpp does not open this UNet: {programs[0].why}", hint)
     tensors: dict[str, Tensor] = unet_to_ldm(unet, with_gaps=form == "sdcpp")
     metadata = {"format": "pt"}
     if pipeline is not None:

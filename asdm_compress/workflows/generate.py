@@ -26,6 +26,7 @@ from asdm_compress.sampling.settings import SamplingSettings, check_size
 from asdm_compress.workflows.progress import Progress
 
 CALIBRATED: Final = "calibrated"
+_SCHEDULE: Final = "inheritance.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +128,21 @@ def rule_for(inherit: str | None, source: Source) -> str | Path | None:
     """What a pipeline is to inherit by; raises AsdmError where the schedule of the model's folder is not there."""
     if inherit != CALIBRATED:
         return inherit
-    path = None if source.path is None else source.path / "inheritance.yaml"
-    if path is None or not path.is_file():
+    # In the folder itself, or, where a calibration was written into it, in a folder of its own there.
+    folder = source.path
+    found: list[Path] = []
+    if folder is not None:
+        found = [folder / _SCHEDULE] if (folder / _SCHEDULE).is_file() else sorted(folder.glob(f"*/{_SCHEDULE}"))
+    if not found:
         raise AsdmError(
             "this model has no calibrated schedule in its folder",
             "Make one with `asdm-compress assemble --inherit latency=0.6x`, or with `asdm-compress calibrate` and give "
             "the path of its inheritance.yaml.",
         )
-    return path
+    if len(found) > 1:
+        names = ", ".join(f"{path.parent.name}/{path.name}" for path in found)
+        raise AsdmError(f"this model has several calibrated schedules: {names}", "Give the path of one of them.")
+    return found[0]
 
 
 @contextmanager

@@ -44,6 +44,19 @@ class Optimized:
     content: Mapping[str, Any]
     students: Students | None = None
 
+    def rows(self) -> list[tuple[bool, str, float, str, str]]:
+        """For the table, the fastest first: whether it is the best, the way, its time, both scores. Each way once."""
+        by_key: dict[str, Candidate] = {}
+        for candidate in (self.best, *self.tried):
+            by_key.setdefault(candidate.way.key, candidate)
+        return [
+            (
+                c is self.best, f"{c.role}: {c.way.name}", c.share, c.validation.text(),
+                c.test.text() if c.test else "",
+            )
+            for c in sorted(by_key.values(), key=lambda c: c.share)
+        ]  # fmt: skip
+
     @property
     def frontier(self) -> tuple[Candidate, ...]:
         """What nothing that is faster is as near to the reference as, on validation prompts."""

@@ -20,10 +20,12 @@ from asdm_compress.assembly.options import (
     find_options,
     is_coarse_enough,
     slot_specs,
+    teacher_costs,
     useful_options,
 )
 from asdm_compress.assembly.plan import check_teacher
 from asdm_compress.assembly.plan_fit import RefitChoice, check_refit
+from asdm_compress.assembly.search import check_reachable
 from asdm_compress.assembly.slot_fit import check_fits, check_prompts
 from asdm_compress.assembly.store import measurement_folder, recorded
 from asdm_compress.assembly.verify import Search, Verified, search_verified
@@ -171,6 +173,10 @@ def measure(
     processes.wait()  # until the others are still
     with progress.stage("Profiling"):
         costs = processes.on_main(lambda: _costs(teacher, shape, settings, model_name))
+    processes.wait()
+    with progress.stage("Timing convolutions in slots and narrower modules"):
+        options = processes.on_main(lambda: _options(teacher, costs, limits, shape, settings))
+    check_reachable(options, teacher_costs(costs), limits)
     folder = measurement_folder(
         pipeline, prompts.calibration, sampling, settings.bands, settings.effort, shape.channels_last
     )
@@ -188,9 +194,6 @@ def measure(
             f"{len(empty)} of {settings.bands} timestep bands have no moments to measure damage on, and count "
             "as the others do; more --calibration-prompts or --calibration-triples, or fewer --bands, mend that"
         )
-    processes.wait()
-    with progress.stage("Timing convolutions in slots and narrower modules"):
-        options = processes.on_main(lambda: _options(teacher, costs, limits, shape, settings))
     with progress.bar("Fitting and measuring the damage of every edit") as bar:
         refit = settings.refit == "full"
         plain_store = folder / ("damages.jsonl" if is_fitted else "damages_unfitted.jsonl")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_output, output_folder
+from asdm_compress.inheritance.members import HasMembers
 from asdm_compress.models.loading import open_unet, text_tokens_of
 from asdm_compress.models.resolve import resolve
 from asdm_compress.models.source import LoadOptions
@@ -28,6 +30,11 @@ def run_profile(
     with progress.stage("Opening the model"):
         source = resolve(model, options)
         unet = open_unet(source, options)
+    if isinstance(unet, HasMembers):
+        raise AsdmError(
+            f"{model} is switched between {', '.join(unet.member_names)}, of which every step runs another",
+            "Profile one of the models that it was made of; `evaluate` times and counts a whole run.",
+        )
     for note in source.notes:
         progress.note(note)
     if settings.text_tokens is None:

@@ -10,6 +10,7 @@ from typing import Final
 import torch
 from diffusers import UNet2DConditionModel
 
+from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import output_file
 from asdm_compress.models.folder import read_json, unet_class
 from asdm_compress.models.quiet import quiet_libraries
@@ -39,6 +40,8 @@ def write_report(folder: Path, name: str | None = None, out: Path | None = None)
     The figures of a model card in the folder are brought up to date where the report is written beside it. Raises
     AsdmError for a folder with nothing to tell of and for damaged files.
     """
+    if out is not None and out.exists() and not out.is_dir():
+        raise AsdmError(f"{out} is a file, and a report is written into a folder", "Choose another --out.")
     stages = read_stages(folder, name)
     report = report_of(stages, blanks_of(stages))
     place = folder if out is None else out
