@@ -251,8 +251,8 @@ def test_a_plain_search_goes_by_what_cuts_damage_before_anything_is_fitted(unet,
     assert small in all_parts.options
     solution = whole.solve(limits, {}, units.belief)
     assert solution.damage == pytest.approx(0.5 * len(solution.options))
-    assert "before anything makes up for it" in units.sums
-    assert Attempt(1.0).sums == ""
+    assert "before anything makes up for it" in units.damages
+    assert (Attempt(1.0).plans, Attempt(1.0).damages) == ("all plans", "damage")
 
 
 def test_limits_that_another_search_has_tightened_are_loosened_again(unet, mini_profile):

@@ -47,7 +47,7 @@ class Solution:
 
     @property
     def gap(self) -> float:
-        """How far, as a share, the damage may at most be above the best possible; 0 when optimality is proven."""
+        """The share of the damage that the best possible plan may at most save; 0 when optimality is proven."""
         return 0.0 if self.proven or self.damage == 0 else (self.damage - self.bound) / self.damage
 
 

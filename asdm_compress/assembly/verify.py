@@ -49,13 +49,16 @@ class Attempt:
     units_alone: bool = False
 
     @property
-    def sums(self) -> str:
-        """Which plans it sums what up of, where that is not every plan and what edits damage once fitted."""
+    def plans(self) -> str:
+        """Which plans it searches, for people."""
         if self.with_weights:
-            return ""
-        among = "whole units and layers" if self.units_alone else "parts"
-        before = ", before anything makes up for it" if self.plain else ""
-        return f"{before}, among plans that only take {among} out"
+            return "all plans"
+        return f"plans that only take {'whole units and layers' if self.units_alone else 'parts'} out"
+
+    @property
+    def damages(self) -> str:
+        """What it sums up of them."""
+        return "damage before anything makes up for it" if self.plain else "damage"
 
 
 # Made in this order until one is measured as predicted.

@@ -29,18 +29,19 @@ class PlanRow:
 
 def proof_text(verified: Verified, budget: Sequence[str]) -> str:
     """What is proven of the plan, and for which limits."""
-    solution = verified.solution
+    solution, attempt = verified.solution, verified.attempt
     solved_for = [str(limit) for limit in verified.solved_for]
     # Budgets that a search has changed have more digits than anyone reads.
-    limits = re.sub(r"\d+\.\d{5,}", lambda number: f"{float(number[0]):.4f}", f"predicted {', '.join(solved_for)}")
-    if solved_for != list(budget):
-        limits += f", changed in round {verified.rounds} to keep {', '.join(budget)} as measured"
+    limits = re.sub(r"\d+\.\d{5,}", lambda number: f"{float(number[0]):.4f}", ", ".join(solved_for))
     pairs = f" with the terms of {verified.pairs} pairs" if verified.pairs else ""
-    sums = verified.attempt.sums
-    summed = f"Summed damage{pairs}{sums}{':' if sums else ''}"
-    if solution.proven:
-        return f"{summed} {solution.damage:.4g}, proven optimal (lower bound {solution.bound:.4g}) for {limits}."
-    return f"{summed} {solution.damage:.4g}, at most {solution.gap:.1%} above the best possible for {limits}."
+    best = "which is proven to be the least" if solution.proven else f"of which {solution.gap:.1%} at most is too much,"
+    text = (
+        f"Its edits' summed {attempt.damages}{pairs} is {solution.damage:.4g}, {best} among {attempt.plans} that are "
+        f"predicted to keep {limits}."
+    )
+    if solved_for != list(budget):
+        text += f" So much was asked of predictions for plans to keep {', '.join(budget)} when they are timed."
+    return text
 
 
 def plan_rows(verified: Verified, profile: Profile, damages: Mapping[str, Damage]) -> list[PlanRow]:

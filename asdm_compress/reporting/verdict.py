@@ -51,7 +51,7 @@ def verdict(stages: Stages) -> Iterator[str]:
         yield f"{stages.evaluation.model.name} against {stages.evaluation.teacher.name}. {_nearness(stages)}".strip()
     if recipe is not None and evidence is not None:
         gap = (
-            "proven to be the best for its summed damage"
+            "proven to be the least damage when that of its edits is summed"
             if evidence.proven_optimal
             else f"bounded from below at {evidence.damage_bound:.3g}"
         )
