@@ -19,7 +19,8 @@ def headline(stages: Stages) -> Iterator[tuple[str, str]]:
         yield f"{student.params / teacher.params:.2f}x", "of its parameters"
     psnr = stages.evaluation.find("psnr") if stages.evaluation else None
     if psnr is not None and psnr.model is not None:
-        yield f"{psnr.model.value:.1f} dB", f"PSNR to the teacher, {psnr.model.n} images"
+        steps = stages.evaluation.protocol.steps if stages.evaluation else 0
+        yield f"{psnr.model.value:.1f} dB", f"PSNR to the teacher's run of {steps} steps, {psnr.model.n} images"
     elif stages.assembly is not None and isinstance(value := stages.assembly.quality.get("psnr"), float):
         yield f"{value:.1f} dB", f"PSNR to the teacher, {stages.assembly.quality.get('pairs')} images"
     if stages.calibration is not None:
@@ -27,7 +28,8 @@ def headline(stages: Stages) -> Iterator[tuple[str, str]]:
     if stages.switched is not None:
         yield f"{stages.switched.time.measured_share:.2f}x", "of a run's time with these members"
     if stages.optimized is not None:
-        yield f"{stages.optimized.best.share:.2f}x", "of a whole image's time"
+        steps = stages.optimized.reference.steps
+        yield f"{stages.optimized.best.share:.2f}x", f"of the time of a whole image of {steps} steps"
 
 
 def verdict(stages: Stages) -> Iterator[str]:
@@ -77,7 +79,10 @@ def _nearness(stages: Stages) -> str:
         found = measure.model
         known = found.low is not None and found.high is not None
         between = f" (95 %: {found.low:.1f} to {found.high:.1f})" if known else ""
-        return f"{found.n} images are {found.value:.1f} dB{between} from the teacher's at the same prompts and seeds. "
+        return (
+            f"{found.n} images are {found.value:.1f} dB{between} from the teacher's of "
+            f"{stages.evaluation.protocol.steps} steps at the same prompts and seeds. "
+        )
     if stages.assembly is not None and isinstance(psnr := stages.assembly.quality.get("psnr"), float):
         pairs = stages.assembly.quality.get("pairs")
         return f"{pairs} images of held-out prompts and seeds are {psnr:.1f} dB from the teacher's. "
