@@ -12,12 +12,12 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from asdm_compress.assembly.calibration import Calibration
 from asdm_compress.assembly.damage import Damage
-from asdm_compress.assembly.in_time import Clock, search_in_time
+from asdm_compress.assembly.in_time import Clock, InTime, search_in_time
 from asdm_compress.assembly.options import Option, find_options
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.polish import Problem, polish
 from asdm_compress.assembly.search import Solution, check_reachable, solve
-from asdm_compress.assembly.verify import PLAIN_ATTEMPTS, Attempt, Search, search_verified
+from asdm_compress.assembly.verify import PLAIN_ATTEMPTS, Attempt, Search, _Found, _likely_factor, search_verified
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.units import Limit
 from asdm_compress.profiling.profile import ProfileSettings
@@ -253,6 +253,23 @@ def test_a_plain_search_goes_by_what_cuts_damage_before_anything_is_fitted(unet,
     assert solution.damage == pytest.approx(0.5 * len(solution.options))
     assert "before anything makes up for it" in units.damages
     assert (Attempt(1.0).plans, Attempt(1.0).damages) == ("all plans", "damage")
+
+
+def test_a_plan_is_expected_to_be_off_by_what_the_one_most_like_it_is(unet, mini_profile):
+    options = [o for o in find_options(unet, mini_profile, {}, {}) if o.edit == "drop"][:6]
+    damages = {o.name: Damage((0.1,), 0.1) for o in options}
+    search = Search(unet, mini_profile, options, damages, [Limit("latency", 0.9, True)], ProfileSettings(), None)
+
+    def found(chosen, factor):
+        plan, total = Plan({o.site: o.edit for o in chosen}), 0.1 * len(chosen)
+        solution = Solution(plan, tuple(chosen), total, total, True, {}, 0.0)
+        return _Found(Attempt(0.0), InTime(solution, {}, 0.9, (), 1), factor * total, 1.0)
+
+    interaction = search.predicted(options[:3], {}) / 0.3  # of sums that have no sketches
+    near, far = found(options[:3], 0.5 * interaction), found(options[4:], 2.0)
+    plan = Plan({o.site: o.edit for o in options[:4]})
+    assert _likely_factor(search, [], {}, plan) == 1.0
+    assert _likely_factor(search, [far, near], {}, plan) == pytest.approx(0.5)
 
 
 def test_limits_that_another_search_has_tightened_are_loosened_again(unet, mini_profile):

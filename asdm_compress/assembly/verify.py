@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from statistics import median
 from typing import Final
 
 from diffusers import UNet2DConditionModel
@@ -85,7 +84,7 @@ class Verified:
     `solved_for` are the limits that the solution's proof holds for: others than the user's where a first plan
     measured slower or faster than predicted, and for the plans and damages of the `attempt` that led to it. Its damage
     holds the terms of pairs, of which `pairs` were looked at.
-    `predicted_damage` is the sum of damages and pair terms times the factor by which the other plans searched were
+    `predicted_damage` is the sum of damages and pair terms times the factor by which that of the plan most like it was
     measured to be off, and `measured_damage` that of the whole plan on prompts that were kept out of its fit. The
     student and `slot_weights` are fitted to all prompts.
     """
@@ -199,11 +198,11 @@ def search_verified(search: Search) -> Verified:
 
     The search takes one-shot errors to add up (`Damage.interaction`). Where the plan's measured damage is not what that
     says, the pairs of edits that weigh most are fitted and measured together, and the search is made again with what
-    they add and less belief in the rest; sums are taken times what other plans were off by. Some searches only take
-    out (see `ATTEMPTS`), and some of these know nothing of refits (see `PLAIN_ATTEMPTS`). Then the best plan's
-    neighbours are tried (see `_neighbours`). Of all plans found on the way, the one of least measured damage is
-    returned, fitted anew to all prompts. Raises AsdmError with exit code 3 when no
-    plan meets the limits, or none is measured to within the rounds of `search_in_time`.
+    they add and less belief in the rest; sums are taken times what the plan most like theirs was off by. Some searches
+    only take out (see `ATTEMPTS`), and some of these know nothing of refits (see `PLAIN_ATTEMPTS`). Then the best
+    plan's neighbours are tried (see `_neighbours`). Of all plans found on the way, the one of least measured damage is
+    returned, fitted anew to all prompts. Raises AsdmError with exit code 3 when no plan meets the limits, or none is
+    measured to within the rounds of `search_in_time`.
     """
     moments = _Moments.of(search.teacher, search.calibration.for_plans())
     clock = Clock(search.teacher, search.profile, search.limits, search.settings)
@@ -215,7 +214,7 @@ def search_verified(search: Search) -> Verified:
     _neighbours(search, clock, found, pairs, moments)
     best = min(found, key=lambda f: f.measured)
     solution = best.in_time.solution
-    off = _factors(search, [f for f in found if f is not best], pairs)
+    off = _likely_factor(search, [f for f in found if f is not best], pairs, solution.plan)
     weights = search.fit(solution.plan, search.calibration)
     return Verified(
         solution=solution,
@@ -225,7 +224,7 @@ def search_verified(search: Search) -> Verified:
         solved_for=best.in_time.solved_for,
         rounds=best.in_time.rounds,
         slot_weights=weights,
-        predicted_damage=search.predicted(solution.options, pairs) * (median(off) if off else 1.0),
+        predicted_damage=search.predicted(solution.options, pairs) * off,
         measured_damage=best.measured,
         pairs=solution.pairs,
         attempt=best.attempt,
@@ -259,8 +258,8 @@ def _attempts(
             continue
         measured, seconds = _fitted_damage(search, solution.plan, moments)
         # Which also takes in what these prompts differ by from those that single edits were measured on.
-        others = _factors(search, found, pairs)
-        predicted = search.predicted(solution.options, pairs) * (median(others) if others else 1.0)
+        off = _likely_factor(search, found, pairs, solution.plan)
+        predicted = search.predicted(solution.options, pairs) * off
         found.append(_Found(attempt, in_time, measured, seconds))
         settled |= number >= LEAST_ATTEMPTS and abs(measured - predicted) <= DAMAGE_TOLERANCE * predicted
         if attempt.with_weights and not settled and number < len(ATTEMPTS):
@@ -322,9 +321,21 @@ def _fitted_damage(search: Search, plan: Plan, moments: _Moments) -> tuple[float
     return damage, time.monotonic() - began
 
 
-def _factors(search: Search, found: Sequence[_Found], pairs: Pairs) -> list[float]:
-    """What the plans found were measured to be off by."""
-    return [f.measured / max(search.predicted(f.in_time.solution.options, pairs), 1e-30) for f in found]
+def _likely_factor(search: Search, found: Sequence[_Found], pairs: Pairs, plan: Plan) -> float:
+    """What the sum for a plan will be off by: as much as that for the plan found that is most like it, 1 for the first.
+
+    Plans that share most of their edits err alike, where one by damages before any refit and one by those after do not.
+    """
+    if not found:
+        return 1.0
+    edits = set(plan.edits.items())
+
+    def likeness(other: _Found) -> float:
+        theirs = set(other.in_time.solution.plan.edits.items())
+        return len(edits & theirs) / max(len(edits | theirs), 1)
+
+    nearest = max(found, key=likeness)
+    return nearest.measured / max(search.predicted(nearest.in_time.solution.options, pairs), 1e-30)
 
 
 def _solver(
