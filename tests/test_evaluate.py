@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 from stand_ins import save_alexnet, save_clip, save_inception
@@ -21,6 +22,7 @@ from asdm_compress.evaluation.instruments import Weights
 from asdm_compress.evaluation.record import NAMES, load_evaluation
 from asdm_compress.evaluation.weights import weights_place
 from asdm_compress.models.source import LoadOptions
+from asdm_compress.sampling.schedulers import scheduler_like
 from asdm_compress.scenes.captions import sample_captions
 from asdm_compress.scenes.draw import draw_scenes
 from asdm_compress.scenes.world import sample_scene
@@ -110,6 +112,16 @@ def test_the_protocol_card_says_what_it_takes_to_repeat(followed):
         found.command,
     ):
         assert text in card
+
+
+def test_a_model_samples_as_its_teacher_does_but_for_what_it_predicts(followed):
+    assert load_evaluation(followed / "scored" / "eval.json").model.sampling is None
+    v = DPMSolverMultistepScheduler(prediction_type="v_prediction", beta_schedule="scaled_linear", solver_order=3)
+    euler = EulerDiscreteScheduler(timestep_spacing="trailing", beta_start=0.001)
+    found = scheduler_like(euler, v)
+    assert isinstance(found, EulerDiscreteScheduler)
+    assert (found.config.prediction_type, found.config.beta_schedule) == ("v_prediction", "scaled_linear")
+    assert (found.config.timestep_spacing, found.config.beta_start) == ("trailing", v.config.beta_start)
 
 
 def test_a_model_that_inherits_does_less(followed):

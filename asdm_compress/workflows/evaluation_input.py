@@ -97,12 +97,10 @@ class Opened:
     @property
     def own_sampling(self) -> OwnSampling | None:
         """How the model samples, where that is not as the teacher does."""
-        teacher, model = (self.pipelines[role] for role in ROLES)
-        if self.model_steps == self.rules.steps and _sample_alike(teacher, model):
+        teacher, model = (self.pipelines[role].scheduler for role in ROLES)
+        if self.model_steps == self.rules.steps and _sample_alike(scheduler_like(teacher, model), model):
             return None
-        return OwnSampling(
-            sampler=type(model.scheduler).__name__, steps=self.model_steps, unet_calls=self.calls["model"]
-        )
+        return OwnSampling(sampler=type(model).__name__, steps=self.model_steps, unet_calls=self.calls["model"])
 
     @property
     def side(self) -> int:
