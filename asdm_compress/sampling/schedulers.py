@@ -50,11 +50,10 @@ def make_scheduler(name: str, pipeline: StableDiffusionPipeline) -> SchedulerMix
 
 def scheduler_like(other: SchedulerMixin, own: SchedulerMixin) -> SchedulerMixin:
     """A scheduler of another's kind and settings, but with its own model's noise schedule and prediction type."""
-    of_model = {key: value for key, value in own.config.items() if key in _OF_THE_MODEL}
     accepted = inspect.signature(type(other).__init__).parameters
-    made: SchedulerMixin = type(other).from_config(
-        {**other.config, **{key: value for key, value in of_model.items() if key in accepted}}
-    )
+    of_model = {key: value for key, value in own.config.items() if key in _OF_THE_MODEL and key in accepted}
+    # As keywords: of a config diffusers leaves out what were defaults there.
+    made: SchedulerMixin = type(other).from_config(other.config, **of_model)
     return made
 
 
