@@ -14,6 +14,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from asdm_compress.assembly.store import measurement_folder
+from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.inheritance.actions import Action, conditional_only, cut
 from asdm_compress.inheritance.forecast import LINEAR
 from asdm_compress.inheritance.places import find_places
@@ -36,6 +37,7 @@ from asdm_compress.workflows.calibrate import (
     TEST_SEED,
     VALIDATION_SEED,
     CalibrateSettings,
+    prepare,
     split_prompts,
     timed_batch,
 )
@@ -156,6 +158,7 @@ class Search:
         every = [way.steps for _, way in ways]
         for steps in tried_steps(max(own, default=1), max(every, default=1), self.settings.sampling.steps, longer):
             ways += self.joint(steps, solver, budget)
+            ways += self.calibrated(steps, solver, budget)
         return ways
 
     def tried(self, share: float) -> list[Candidate]:
@@ -249,6 +252,36 @@ class Search:
             self._solved[way.key] = swaps, most
             around, most = solved.actions, max(2, steps // MOST_CHANGES)
         return [(role, way) for way in found]
+
+    def calibrated(self, steps: int, solver: str | None, budget: float) -> list[tuple[str, Way]]:
+        """The teacher alone with features inherited as `calibrate` finds it, for a loop of at most `budget` seconds.
+
+        Its search knows every cut and unit and what errors do later on, where `joint` knows members. Of the schedules
+        that it leads to, the nearest to the reference; none where it has none for so little time.
+        """
+        here = self._pipeline(solver)
+        here.register_modules(unet=next(iter(self.members.values())))
+        settings = replace(
+            self.settings, sampling=replace(self.settings.sampling, steps=steps), corrections=False, curve=0
+        )
+        choosing = prepare(here, settings, self.splits, self.one_batch, self.progress)
+        try:
+            plans = choosing.candidates(budget / choosing.times.full_run)
+        except AsdmError as error:
+            if error.exit_code != ExitCode.INFEASIBLE:
+                raise
+            return []
+        ways = []
+        for plan in plans:
+            actions = tuple(self._by_teacher(action) for action in plan.actions(steps))
+            name = f"{steps} steps of {solver or 'its own sampler'}, {_spent(actions)}"
+            ways.append(Way(name, steps, plan.way.seconds, Schedule(actions), solver))
+        with self.progress.bar("Trying what was calibrated") as bar:
+            scores = self.judge.scores(ways, bar)
+        return [("calibrated", ways[int(np.argmax([score.mean() for score in scores]))])]
+
+    def _by_teacher(self, action: Action) -> Action:
+        return action if action.skips else replace(action, member=self.teacher.member)
 
     @cached_property
     def _truth(self) -> Values:
