@@ -8,7 +8,8 @@ import shlex
 import pytest
 import typer.main
 import write_documents
-from write_documents import DOCUMENTS, MARKED, TOP, figures, written
+from documents import figures as figures_module
+from write_documents import DOCUMENTS, MARKED, OLDER, TOP, figures, written
 
 from asdm_compress.cli.main import app
 
@@ -41,6 +42,18 @@ def test_a_changed_figure_is_noticed(tmp_path):
     changed.write_text("<!-- results: nothing_like_it -->1<!-- /results -->", encoding="utf-8")
     with pytest.raises(KeyError):
         written(changed)
+
+
+def test_figures_of_other_weights_of_the_bundled_model_say_so(tmp_path, monkeypatch):
+    document = tmp_path / "document.md"
+    document.write_text("It took <!-- results: main_job_duration -->1 second<!-- /results -->.", encoding="utf-8")
+    kept = figures_module.results("assemble_mini_sd")
+    monkeypatch.setattr(figures_module, "bundled_weights", lambda: kept["mini_sd"])
+    assert OLDER not in written(document)
+    monkeypatch.setattr(figures_module, "bundled_weights", lambda: "others")
+    assert f" minutes ({OLDER})" in written(document)
+    document.write_text("<!-- results: programs -->\n\n<!-- /results -->", encoding="utf-8")
+    assert OLDER not in written(document)  # nothing of it is measured
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring import measured
+from mini_sd.weights import bundled_weights
 
 RESULTS = Path(__file__).parent / "results"
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[SHOWN])
     arguments = parser.parse_args()
     with measured("assemble_mini_sd", __doc__) as bench, tempfile.TemporaryDirectory() as folder:
-        bench.facts["asked"] = "assemble mini-sd --budget latency=<budget>x"
+        bench.facts |= {"asked": "assemble mini-sd --budget latency=<budget>x", "mini_sd": bundled_weights()}
         for share in arguments.budgets:
             out = Path(folder) / f"student-{share}"
             bench.add(main_job(share, out, arguments.cache or Path(folder)))

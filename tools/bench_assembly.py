@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from measuring import check_alone
+from mini_sd.weights import bundled_weights
 from rival_plans import (
     BK_PATTERNS,
     greedy,
@@ -247,7 +248,8 @@ def _fitted_patterns(bench: Bench) -> None:
 
 def _content(prompts: int, guidance: float) -> dict[str, Any]:
     """What rows of one file have in common."""
-    return {"prompts": prompts, "guidance": guidance, "device": processor_name(), "versions": versions()}
+    where = {"mini_sd": bundled_weights(), "device": processor_name(), "versions": versions()}
+    return {"prompts": prompts, "guidance": guidance, **where}
 
 
 def _rows_before(content: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -256,7 +258,7 @@ def _rows_before(content: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     before: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
     if any(before.get(name) != value for name, value in content.items()):
-        raise SystemExit(f"{FILE} is of other prompts, another machine or other versions: take it away first")
+        raise SystemExit(f"{FILE} is of other prompts, weights or versions, or another machine: take it away first")
     return list(before["rows"])
 
 

@@ -34,6 +34,7 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from distill_arms import BUDGETS, Arm, Arms, mini_training
 from measuring import LoadMeter, check_alone
+from mini_sd.weights import bundled_weights
 
 from asdm_compress.core.distillation import Distillation, changed
 from asdm_compress.core.files import cache_folder
@@ -183,6 +184,7 @@ def main() -> None:
         "training": training.model_dump(mode="json", exclude_none=True),
         **{name: getattr(arguments, name) for name in ("prompts", "points", "rivals_rate")},
         "device": processor_name(), "threads": torch.get_num_threads(), "versions": versions(),
+        "mini_sd": bundled_weights(),
     }  # fmt: skip
     result = _begun(arguments.out, settings)
     bench = Bench(arguments, training)

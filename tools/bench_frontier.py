@@ -29,6 +29,7 @@ import numpy as np
 from frontier_plots import write_plots
 from inheritance_macs import planned_macs
 from measuring import check_alone, fingerprint
+from mini_sd.weights import bundled_weights
 
 from asdm_compress.assembly.store import weights_hash
 from asdm_compress.core.units import parse_budget
@@ -159,6 +160,7 @@ class Report:
             },
             "prompts": {name: len(getattr(search.splits, name)) for name in ("calibration", "validation")},
             "test_prompts": len(self.captions),
+            "mini_sd": bundled_weights(),
             "weights": weights_hash(search.unet),
             "members": {a.name: s / search.times.teacher for a, s in search.times.seconds.items()},
             "rows": [],

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from measuring import Bench, measured
 from mini_sd.reader import degrade
+from mini_sd.weights import bundled_weights
 
 from asdm_compress.evaluation.distances import frechet_distance
 from asdm_compress.evaluation.fidelity import to_tensor
@@ -55,6 +56,7 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> None:
     rng = np.random.default_rng(TEST_SEED)
     degraded = torch.cat([degrade(part, rng) for part in drawn.split(20)])
     bench.facts |= {
+        "mini_sd": bundled_weights(),
         "captions_per_object_count": arguments.captions,
         "reader_accuracy": {
             "rendered": _accuracy(reader.accuracy(drawn, captions), captions),

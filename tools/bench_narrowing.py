@@ -13,6 +13,7 @@ from statistics import fmean
 
 import torch
 from measuring import Bench, measured
+from mini_sd.weights import bundled_weights
 
 from asdm_compress.assembly.calibration import record
 from asdm_compress.assembly.damage import chunks_of, measure_plan
@@ -68,7 +69,7 @@ def measure(bench: Bench) -> None:
     best = {name: sum(row[name] == min(row[n] for n in names) for row in rows) for name in names}
     print(summary, best)
     bench.facts |= {"share": SHARE, "prompts": SEEN, "unseen_prompts": UNSEEN}
-    bench.facts |= {"geometric_mean": summary, "best_at": best}
+    bench.facts |= {"geometric_mean": summary, "best_at": best, "mini_sd": bundled_weights()}
 
 
 def _size(module: torch.nn.Module, inner: Inner) -> torch.Tensor:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from measuring import RESULTS, Bench, Turns, check_alone, in_turns, plain
+from mini_sd.weights import bundled_weights
 from PIL.Image import Image
 from rival_packages import PACKAGES, Setting, every_setting, package_versions, refusals
 
@@ -56,15 +57,16 @@ class Kept:
     def __init__(self, path: Path, bench: Bench, setup: Mapping[str, Any], fresh: bool, writes: bool) -> None:
         self.path, self.bench, self.writes = path, bench, writes
         self.content: dict[str, Any] = bench.content() | {
-            "packages": package_versions(), "setup": dict(setup), "refusals": [], "grid": {}, "rows": [],
+            "packages": package_versions(), "mini_sd": bundled_weights(), "setup": dict(setup), "refusals": [],
+            "grid": {}, "rows": [],
         }  # fmt: skip
         if writes and path.exists() and not fresh:
             before = json.loads(path.read_text(encoding="utf-8"))
-            same = ("format", "machine", "packages", "setup")
+            same = ("format", "machine", "packages", "mini_sd", "setup")
             if all(before.get(name) == self.content[name] for name in same):
                 self.content = before | {"command": self.content["command"]}
             else:
-                print("the results there are of other settings or another machine: beginning anew", flush=True)
+                print("the results there are of other settings, weights or another machine: beginning anew", flush=True)
 
     def write(self) -> None:
         """To disk, unless nothing is to be written."""

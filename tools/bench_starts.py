@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 
 from measuring import Bench, measured
+from mini_sd.weights import bundled_weights
 from rival_plans import BK_PATTERNS
 
 from asdm_compress.assembly.calibration import record
@@ -37,7 +38,7 @@ SHAPES = ("conv1x1", "conv1x1*8@timestep", "separable3x3*8@timestep", "conv3x3-r
 def main() -> None:
     """Alone on the machine: fits are timed too."""
     with measured("starts", __doc__) as bench:
-        bench.facts["prompts"] = PROMPTS
+        bench.facts |= {"prompts": PROMPTS, "mini_sd": bundled_weights()}
         measure(bench)
 
 

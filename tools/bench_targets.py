@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from measuring import Bench, measured
+from mini_sd.weights import bundled_weights
 from rival_plans import BK_PATTERNS
 from torch import Tensor
 
@@ -50,7 +51,7 @@ ROUNDS, BATCH = 12, 64
 def main() -> None:
     """Alone on the machine: fits are timed too."""
     with measured("targets", __doc__) as bench:
-        bench.facts |= {"edit": EDIT, "prompts": PROMPTS}
+        bench.facts |= {"edit": EDIT, "prompts": PROMPTS, "mini_sd": bundled_weights()}
         measure(bench)
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 from matplotlib.figure import Figure
 from measuring import fingerprint
+from mini_sd.weights import bundled_weights
 
 from asdm_compress.inheritance.actions import FULL, Action, Inherit
 from asdm_compress.inheritance.forecast import parse_forecast
@@ -147,6 +148,7 @@ class Kept:
         names = ("prompts", "test_prompts", "guidance", "repeats")
         self.content: dict[str, Any] = {
             "machine": fingerprint(),
+            "mini_sd": bundled_weights(),
             "settings": {name: getattr(arguments, name) for name in names},
             "cells": [],
             "rows": [],
@@ -161,7 +163,7 @@ class Kept:
         if not self.writes or not self.path.exists():
             return True
         before = json.loads(self.path.read_text(encoding="utf-8"))
-        if any(before.get(key) != self.content[key] for key in ("machine", "settings")):
+        if any(before.get(key) != self.content[key] for key in ("machine", "mini_sd", "settings")):
             return False
         self.content = before
         return True

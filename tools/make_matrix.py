@@ -22,6 +22,7 @@ from diffusers.utils import logging
 from matrix.checks import CHECKS
 from matrix.outcome import Check, Outcome
 from matrix.subjects import PLANS, Subject
+from mini_sd.weights import bundled_weights
 
 from asdm_compress.core.provenance import package_version, processor_name, versions
 from asdm_compress.models.loading import LoadOptions, load_pipeline
@@ -55,7 +56,7 @@ def main() -> None:
 def _write(rows: list[dict[str, Any]], before: dict[str, str]) -> None:
     # A package that is not here now was there when its rows were made.
     more = {name: package_version(name) or before.get(name) for name in ("peft", "torchao", "torchsde")}
-    content = {"plans": PLANS, "versions": versions() | more, "rows": rows}
+    content = {"plans": PLANS, "versions": versions() | more, "mini_sd": bundled_weights(), "rows": rows}
     OUT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -8,7 +8,8 @@
     python tools/train_mini_sd.py package --work ~/mini-sd
 
 The minutes are for two CPU cores; with `--device cuda` fewer do more. `decoder` does not change the latents, so it can
-come at any time after `vae`.
+come at any time after `vae`. Without checkpoints, `unpack` makes some of the bundled model, and a stage goes on from
+those.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ STAGES = {"reader": "reader", "vae": "vae", "decoder": "vae", "text": "text", "u
 def main() -> None:
     """Parse the command line and run one stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=(*STAGES, "package"))
+    parser.add_argument("stage", choices=(*STAGES, "package", "unpack"))
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints and logs, outside the repo")
     parser.add_argument("--minutes", type=float, default=10.0, help="time for this call")
     parser.add_argument("--seed", type=int, default=0)
@@ -44,8 +45,8 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     work = arguments.work.expanduser()
-    if arguments.stage == "package":
-        importlib.import_module("mini_sd.package").package(work)
+    if arguments.stage in ("package", "unpack"):
+        getattr(importlib.import_module("mini_sd.package"), arguments.stage)(work)
         return
     stage = importlib.import_module(f"mini_sd.{STAGES[arguments.stage]}")
     train = getattr(stage, f"train_{arguments.stage}")

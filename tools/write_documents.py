@@ -4,7 +4,8 @@
     python tools/write_documents.py --check     # only says which are not what the results hold
 
 A document marks what is written by a name: `<!-- results: NAME -->` … `<!-- /results -->`, on lines of their own around
-a table or inside a sentence. The names are the functions of the package `documents`.
+a table or inside a sentence. The names are the functions of the package `documents`. What was measured with other
+weights than the bundled model has now is shown with a word on that.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from typing import Final
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from documents import assembly, distill, examples, frontier, full_size, inheritance, rivals
+from documents.figures import with_older_weights
 
 TOP: Final = Path(__file__).resolve().parents[1]
 DOCUMENTS: Final = (TOP / "README.md", *sorted((TOP / "tools" / "guides").glob("*.md")))
+OLDER: Final = "measured before `mini-sd` was last trained"
 MARKED: Final = re.compile(r"<!-- results: (?P<name>\w+) -->(?P<text>.*?)<!-- /results -->", re.DOTALL)
 
 
@@ -42,8 +45,11 @@ def written(path: Path) -> str:
     where = "tools/results" if path.parent == TOP else "../results"
 
     def fill(match: re.Match[str]) -> str:
-        text = known[match["name"]]().replace("{results}", where)
+        text, older = with_older_weights(known[match["name"]])
         edge = "\n" if match["text"].startswith("\n") else ""
+        if older:
+            text += f"\n\n*{OLDER}.*" if edge else f" ({OLDER})"
+        text = text.replace("{results}", where)
         return f"<!-- results: {match['name']} -->{edge}{text}{edge}<!-- /results -->"
 
     return MARKED.sub(fill, path.read_text(encoding="utf-8"))

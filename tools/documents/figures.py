@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from mini_sd.weights import bundled_weights
+
 RESULTS: Final = Path(__file__).parents[1] / "results"
+_read: Final[set[str]] = set()
 
 
 def results(name: str) -> Any:
     """What `tools/results/NAME.json` holds."""
+    _read.add(name)
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def with_older_weights(figure: Callable[[], str]) -> tuple[str, bool]:
+    """What a figure says, and whether anything in it was measured with other weights than `mini-sd` has now."""
+    _read.clear()
+    text, now = figure(), bundled_weights()
+    measured_with = [results(name).get("mini_sd", now) for name in sorted(_read)]
+    return text, any(weights != now for weights in measured_with)
 
 
 def source(name: str, bench: str) -> str:

@@ -1,4 +1,4 @@
-"""Stage `package`: write the trained parts into the package as one diffusers pipeline in fp16, with their history."""
+"""Stages `package` and `unpack`: the trained parts as the package's diffusers pipeline in fp16, and back again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-from safetensors.torch import save_file
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 
 from asdm_compress.models.names import MINI_SD_FOLDER
 from asdm_compress.models.saving import save_pipeline
@@ -44,6 +45,26 @@ def package(folder: Path) -> None:
         path.chmod(0o644)
     size = sum(f.stat().st_size for f in MINI_SD_FOLDER.rglob("*") if f.is_file()) + WEIGHTS.stat().st_size
     print(f"{size / 1e6:.1f} MB in {MINI_SD_FOLDER} and {WEIGHTS.name}")
+
+
+def unpack(folder: Path) -> None:
+    """Write checkpoints of the bundled parts into an empty `folder`, for going on where its own ones are lost.
+
+    Their weights are rounded to fp16 and the optimizers' states are not kept: those begin anew.
+    """
+    kept = [path.name for path in folder.glob("*.pt")]
+    if kept:
+        raise SystemExit(f"{folder} has checkpoints of its own ({', '.join(sorted(kept))}): go on with those")
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline = StableDiffusionPipeline.from_pretrained(MINI_SD_FOLDER, torch_dtype=torch.float32, safety_checker=None)
+    pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+    reader = {"model": load_file(WEIGHTS)}
+    vae, text, unet = ({"model": part.state_dict()} for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet))
+    unet["ema"] = EMAModel(pipeline.unet.parameters()).state_dict()
+    stages = {"vae": vae, "decoder": vae, "text": text, "unet": unet, "reader": reader}
+    for stage, record in json.loads((MINI_SD_FOLDER / "training.json").read_text()).items():
+        history = {"step": record["steps"], "seconds": 60 * record["minutes"], "calls": record["calls"]}
+        torch.save(stages[stage] | history | {"metrics": record["last"]}, folder / f"{stage}.pt")
 
 
 def _history(folder: Path, stage: str) -> dict[str, Any]:

@@ -45,7 +45,10 @@ class TrainingRun:
         if self.path.exists():
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             for key, part in parts.items():
-                part.load_state_dict(state[key])
+                if key in state:
+                    part.load_state_dict(state[key])
+                else:
+                    print(f"{name}: {self.path.name} has no {key}, which begins anew", flush=True)
             self.step, self.seconds_before, self.calls = state["step"], state["seconds"], state["calls"]
             print(f"{name}: resumed at step {self.step} after {self.seconds_before / 60:.1f} min", flush=True)
 
