@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import asdm_compress.distillation.cache as cache_module
-from asdm_compress.core.distillation import Data
+from asdm_compress.core.distillation import Data, Distillation
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.distillation.cache import Share, cached
 from asdm_compress.distillation.data import open_source
@@ -20,6 +21,7 @@ from asdm_compress.distillation.image_folder import ImageFolder, to_pixels
 from asdm_compress.distillation.sources import BadItem, CaptionSource, SceneSource
 from asdm_compress.distillation.tables import _as_pixels
 from asdm_compress.sampling.settings import SamplingSettings, encode
+from asdm_compress.workflows.training_run import DistillSettings, check_places, check_training
 
 
 @pytest.fixture(autouse=True)
@@ -231,3 +233,21 @@ def test_scenes_are_the_same_in_any_order_and_none_is_held_out():
     assert torch.equal(late[1].image, again[1].image)
     world = {word for item in source.read(0, 300, 16) for word in item.caption.split()}
     assert {"circle", "ring", "above"} < world
+
+
+def test_what_a_training_reads_is_not_replaced_by_its_student(folder, tmp_path):
+    settings = DistillSettings(teacher=str(tmp_path / "models"), overwrite=True)
+    (tmp_path / "models").mkdir()
+    for student, out in (("student", "models"), (str(tmp_path / "models"), "models"), ("student", "")):
+        with pytest.raises(AsdmError, match="holds the model itself"):
+            check_places(tmp_path / out, tmp_path / "run", student, settings)
+    training = Distillation(data=Data(source=str(folder)))
+    with pytest.raises(AsdmError, match="images, which is read"):
+        check_training(folder, training, settings, 1)
+    check_training(tmp_path / "models", training, settings, 1)
+    check_training(folder, training, replace(settings, dry_run=True), 1)
+
+
+def test_large_images_are_encoded_fewer_at_a_time(pipeline):
+    sizes = {size: Encoder(pipeline, SamplingSettings(image_size=size)).at_once for size in (128, 512, 768, 4096)}
+    assert sizes == {128: 16, 512: 16, 768: 7, 4096: 1}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,8 +21,10 @@ PLACES: Final = 64
 def memory_for_sums(device: torch.device) -> int:
     """The bytes that normal equations of a model on a device may take: half of what is free there, or of the host's."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        # What torch holds back for its next tensors is free too, though not to the driver.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + kept) // 2
+    return int(psutil.virtual_memory().total) // 2
 
 
 class NormalEquations:

@@ -90,7 +90,7 @@ def load_options(
         raise AsdmError(
             f"the device {device} is not available here", "See `asdm-compress doctor`.", ExitCode.ENVIRONMENT
         )
-    if place.type == "cuda":
+    if place.type == "cuda" and place.index is not None:
         torch.cuda.set_device(place)
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = _TORCHS_OWN.get(dtype, dtype)

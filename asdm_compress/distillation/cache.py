@@ -21,7 +21,7 @@ from asdm_compress.core.distillation import OnBad
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.files import CACHE_HINT, cache_folder, check_space, output_file
 from asdm_compress.core.provenance import content_hash
-from asdm_compress.distillation.encoding import ENCODED_AT_ONCE, Encoder
+from asdm_compress.distillation.encoding import Encoder
 from asdm_compress.distillation.sources import BadItem, Item, Source
 
 CACHE_VERSION: Final = 1  # to be raised when the meaning of a shard changes
@@ -153,7 +153,7 @@ def _encode(
                 raise _bad(bad, len(source))
             continue
         good.append((number, item))
-        if len(good) == ENCODED_AT_ONCE:
+        if len(good) == encoder.at_once:
             encode()
     if good:
         encode()

@@ -16,7 +16,7 @@ from asdm_compress.distillation.sources import Item
 from asdm_compress.sampling.run import SamplingRun
 from asdm_compress.sampling.settings import SamplingSettings, encode
 
-ENCODED_AT_ONCE: Final = 16
+ENCODED_AT_ONCE: Final = 16  # of 512 pixels a side; of larger ones as many fewer as they have more of them
 _HALF: Final = 2  # bytes of a number in a shard
 
 
@@ -36,6 +36,11 @@ class Encoder:
         """Pixels per side."""
         size = self.sampling.image_size
         return size or int(self.pipeline.unet.config["sample_size"]) * int(self.pipeline.vae_scale_factor)
+
+    @property
+    def at_once(self) -> int:
+        """How many images are held and encoded together."""
+        return max(1, min(ENCODED_AT_ONCE, ENCODED_AT_ONCE * 512**2 // self.image_size**2))
 
     def identity(self) -> Mapping[str, Any]:
         """What decides the encoding, JSON-like."""
@@ -63,11 +68,10 @@ class Encoder:
     def latents(self, items: Sequence[Item], numbers: Sequence[int]) -> Tensor:
         """Latents (N, C, h, w); `numbers` are the items' places in the source."""
         parts = []
-        for first in range(0, len(items), ENCODED_AT_ONCE):
-            part = items[first : first + ENCODED_AT_ONCE]
-            parts.append(
-                self._sampled(part, numbers[first : first + ENCODED_AT_ONCE]) if self.makes_images else self._of(part)
-            )
+        for first in range(0, len(items), self.at_once):
+            rows = slice(first, first + self.at_once)
+            part = items[rows]
+            parts.append(self._sampled(part, numbers[rows]) if self.makes_images else self._of(part))
         return torch.cat(parts)
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from asdm_compress.core.distillation import Distillation
+from asdm_compress.core.errors import AsdmError, ExitCode, is_out_of_memory
 from asdm_compress.core.units import format_bytes, format_seconds
 from asdm_compress.distillation.draws import micro_batches
 from asdm_compress.distillation.estimate import Memory, encoder_bytes, estimate_memory, rows_kept, seconds_per_pass
@@ -62,17 +63,24 @@ def rehearse(
 ) -> Forecast:
     """Count and time the last phase, which trains the most; the student and its gradients are left as they were.
 
-    `pipeline` is the teacher's.
+    `pipeline` is the teacher's. Raises AsdmError, with the memory as counted, where a pass does not fit.
     """
     teacher, text_tokens = pipeline.unet, int(pipeline.tokenizer.model_max_length)
     noising = noise_scheduler(pipeline.scheduler.config)
     device = accelerator.device
     rows, passes = micro_batches(training.batch, accelerator.num_processes, loop.micro_batch)
     student.to(device).train()
-    if loop.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
     chosen = choose_parameters(student, phases[-1].trains, around)
     asks_teacher = training.losses.needs_teacher
+    trained = sum(p.numel() for _, p in chosen)
+    kept = rows_kept(rows, training.losses)
+    memory = estimate_memory(
+        student, teacher if asks_teacher else None, trained, kept, text_tokens, loop.gradient_checkpointing,
+        training.optimiser.name == "adamw-8bit", accelerator.mixed_precision in ("bf16", "fp16"),
+    )  # fmt: skip
+    memory = replace(memory, encoders=encoder_bytes(pipeline, asks_teacher))
+    if loop.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
     ours = FeatureUNet(student, places[0])
     theirs = FeatureUNet(teacher, places[1]) if asks_teacher else None
     batch = _made_up(student, rows, text_tokens, training.losses.trajectory_steps, device)
@@ -85,18 +93,19 @@ def rehearse(
 
     try:
         seconds = seconds_per_pass(one_pass, device) * passes
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise AsdmError(
+            f"memory ran out: a pass of {rows} images is expected to take {format_bytes(memory.total)}",
+            f"Use a smaller --micro-batch than {rows}, --gradient-checkpointing, or --dtype bf16.",
+            ExitCode.ENVIRONMENT,
+        ) from error
     finally:
         ours.release()
         if theirs is not None:
             theirs.release()
         student.disable_gradient_checkpointing()
-    trained = sum(p.numel() for _, p in chosen)
-    kept = rows_kept(rows, training.losses)
-    memory = estimate_memory(
-        student, teacher if asks_teacher else None, trained, kept, text_tokens, loop.gradient_checkpointing,
-        training.optimiser.name == "adamw-8bit", accelerator.mixed_precision in ("bf16", "fp16"),
-    )  # fmt: skip
-    memory = replace(memory, encoders=encoder_bytes(pipeline, asks_teacher))
     checkpoint = memory.weights + memory.optimiser + memory.averages
     if loop.sharded:
         memory = memory.shared(accelerator.num_processes)

@@ -200,10 +200,11 @@ class Trainer:
         norm = self.engine.clip(self._parameters, self.settings.optimiser.clip)
         optimiser.step()
         self.subjects.student.zero_grad(set_to_none=True)
-        if self.accelerator.optimizer_step_was_skipped:
-            norm = torch.zeros_like(norm)  # fp16's scale was too large once, which is no divergence
-        else:
+        if not self.accelerator.optimizer_step_was_skipped:
             self._rates.step()
+        if str(self.accelerator.mixed_precision) == "fp16":
+            # A scale that was too large once is no divergence. A fused optimiser leaves its step out without a word.
+            norm = torch.where(norm.isfinite(), norm, 0.0)
         self.ema.step(self.subjects.student.parameters())
         self.state.step = step + 1
         # Reading values waits for the device, so that is left to the log.

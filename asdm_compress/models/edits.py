@@ -285,9 +285,10 @@ def _conv_slot(kind: str, module: Any, spec: ConvSpec) -> nn.Module:
 @torch.no_grad()
 def _take_in(slot: MultiExpertConv2d, shortcut: nn.Conv2d, scale: float) -> None:
     """Let every expert do what the shortcut does by itself: what is not fitted is then as if it were empty."""
-    middle, weight = slot.spec.kernel // 2, shortcut.weight
-    if weight.device.type == "meta":
+    if shortcut.weight.device.type == "meta":
         return
+    # A slot is made on the host, wherever the UNet is.
+    middle, weight = slot.spec.kernel // 2, shortcut.weight.to(slot.bias)
     slot.weights[0][:, :, :, middle, middle].add_(weight[:, :, 0, 0] / scale)
     if shortcut.bias is not None:
-        slot.bias.add_(shortcut.bias / scale)
+        slot.bias.add_(shortcut.bias.to(slot.bias) / scale)

@@ -69,7 +69,7 @@ def verdict(stages: Stages) -> Iterator[str]:
         best = stages.optimized.best
         nearness = score(best.test or best.validation).text
         yield f"A whole image takes {best.share:.3f}x of the reference's time: {best.way}, {nearness} from it."
-    elif recipe is not None and evidence is None:
+    elif recipe is not None and evidence is None and stages.evaluation is None:
         yield f"{len(recipe.edits)} edits of {recipe.base.model}; what they cost and damage has not been measured."
 
 

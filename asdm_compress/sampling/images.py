@@ -76,10 +76,13 @@ def sample(
 
 @torch.no_grad()
 def decode(pipeline: StableDiffusionPipeline, latents: Tensor, batch: int = 8) -> list[Image]:
-    """Latents (N, C, H, W) to images."""
+    """Latents (N, C, H, W) to images. Raises AsdmError where the VAE has no numbers for latents that are some."""
     images: list[Image] = []
     for part in torch.split(latents, batch):
         pixels = pipeline.vae.decode(part / pipeline.vae.config.scaling_factor, return_dict=False)[0]
+        if part.isfinite().all() and not pixels.isfinite().all():
+            precision = str(pixels.dtype).removeprefix("torch.")
+            raise AsdmError(f"the VAE overflows in {precision}: pictures would be black", "Use --dtype bf16 or fp32.")
         images += pipeline.image_processor.postprocess(pixels, output_type="pil")
     return images
 
@@ -91,6 +94,7 @@ def _warm_up(pipeline: StableDiffusionPipeline, noise: Tensor, prompts: Sequence
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a switched UNet says of calls that stand alone what it does for them
         pipeline.unet(*GuidedInputs(noise, timesteps, texts, guidance).rows(), return_dict=False)
+    decode(pipeline, noise)
 
 
 def synchronise(device: torch.device) -> None:

@@ -39,7 +39,10 @@ class Origin:
     @property
     def reference(self) -> str:
         """What a recipe calls the base model, by which commands open it where they can: of a path the last part."""
-        return self.source.name if self.source.name in NAMES else self.base
+        if self.source.name in NAMES:
+            return self.source.name
+        # A folder that is called as a known model is not that model.
+        return f"./{self.base}" if self.base in NAMES else self.base
 
     @property
     def base(self) -> str:

@@ -14,19 +14,17 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from asdm_compress.core.distillation import Distillation
-from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_space, output_file, output_folder
 from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.core.recipe import dump_recipe
 from asdm_compress.core.units import format_seconds
-from asdm_compress.distillation.batches import Batches, check_share
+from asdm_compress.distillation.batches import Batches
 from asdm_compress.distillation.cache import LatentCache, Share, cached
 from asdm_compress.distillation.data import open_source
 from asdm_compress.distillation.encoding import Encoder
 from asdm_compress.distillation.experts import idle_experts
 from asdm_compress.distillation.journal import METRICS
 from asdm_compress.distillation.losses import noise_scheduler
-from asdm_compress.distillation.optimisers import check_optimiser
 from asdm_compress.distillation.pairs import FeaturePair, find_pairs, given_pairs
 from asdm_compress.distillation.probe import Probe
 from asdm_compress.distillation.rehearsal import Forecast, rehearse
@@ -37,6 +35,7 @@ from asdm_compress.evaluation.prompts import choose_prompts, understands_scenes
 from asdm_compress.models.quiet import quiet_libraries
 from asdm_compress.models.saving import copy_rest
 from asdm_compress.models.source import LoadOptions
+from asdm_compress.models.tree import meta_copy
 from asdm_compress.reporting.grid import labelled_grid
 from asdm_compress.sampling.images import decode
 from asdm_compress.sampling.schedulers import evaluations, make_scheduler
@@ -47,6 +46,7 @@ from asdm_compress.workflows.student import RECIPE, StudentAndTeacher, open_stud
 from asdm_compress.workflows.training_run import (
     DistillSettings,
     check_places,
+    check_training,
     is_sharded,
     make_accelerator,
     prepare_run,
@@ -119,7 +119,7 @@ def run_distill(
     out = out if out.name else out.absolute()  # `.` has no name to put the run's folder beside
     run = out.with_name(out.name + _RUN)
     if not settings.dry_run:
-        check_places(out, run, settings)
+        check_places(out, run, student, settings)
     settings = replace(settings, loop=replace(settings.loop, sharded=is_sharded(settings)))
     accelerator = make_accelerator(options, settings, run)
     if accelerator.num_processes == 1 and settings.loop.sharded:
@@ -129,10 +129,7 @@ def run_distill(
     opened = _open(student, settings.teacher, options, accelerator, progress)
     training = choose_training(opened.recipe, opened.teacher, settings.preset, settings.changes)
     teacher = opened.teacher.unet
-    check_optimiser(training.optimiser)
-    if settings.loop.sharded and training.optimiser.name == "adamw-8bit":
-        raise AsdmError("8-bit optimiser states cannot be sharded", "Use --optimiser adamw, or leave out --shard.")
-    check_share(training.batch, accelerator.num_processes)
+    check_training(out, training, settings, accelerator.num_processes)
     source = open_source(training.data, understands_scenes(opened.teacher))
     pairs = _pairs(opened, training, progress)
     phases = phases_of(training, opened.student, damage_before(opened.recipe))
@@ -236,7 +233,9 @@ def _train(
     for expert in idle_experts(outcome.expert_use):
         progress.note(f"the expert {expert} is hardly used")
     if settings.trackers:
-        accelerator.end_training()
+        # Not `end_training`, which ends the process group too, that still has to wait for the student's folder.
+        for tracker in accelerator.trackers:
+            tracker.finish()
     return outcome, trainer.student
 
 
@@ -321,4 +320,6 @@ def _write(
     origin = Origin(opened.teacher_source, settings.command)
     # The recipe's evidence is of the student before it was trained.
     told = recipe.model_copy(update={"evidence": None})
-    write_card(folder, result.out.name, origin, told, opened.teacher.unet, student)
+    # The teacher may have run in another precision, which bytes of activations go by.
+    teacher = meta_copy(opened.teacher.unet).to(student.dtype)
+    write_card(folder, result.out.name, origin, told, teacher, student)

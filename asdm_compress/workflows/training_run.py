@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,15 @@ from typing import Any, Final
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
+from torch.distributed.fsdp import fully_shard
 
 from asdm_compress.core.distillation import Distillation, dump_distillation
 from asdm_compress.core.errors import AsdmError, ExitCode
-from asdm_compress.core.files import check_output
+from asdm_compress.core.files import check_apart, check_output
 from asdm_compress.core.processes import PATIENCE
+from asdm_compress.distillation.batches import check_share
 from asdm_compress.distillation.journal import METRICS
+from asdm_compress.distillation.optimisers import check_optimiser
 from asdm_compress.distillation.trainer import LoopSettings
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.workflows.card import PYTHON
@@ -61,7 +65,9 @@ def is_sharded(settings: DistillSettings) -> bool:
         raise AsdmError("shards are not offloaded to the CPU", "Set fsdp_offload_params to false for the launcher.")
     if settings.loop.compile:
         raise AsdmError("a sharded student is not compiled", "Leave out --compile or --shard.")
-    if settings.mixed_precision == "fp16" or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise AsdmError("sharding takes torch 2.7 or a later one", "Install it, or leave out --shard.")
+    if (settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16":
         raise AsdmError("a sharded student is not trained in fp16, whose gradients are scaled", "Use --dtype bf16.")
     return True
 
@@ -105,9 +111,9 @@ def _check_trackers(names: Sequence[str]) -> None:
             )
 
 
-def check_places(out: Path, run: Path, settings: DistillSettings) -> None:
+def check_places(out: Path, run: Path, student: str, settings: DistillSettings) -> None:
     """Raise AsdmError where something stands in the way of the student's folder or of the run's own."""
-    check_output(out, settings.overwrite)
+    check_apart(out, settings.overwrite, [name for name in (student, settings.teacher) if name is not None])
     if run.exists() and not (settings.resume or settings.overwrite):
         raise AsdmError(
             f"{run} holds a training that was begun",
@@ -115,6 +121,17 @@ def check_places(out: Path, run: Path, settings: DistillSettings) -> None:
         )
     if settings.resume and not run.exists():
         raise AsdmError(f"there is no training to go on with: {run} is not there", "Leave --resume out.")
+
+
+def check_training(out: Path, training: Distillation, settings: DistillSettings, processes: int) -> None:
+    """Raise AsdmError for a training that cannot be done here, or whose data the student's folder would replace."""
+    data = Path(training.data.source)
+    if not settings.dry_run:
+        check_output(out, settings.overwrite, None, data if data.exists() else None)
+    check_optimiser(training.optimiser)
+    if settings.loop.sharded and training.optimiser.name == "adamw-8bit":
+        raise AsdmError("8-bit optimiser states cannot be sharded", "Use --optimiser adamw, or leave out --shard.")
+    check_share(training.batch, processes)
 
 
 def prepare_run(run: Path, training: Distillation, hashes: tuple[str, str], settings: DistillSettings) -> None:
