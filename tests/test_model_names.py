@@ -103,7 +103,13 @@ def test_of_a_repository_only_one_set_of_weights_is_fetched():
 
 @pytest.mark.parametrize(
     ("given", "called"),
-    [("sd15", "sd15"), ("mini-sd", "mini-sd"), ("someone/small", "someone/small"), ("./models/mine", "mine"), ("./models/sd15", "./sd15")],
+    [
+        ("sd15", "sd15"),
+        ("mini-sd", "mini-sd"),
+        ("someone/small", "someone/small"),
+        ("./models/mine", "mine"),
+        ("./models/sd15", "./sd15"),
+    ],
 )
 def test_a_recipe_calls_its_model_as_commands_open_it(given, called):
     assert Origin(Source(given, "pipeline folder", None)).reference == called

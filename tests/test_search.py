@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import combinations, product
 
@@ -12,7 +13,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from asdm_compress.assembly.calibration import Calibration
 from asdm_compress.assembly.damage import Damage
-from asdm_compress.assembly.in_time import Clock, InTime, search_in_time
+from asdm_compress.assembly.in_time import SLACK, TIMING_TOLERANCE, Clock, InTime, search_in_time
 from asdm_compress.assembly.options import Option, find_options
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.polish import Problem, polish
@@ -263,13 +264,18 @@ def test_a_plan_is_expected_to_be_off_by_what_the_one_most_like_it_is(unet, mini
     def found(chosen, factor):
         plan, total = Plan({o.site: o.edit for o in chosen}), 0.1 * len(chosen)
         solution = Solution(plan, tuple(chosen), total, total, True, {}, 0.0)
-        return _Found(Attempt(0.0), InTime(solution, {}, 0.9, (), 1), factor * total, 1.0)
+        return _Found(Attempt(0.0), InTime(solution, {}, 0.9, (), 1, 1.0), factor * total, 1.0)
 
     interaction = search.predicted(options[:3], {}) / 0.3  # of sums that have no sketches
     near, far = found(options[:3], 0.5 * interaction), found(options[4:], 2.0)
     plan = Plan({o.site: o.edit for o in options[:4]})
     assert _likely_factor(search, [], {}, plan) == 1.0
     assert _likely_factor(search, [far, near], {}, plan) == pytest.approx(0.5)
+    # The more alike of two that are both like it counts for more; one that was predicted to do nothing tells nothing.
+    other = found(options[2:4], 1.0)
+    assert 0.5 < _likely_factor(search, [other, near], {}, plan) < 0.6
+    nothing = dict.fromkeys((frozenset(o.name for o in pair) for pair in combinations(options[:3], 2)), -0.2)
+    assert _likely_factor(search, [near], nothing, plan) == 1.0
 
 
 def test_limits_that_another_search_has_tightened_are_loosened_again(unet, mini_profile):
@@ -294,6 +300,32 @@ def test_limits_that_another_search_has_tightened_are_loosened_again(unet, mini_
     assert found.solution.plan == slow
     assert found.latency_ratio == pytest.approx(1.02 * 0.68)
     assert asked[:2] == pytest.approx([0.63, 0.7 / 1.02])
+
+
+class KnownTimes(Clock):
+    """A clock for plans whose times are known, of which no students are built."""
+
+    whole = dict.fromkeys(TEACHER, 1.0)
+
+    def costs(self, plan):
+        ratio = self.timed[frozenset(plan.edits.items())]
+        return {"latency": ratio, "macs": 0.0, "params": 0.0}, ratio
+
+
+@given(limit=st.floats(0.45, 0.93), savings=st.floats(0.8, 1.1), grain=st.sampled_from([0.001, 0.004]))
+def test_a_plan_in_time_leaves_little_of_it_whatever_predictions_are_off_by(limit, savings, grain):
+    """Of what plans are predicted to save they save a share, and there is a plan for every `grain` of the time."""
+    clock = KnownTimes(None, None, (Limit("latency", limit, True),), ProfileSettings(), {})
+
+    def solved(limits):
+        predicted = math.floor(limits[0].value / grain + 1e-9) * grain
+        plan = Plan({f"site{len(clock.timed)}": "drop"})
+        clock.timed[frozenset(plan.edits.items())] = 1 - savings * (1 - predicted)
+        return Solution(plan, (), 1 - predicted, 0.0, True, {"latency": predicted, "macs": 0, "params": 0}, 0)
+
+    found = search_in_time(solved, clock, clock.limits)
+    assert limit * (1 - SLACK) - 2 * grain <= found.latency_ratio <= limit * (1 + TIMING_TOLERANCE) + 1e-9
+    assert found.slower == pytest.approx(found.latency_ratio / found.solution.costs["latency"])
 
 
 def test_a_budget_that_only_the_table_of_costs_meets_names_what_was_measured(unet, mini_profile):

@@ -58,10 +58,10 @@ def summary(rows: Rows) -> Rows:
         if cache is not None:
             row |= {"best_cache": cache["role"], "its_share": cache["share"]}
             row["over_best_cache"], row["over_best_cache_interval"] = own["gains"][cache["role"]]
-            if line[0][0] <= cache["psnr"]:
+            if line[0][0] <= cache["psnr"] <= line[-1][0]:
                 same = float(np.interp(cache["psnr"], [p for p, _ in line], [s for _, s in line]))
                 row["time_for_the_same_psnr"] = same / cache["share"]
-            else:  # even our fastest schedule is better
+            elif cache["psnr"] < line[0][0]:  # even our fastest schedule is better
                 row["time_for_the_same_psnr_below"] = line[0][1] / cache["share"]
         if fewer is not None:
             row["fewer_steps"] = fewer["way"]

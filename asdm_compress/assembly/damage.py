@@ -126,7 +126,7 @@ def _damages(names: Sequence[str], known: Mapping[int, Any], calibration: Calibr
     energy = np.concatenate([r["energy"] for r in records])
     bands = calibration.bands.numpy()
     of_band = np.array([energy[bands == band].sum() for band in range(len(calibration.band_weights))])
-    scale = np.sqrt(np.asarray(calibration.band_weights)[bands] / of_band[bands])[:, None]
+    scale = np.sqrt(_weights_there(calibration)[bands] / of_band[bands])[:, None]
     found = {}
     for name in names:
         errors = np.concatenate([r["errors"][name] for r in records])
@@ -176,15 +176,22 @@ def summarise(errors: np.ndarray, energy: np.ndarray, calibration: Calibration) 
     A band without triples has no weight; its damage is taken to be that of the others.
     """
     bands = calibration.bands.numpy()
-    weights = np.asarray(calibration.band_weights)
+    weights = _weights_there(calibration)
     there = np.array([(bands == band).any() for band in range(len(weights))])
-    weights = np.where(there, weights, 0.0) / weights[there].sum()
     per_band = [
         float(errors[bands == band].sum() / energy[bands == band].sum()) if there[band] else 0.0
         for band in range(len(weights))
     ]
     total = float(np.dot(weights, per_band))
     return Damage(tuple(one if known else total for one, known in zip(per_band, there, strict=True)), total)
+
+
+def _weights_there(calibration: Calibration) -> np.ndarray:
+    """The bands' weights, those of bands without triples given to the others."""
+    weights = np.asarray(calibration.band_weights)
+    there = np.isin(np.arange(len(weights)), calibration.bands.numpy())
+    there_alone: np.ndarray = np.where(there, weights, 0.0) / weights[there].sum()
+    return there_alone
 
 
 def teacher_pass(

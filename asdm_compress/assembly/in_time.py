@@ -21,16 +21,17 @@ from asdm_compress.profiling.latency import median_ratio, time_side_by_side
 from asdm_compress.profiling.profile import Profile, ProfileSettings, forward_pass
 
 MAX_ROUNDS: Final = 4
-SLACK: Final = 0.02  # of a latency limit that a plan may leave unspent while there are rounds left
+SLACK: Final = 0.005  # of its time, that a plan may leave unspent while there are rounds left
 # A measured ratio this little above its limit is taken as met: it is within what repeated timings differ by.
 TIMING_TOLERANCE: Final = 0.01
+SLOPES: Final = (0.6, 1.2)  # between which measured time goes with predicted time; what is further off is noise
 
 
 @dataclass(frozen=True, slots=True)
 class InTime:
     """A solution whose student, its convolutions not fitted yet, keeps the limits.
 
-    `solved_for` are the limits that its proof holds for.
+    `solved_for` are the limits that its proof holds for, `slower` how many times the predicted latency it takes.
     """
 
     solution: Solution
@@ -38,6 +39,7 @@ class InTime:
     latency_ratio: float
     solved_for: tuple[Limit, ...]
     rounds: int
+    slower: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +76,26 @@ class Clock:
         return within({**costs, "latency": costs["latency"] / (1 + TIMING_TOLERANCE)}, self.whole, self.limits)
 
     def leaves_much(self, costs: Mapping[Resource, float]) -> bool:
-        """Whether a plan could be slower by far and still keep the limits."""
+        """Whether a plan could be slower and still keep the limits."""
         timed = any(limit.resource == "latency" for limit in self.limits)
         return timed and within({**costs, "latency": costs["latency"] * (1 + SLACK)}, self.whole, self.limits)
 
+    def asked_for(self, slower: float) -> tuple[Limit, ...]:
+        """The limits to search under where plans take `slower` times their predicted latency."""
+        return _asked(self.limits, _share(self.limits, self.whole) / slower)
+
 
 def search_in_time(solve: Callable[[Sequence[Limit]], Solution], clock: Clock, inner: tuple[Limit, ...]) -> InTime:
-    """Search under `inner`, tightened until the plan keeps the limits as measured, and relaxed where it does by far.
+    """Search under `inner`, tightened until the plan keeps the limits as measured, and relaxed where it leaves time.
 
-    Of the plans that keep them, the one of least predicted damage. Raises AsdmError with exit code 3 when no plan meets
-    the limits, or none is measured to within `MAX_ROUNDS`.
+    What is asked for next is told by how measured latencies went with predicted ones. Of the plans that keep the
+    limits, the one of least predicted damage. Raises AsdmError with exit code 3 when no plan meets the limits, or none
+    is measured to within `MAX_ROUNDS`.
     """
     whole = clock.whole
-    ratios: list[float] = []
+    tried: list[tuple[float, float]] = []  # shares of the latency, as predicted and as measured
     best: InTime | None = None
-    too_slow: tuple[Limit, ...] | None = None
+    fast, too_slow = 0.0, math.inf  # the shares asked for: the most of which a plan was in time, the least where not
     for number in range(1, MAX_ROUNDS + 1):
         try:
             solution = solve(inner)
@@ -97,26 +104,42 @@ def search_in_time(solve: Callable[[Sequence[Limit]], Solution], clock: Clock, i
                 raise
             break
         costs, ratio = clock.costs(solution.plan)
-        ratios.append(ratio)
         # Measured savings of parts can sum up to more than the whole takes.
-        slower = costs["latency"] / max(solution.costs["latency"], 1e-9)
-        if not clock.keeps(costs):
-            too_slow = inner
-            tighter = _scaled(inner, max(slower, 1 + TIMING_TOLERANCE), whole)
-            inner = tighter if best is None else _between(best.solved_for, inner, whole)
-            continue
-        if best is None or solution.damage < best.solution.damage:
-            best = InTime(solution, costs, ratio, inner, number)
-        if not clock.leaves_much(costs):
+        predicted = max(solution.costs["latency"] / whole["latency"], 1e-9)
+        tried.append((predicted, ratio))
+        asked = _share(inner, whole)
+        in_time = clock.keeps(costs)
+        if in_time:
+            if best is None or solution.damage < best.solution.damage:
+                best = InTime(solution, costs, ratio, inner, number, ratio / predicted)
+            if not clock.leaves_much(costs):
+                break
+            fast = max(fast, asked)
+        else:
+            too_slow = min(too_slow, asked)
+        aim = _next(tried, _share(clock.limits, whole))
+        if not in_time:
+            aim = min(aim, asked * (1 - TIMING_TOLERANCE))
+        if not fast < aim < too_slow:
+            aim = (fast + too_slow) / 2 if math.isfinite(too_slow) and fast else aim
+        if in_time and aim <= asked * (1 + SLACK / 2):
             break
-        # `inner` may be another search's, which was off by more than this one.
-        looser = _scaled(clock.limits, slower, whole) if too_slow is None else _between(inner, too_slow, whole)
-        if _share(looser, whole) <= _share(inner, whole) * (1 + TIMING_TOLERANCE / 2):
-            break
-        inner = looser
+        inner = _asked(clock.limits, aim)
     if best is None:
-        raise _missed(ratios, clock.limits)
+        raise _missed([measured for _, measured in tried], clock.limits)
     return best
+
+
+def _next(tried: Sequence[tuple[float, float]], limit: float) -> float:
+    """The predicted share whose measured one should be the limit: by the last plan's ratio of the two, or, where two
+    plans were different enough to tell, by the line through them."""
+    predicted, measured = tried[-1]
+    for before, then in reversed(tried[:-1]):
+        if abs(predicted / before - 1) > TIMING_TOLERANCE / 2:
+            low, high = SLOPES
+            slope = min(max((measured - then) / (predicted - before), low), high)
+            return max(predicted - (measured - limit) / slope, 1e-6)
+    return limit * predicted / measured
 
 
 def measured_ratio(teacher: UNet2DConditionModel, student: UNet2DConditionModel, settings: ProfileSettings) -> float:
@@ -126,28 +149,16 @@ def measured_ratio(teacher: UNet2DConditionModel, student: UNet2DConditionModel,
     return median_ratio(ours, theirs)
 
 
-def _between(tight: Sequence[Limit], loose: Sequence[Limit], whole: Mapping[Resource, float]) -> tuple[Limit, ...]:
-    """Latency limits half-way between two lists of the same limits."""
-    halves = []
-    for a, b in zip(tight, loose, strict=True):
-        shares = [limit.absolute(whole[limit.resource]) / whole[limit.resource] for limit in (a, b)]
-        halves.append(Limit("latency", sum(shares) / 2, relative=True) if a.resource == "latency" else a)
-    return tuple(halves)
-
-
 def _share(limits: Sequence[Limit], whole: Mapping[Resource, float]) -> float:
     """The share of the latency that limits leave."""
-    return min(limit.absolute(whole["latency"]) / whole["latency"] for limit in limits if limit.resource == "latency")
+    return min((limit.absolute(whole["latency"]) / whole["latency"] for limit in limits if limit.resource == "latency"),
+               default=1.0)  # fmt: skip
 
 
-def _scaled(limits: Sequence[Limit], factor: float, whole: Mapping[Resource, float]) -> tuple[Limit, ...]:
-    """The limits with that of the latency divided by a factor."""
-    scaled = []
-    for limit in limits:
-        share = limit.absolute(whole[limit.resource]) / whole[limit.resource] / factor
-        timed = limit.resource == "latency"
-        scaled.append(Limit("latency", min(1.0, max(1e-6, share)), relative=True) if timed else limit)
-    return tuple(scaled)
+def _asked(limits: Sequence[Limit], share: float) -> tuple[Limit, ...]:
+    """The limits with another share of the latency."""
+    latency = Limit("latency", min(1.0, max(1e-6, share)), relative=True)
+    return tuple(latency if limit.resource == "latency" else limit for limit in limits)
 
 
 def _missed(ratios: Sequence[float], limits: Sequence[Limit]) -> AsdmError:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from ortools.sat.python import cp_model
 
 from asdm_compress.assembly.damage import Damage, measure_plan
-from asdm_compress.assembly.in_time import measured_ratio
+from asdm_compress.assembly.in_time import Clock, measured_ratio, search_in_time
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.search import Solution
 from asdm_compress.assembly.surgery import assemble
 from asdm_compress.assembly.verify import ATTEMPTS, LEAST_ATTEMPTS, Search
+from asdm_compress.core.edits import Edit
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.units import Limit
 
@@ -62,27 +64,35 @@ class Lineup:
         }  # fmt: skip
 
 
-def climb(search: Search, shares: Sequence[float] = SHARES, progress: Progress | None = None) -> list[Rung]:
+def climb(
+    search: Search, shares: Sequence[float] = SHARES, exact: Sequence[float] = (), progress: Progress | None = None
+) -> list[Rung]:
     """The best plans for these shares of the teacher's latency by the searches that every assembly makes, each fitted,
     measured and timed, from the slowest on.
 
-    Shares that no plan meets are left out. Raises AsdmError with exit code 3 where that is all of them.
+    Those for `shares` are as fast as predicted, those for `exact` as measured. Shares that no plan meets are left out.
+    Raises AsdmError with exit code 3 where that is all of them.
     """
     fitting, measuring = search.calibration.for_plans()
     plans: list[Solution] = []
     refused: AsdmError | None = None
-    for share in sorted(set(shares), reverse=True):
+    timed: dict[frozenset[tuple[str, Edit]], float] = {}
+    for share in sorted({*shares, *exact}, reverse=True):
+        limits = (Limit("latency", share, relative=True),)
+        clock = Clock(search.teacher, search.profile, limits, search.settings, timed)
         for attempt in ATTEMPTS[:LEAST_ATTEMPTS]:
             here = search.suited_to(attempt)
+            if here is None:
+                continue
+            solver = partial(here.solve, pairs={}, belief=attempt.belief, patience=RUNG_PATIENCE)
             try:
-                limits = [Limit("latency", share, relative=True)]
-                found = here.solve(limits, {}, attempt.belief, RUNG_PATIENCE) if here else None
+                found = search_in_time(solver, clock, limits).solution if share in exact else solver(limits)
             except AsdmError as error:
                 if error.exit_code != ExitCode.INFEASIBLE:
                     raise
                 refused = refused or error
                 continue
-            if found is not None and all(found.plan != other.plan for other in plans):
+            if all(found.plan != other.plan for other in plans):
                 plans.append(found)
     if not plans:
         assert refused is not None

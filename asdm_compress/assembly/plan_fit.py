@@ -67,6 +67,13 @@ def fit_plan(
     return fit.weights
 
 
+def scaled_for_memory(unet: UNet2DConditionModel) -> tuple[str, ...]:
+    """The units that are only refitted by scales, whatever is asked for: other sums would not fit into memory."""
+    most = memory_for_sums(unet.device)
+    steps = {step.path: step.modules[-1] for step in steps_of(unet) if step.modules}
+    return tuple(p for p, module in steps.items() if projections_of(module) and Refit.bytes(module) > most)
+
+
 class _PlanFit:
     """A student under way: fitted up to some unit, and the activations of teacher and student there."""
 

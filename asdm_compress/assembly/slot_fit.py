@@ -15,7 +15,7 @@ from asdm_compress.assembly.regression import NormalEquations, solve_at_best_rid
 from asdm_compress.core.edits import ConvSpec
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.expert_conv import TRAIN_TIMESTEPS, MultiExpertConv2d
-from asdm_compress.models.walk import State, Step
+from asdm_compress.models.walk import State, Step, joined
 
 FEWEST_PROMPTS: Final = 3
 HELD_OUT_EVERY: Final = 4  # every fourth prompt chooses the ridge
@@ -130,7 +130,7 @@ def slot_activations(step: Step, module: Any, state: State, output: Tensor) -> t
     hidden = state.hidden
     shortcut = getattr(module, "conv_shortcut", None)
     if step.kind == "decoder-resnet":
-        hidden = torch.cat([hidden, state.skips[-1]], dim=1)
+        hidden = joined(step, hidden, state.skips[-1])
     if step.kind == "downsampler":
         hidden = F.avg_pool2d(hidden, 2, ceil_mode=True)
     if step.kind == "upsampler":
@@ -158,7 +158,8 @@ def check_prompts(count: int) -> None:
     if count < FEWEST_PROMPTS:
         raise AsdmError(
             f"{count} calibration prompts are too few to fit convolutions on some and measure them on others",
-            f"Use --calibration-prompts {FEWEST_PROMPTS} or more, or --slot none --narrow none.",
+            f"Use --calibration-prompts {FEWEST_PROMPTS} or more (with --prompts, a file that has more), "
+            "or --slot none --narrow none --refit none.",
         )
 
 
@@ -194,7 +195,7 @@ class SlotFits:
         is_dense = spec.rank is None and not spec.separable
         shortcut = getattr(self.module, "conv_shortcut", None)
         for expert, solution in enumerate(solutions):
-            kernels, bias = _kernels(solution, spec, channels, self._grams[spec.kernel]), solution[-1]
+            kernels, bias = _kernels(solution, spec, channels, self._grams[spec.kernel])
             if is_dense and shortcut is not None:
                 middle, scale = spec.kernel // 2, self.module.output_scale_factor
                 kernels[0][:, :, middle, middle] += shortcut.weight[:, :, 0, 0].to(bias) / scale
@@ -228,20 +229,25 @@ def _sum(parts: Sequence[NormalEquations]) -> NormalEquations:
     return total
 
 
-def _kernels(solution: Tensor, spec: ConvSpec, channels: int, gram: Tensor) -> list[Tensor]:
-    """A solution (F, T) as the kernels of a spec."""
-    k = spec.kernel
-    dense = solution[:-1].T.reshape(-1, channels, k, k)
+def _kernels(solution: Tensor, spec: ConvSpec, channels: int, gram: Tensor) -> tuple[list[Tensor], Tensor]:
+    """A solution (F, T) as the kernels of a spec, and its bias.
+
+    What a factorised kernel cannot express is left out where the inputs vary least; its mean goes into the bias.
+    """
+    k, weights, bias = spec.kernel, solution[:-1], solution[-1]
+    dense = weights.T.reshape(-1, channels, k, k)
+    if spec.rank is None and not spec.separable:
+        return [dense.clone()], bias
+    mean = gram[:-1, -1] / gram[-1, -1]
+    spread = gram[:-1, :-1] - torch.outer(mean, gram[-1, :-1])
     if spec.rank is not None:
         # Reduced-rank regression: the outputs' leading directions under the inputs' own statistics.
-        weights = solution[:-1].T
-        spread = weights @ gram[:-1, :-1] @ weights.T
-        directions = torch.linalg.eigh(spread).eigenvectors[:, -spec.rank :]
+        directions = torch.linalg.eigh(weights.T @ spread @ weights).eigenvectors[:, -spec.rank :]
         if directions.shape[1] < spec.rank:
             raise AsdmError(f"rank {spec.rank} is more than the slot's {directions.shape[1]} output channels")
-        return [(directions.T @ weights).reshape(-1, channels, k, k), directions[:, :, None, None]]
-    if not spec.separable:
-        return [dense.clone()]
+        first = directions.T @ weights.T
+        reduced = first.T @ directions.T
+        return [first.reshape(-1, channels, k, k), directions[:, :, None, None]], bias + mean @ (weights - reduced)
     # Per input channel the best single pattern for all its outputs, then the best mix of these patterns.
     per_input = dense.flatten(2).transpose(0, 1)  # (C_in, C_out, k k)
     patterns = torch.linalg.svd(per_input, full_matrices=False).Vh[:, 0]
@@ -249,11 +255,11 @@ def _kernels(solution: Tensor, spec: ConvSpec, channels: int, gram: Tensor) -> l
     index = torch.arange(channels, device=solution.device)
     expand[index, :, index] = patterns
     expand = expand.flatten(0, 1)  # (C_in k k, C_in)
-    cross = gram[:-1, :-1] @ solution[:-1]
-    reduced = expand.T @ gram[:-1, :-1] @ expand
-    reduced += 1e-6 * reduced.diagonal().mean() * torch.eye(channels, dtype=reduced.dtype, device=reduced.device)
-    mix = torch.linalg.solve(reduced, expand.T @ cross)
-    return [patterns.reshape(channels, 1, k, k), mix.T[:, :, None, None]]
+    inner = expand.T @ spread @ expand
+    inner += 1e-6 * inner.diagonal().mean() * torch.eye(channels, dtype=inner.dtype, device=inner.device)
+    mix = torch.linalg.solve(inner, expand.T @ spread @ weights)
+    reduced = expand @ mix
+    return [patterns.reshape(channels, 1, k, k), mix.T[:, :, None, None]], bias + mean @ (weights - reduced)
 
 
 def _expert_boundaries(calibration: Calibration, experts: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from asdm_compress.profiling.profile import Profile, ProfileSettings
 
 DAMAGE_TOLERANCE: Final = 0.15  # of the predicted damage
 PAIRS_PER_ROUND: Final = 4
+LIKENESS_POWER: Final = 4  # how much more a plan counts that shares more edits with the one that is predicted
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +86,8 @@ class Verified:
     `solved_for` are the limits that the solution's proof holds for: others than the user's where a first plan
     measured slower or faster than predicted, and for the plans and damages of the `attempt` that led to it. Its damage
     holds the terms of pairs, of which `pairs` were looked at.
-    `predicted_damage` is the sum of damages and pair terms times the factor by which that of the plan most like it was
-    measured to be off, and `measured_damage` that of the whole plan on prompts that were kept out of its fit. The
+    `predicted_damage` is the sum of damages and pair terms times the factor by which those of the plans most like it
+    were measured to be off, and `measured_damage` that of the whole plan on prompts that were kept out of its fit. The
     student and `slot_weights` are fitted to all prompts.
     """
 
@@ -191,6 +193,7 @@ class _Found:
     in_time: InTime
     measured: float
     seconds: float  # that the fit and the measuring took
+    without: str | None = None  # the edit that its search was not to use
 
 
 def search_verified(search: Search) -> Verified:
@@ -198,11 +201,11 @@ def search_verified(search: Search) -> Verified:
 
     The search takes one-shot errors to add up (`Damage.interaction`). Where the plan's measured damage is not what that
     says, the pairs of edits that weigh most are fitted and measured together, and the search is made again with what
-    they add and less belief in the rest; sums are taken times what the plan most like theirs was off by. Some searches
-    only take out (see `ATTEMPTS`), and some of these know nothing of refits (see `PLAIN_ATTEMPTS`). Then the best
-    plan's neighbours are tried (see `_neighbours`). Of all plans found on the way, the one of least measured damage is
-    returned, fitted anew to all prompts. Raises AsdmError with exit code 3 when no plan meets the limits, or none is
-    measured to within the rounds of `search_in_time`.
+    they add and less belief in the rest; sums are taken times what the plans most like theirs were off by. Some
+    searches only take out (see `ATTEMPTS`), and some of these know nothing of refits (see `PLAIN_ATTEMPTS`). Then the
+    best plan's neighbours are tried (see `_neighbours`). Of all plans found on the way, the one of least measured
+    damage is returned, fitted anew to all prompts. Raises AsdmError with exit code 3 when no plan meets the limits, or
+    none is measured to within the rounds of `search_in_time`.
     """
     moments = _Moments.of(search.teacher, search.calibration.for_plans())
     clock = Clock(search.teacher, search.profile, search.limits, search.settings)
@@ -213,7 +216,7 @@ def search_verified(search: Search) -> Verified:
         raise refused
     _neighbours(search, clock, found, pairs, moments)
     best = min(found, key=lambda f: f.measured)
-    solution = best.in_time.solution
+    solution = _among_all_edits(search, best, pairs)
     off = _likely_factor(search, [f for f in found if f is not best], pairs, solution.plan)
     weights = search.fit(solution.plan, search.calibration)
     return Verified(
@@ -253,7 +256,7 @@ def _attempts(
                 raise
             refused = refused or error
             continue
-        limits[attempt.with_weights], solution = in_time.solved_for, in_time.solution
+        limits[attempt.with_weights], solution = clock.asked_for(in_time.slower), in_time.solution
         if any(solution.plan == f.in_time.solution.plan for f in found):
             continue
         measured, seconds = _fitted_damage(search, solution.plan, moments)
@@ -298,7 +301,7 @@ def _neighbours(
         since = time.monotonic()
         solver = _solver(here.without(without), best.attempt, pairs, NEIGHBOUR_PATIENCE)
         try:
-            in_time = search_in_time(solver, clock, best.in_time.solved_for)
+            in_time = search_in_time(solver, clock, clock.asked_for(best.in_time.slower))
         except AsdmError as error:
             if error.exit_code != ExitCode.INFEASIBLE:
                 raise
@@ -306,11 +309,18 @@ def _neighbours(
         solution = in_time.solution
         if any(solution.plan == f.in_time.solution.plan for f in found):
             continue
-        # That nothing is better was shown without one edit; for all edits there is the bound of the search with them.
-        bound = min(solution.bound, best.in_time.solution.bound)
-        in_time = replace(in_time, solution=replace(solution, bound=bound, proven=False))
-        found.append(_Found(best.attempt, in_time, *_fitted_damage(search, solution.plan, moments)))
+        found.append(_Found(best.attempt, in_time, *_fitted_damage(search, solution.plan, moments), without=without))
         longest = max(longest, time.monotonic() - since)
+
+
+def _among_all_edits(search: Search, found: _Found, pairs: Pairs) -> Solution:
+    """A solution with the bound of its search among all edits: a neighbour's own holds without one of them."""
+    solution = found.in_time.solution
+    if found.without is None:
+        return solution
+    here = search.suited_to(found.attempt) or search
+    bound = _solver(here, found.attempt, pairs)(found.in_time.solved_for).bound
+    return replace(solution, bound=min(bound, solution.damage), proven=False)
 
 
 def _fitted_damage(search: Search, plan: Plan, moments: _Moments) -> tuple[float, float]:
@@ -322,20 +332,24 @@ def _fitted_damage(search: Search, plan: Plan, moments: _Moments) -> tuple[float
 
 
 def _likely_factor(search: Search, found: Sequence[_Found], pairs: Pairs, plan: Plan) -> float:
-    """What the sum for a plan will be off by: as much as that for the plan found that is most like it, 1 for the first.
+    """What the sum for a plan will be off by: as much as those for the plans found that are like it, 1 for the first.
 
     Plans that share most of their edits err alike, where one by damages before any refit and one by those after do not.
     """
-    if not found:
-        return 1.0
     edits = set(plan.edits.items())
 
     def likeness(other: _Found) -> float:
         theirs = set(other.in_time.solution.plan.edits.items())
         return len(edits & theirs) / max(len(edits | theirs), 1)
 
-    nearest = max(found, key=likeness)
-    return nearest.measured / max(search.predicted(nearest.in_time.solution.options, pairs), 1e-30)
+    weights, logarithms = [], []
+    for other in found:
+        predicted = search.predicted(other.in_time.solution.options, pairs)
+        if predicted > 0 and other.measured > 0:  # terms of pairs may sum up to less than nothing
+            weights.append(likeness(other) ** LIKENESS_POWER)
+            logarithms.append(math.log(other.measured / predicted))
+    total = math.fsum(weights)
+    return math.exp(math.fsum(w * x for w, x in zip(weights, logarithms, strict=True)) / total) if total else 1.0
 
 
 def _solver(
@@ -359,8 +373,11 @@ def _measure_pairs(
     fitting = moments.fitting.thinned(OPTION_MOMENTS)  # as single edits are
     for a, b in candidates[:PAIRS_PER_ROUND]:
         both = Plan({a.site: a.edit, b.site: b.edit})
-        units = [unit for unit, _ in filter(None, (absorber(search.teacher, o) for o in (a, b)))]
-        weights = fit_plan(search.teacher, both, fitting, refit=search.refit, refit_at=units)
+        # Refitted as single edits are: where something is only taken out, and in full or not at all.
+        plain = [o for o in (a, b) if not has_weights(o.edit)]
+        units = [unit for unit, _ in filter(None, (absorber(search.teacher, o) for o in plain))]
+        refit: RefitChoice = "full" if search.refit == "full" else "none"
+        weights = fit_plan(search.teacher, both, fitting, refit=refit, refit_at=units)
         together = measure_plan(search.teacher, both, moments.measuring, weights, moments.reference).total
         one, other = damages[a.name].total, damages[b.name].total
         # The later fit can make up for the earlier edit, but not for more than there is: many such terms would else sum

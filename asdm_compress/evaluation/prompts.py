@@ -53,8 +53,17 @@ class PromptSplit:
 def choose_prompts(
     pipeline: StableDiffusionPipeline, own: Sequence[str] | None, calibration: int, held_out: int
 ) -> PromptSplit:
-    """Split a user's own prompts; without any, take such as the pipeline understands."""
+    """Split a user's own prompts, each taken once; without any, take such as the pipeline understands.
+
+    Raises AsdmError for fewer than two that differ.
+    """
     if own is not None:
+        own = tuple(dict.fromkeys(own))
+        if len(own) < 2:
+            raise AsdmError(
+                "all prompts are the same, and what is reported on has to be others than what chose",
+                "Give two that differ.",
+            )
         share = max(1, round(len(own) * calibration / (calibration + held_out)))
         share = min(share, len(own) - 1)
         return PromptSplit(tuple(own[:share][:calibration]), tuple(own[share:][:held_out]))

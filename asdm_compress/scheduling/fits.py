@@ -112,6 +112,8 @@ class _Runs:
 def _fit(fitter: Fitter, actions: tuple[Action, ...], progress: Progress) -> Fit:
     corrections: dict[CorrectionKey, Correction] = {}
     left: dict[int, float] = {}
+    if not any(entry.corrected for action in actions for entry in action.inherits):
+        return Fit()
     runs = list(_opened(fitter, actions, corrections))
     for step, action in enumerate(actions):
         if any(entry.corrected for entry in action.inherits):

@@ -14,7 +14,7 @@ from asdm_compress.inheritance.forecast import LINEAR
 from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.profiling.latency import time_side_by_side
 from asdm_compress.sampling.settings import SamplingSettings
-from asdm_compress.scheduling.timing import LEAST, LOOP, REPEATS, Loop
+from asdm_compress.scheduling.timing import LEAST, LOOP, PATIENCE, REPEATS, Loop
 
 SKIP: Final = skip(LINEAR)
 _BEFORE: Final = 2
@@ -63,8 +63,9 @@ def time_options(
     for option in options:
         start = options[0] if option.skips else option.whole()
         loops.append(Loop(pipeline, texts, here, Schedule((start,) * _BEFORE + (option,) * (LOOP - _BEFORE))))
-    # Other work on the machine only ever adds time.
-    samples = [min(seconds) for seconds in time_side_by_side(loops, repeats, pipeline.device)]
+    # On the clock of whole runs, with which what comes of these times is compared. Other work only ever adds time.
+    turns = time_side_by_side(loops, repeats, pipeline.device, PATIENCE, undisturbed=True)
+    samples = [min(seconds) for seconds in turns]
     bases, found = dict(zip(wholes, samples, strict=False)), {}
     for option, seconds in zip(options, samples[len(wholes) :], strict=True):
         base = bases[options[0] if option.skips else option.whole()]

@@ -143,24 +143,25 @@ def time_kinds(
     texts: Tensor,
     settings: SamplingSettings,
     repeats: int = REPEATS,
+    corrections: bool = True,
 ) -> KindTimes:
     """Time loops of a few steps of each of a menu's kinds in turns, for one batch of images, one per row of `texts`.
 
     In one thread of the processor seconds are its own, which do not pass while other programs have the core.
 
     A loop is three steps that compute everything and some of the kind, which are told in the time of these. Cuts are
-    timed with corrections too, whose values do not matter for that; a step that leaves a guidance branch out is taken
+    timed with `corrections` too, whose values do not matter for that; a step that leaves a guidance branch out is taken
     to pay as much for them as one that does not, though it has half the rows.
     """
     here = SamplingSettings(LOOP, settings.guidance, settings.seed, settings.image_size)
 
-    def loop(action: Action, corrections: Mapping[CorrectionKey, Correction] | None = None) -> Loop:
+    def loop(action: Action, added: Mapping[CorrectionKey, Correction] | None = None) -> Loop:
         # What a step that computes everything keeps for others costs time too.
         actions = [FULL] * _BEFORE + [action] * (LOOP - _BEFORE)
-        rule = Schedule(tuple(actions), corrections or {})
+        rule = Schedule(tuple(actions), added or {})
         return Loop(pipeline, texts, here, None if action == FULL else rule)
 
-    maps = _empty_corrections(pipeline, menu, settings)
+    maps = _empty_corrections(pipeline, menu, settings) if corrections else {}
     fitted = [kind for kind in kinds if kind[0] in maps and not kind[1]]
     plain, light = loop(FULL), [kind for kind in kinds if kind != EVERYTHING.kind]
     loops = [loop(menu.example(kind)) for kind in light]

@@ -205,7 +205,7 @@ def _fit(
             "Give a whole pipeline folder, or --slot-start zero for a student that a later training fills.",
         )
     specs = [spec for spec in map(conv_spec, plan.edits.values()) if spec is not None]
-    experts = max((spec.experts for spec in specs if spec.routing == "timestep"), default=1)
+    experts = max((spec.experts for spec in specs if spec.needs_timestep), default=1)
     bands = max(start.bands, experts)
     check_fits(specs, bands)
     check_bands(start.sampling.steps, bands)

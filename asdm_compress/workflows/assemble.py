@@ -24,9 +24,9 @@ from asdm_compress.core.units import Limit
 from asdm_compress.evaluation.prompts import HELD_OUT_SEED
 from asdm_compress.evaluation.quality import Quality, assess
 from asdm_compress.models.families import architecture
-from asdm_compress.models.lazy import lazy_unet
 from asdm_compress.models.loading import open_pipeline
 from asdm_compress.models.resolve import resolve
+from asdm_compress.models.rounding import rounded_as_stored
 from asdm_compress.models.saving import save_pipeline
 from asdm_compress.models.source import LoadOptions, Source
 from asdm_compress.profiling.profile import Profile
@@ -243,15 +243,8 @@ def _note_timing(found: PlanResult, progress: Progress) -> None:
 
 def _as_stored(found: PlanResult, teacher: UNet2DConditionModel, source: Source, options: LoadOptions) -> PlanResult:
     """With the plan's own weights rounded as they will be stored: what is measured from here on is what is written."""
-    if source.family is not None:
-        return found
-    with lazy_unet(source, options) as lazy:
-        dtype = lazy.dtype("conv_in.weight")
     verified = found.verified
-    weights = {
-        unit: {name: t.to(dtype).to(t.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-        for unit, tensors in verified.slot_weights.items()
-    }
+    weights = rounded_as_stored(verified.slot_weights, source, options)
     student = assemble(teacher, verified.solution.plan, weights)
     return replace(found, verified=replace(verified, slot_weights=weights, student=student))
 

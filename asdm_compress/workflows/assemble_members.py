@@ -82,7 +82,7 @@ def run_assemble_members(
         raise AsdmError("the teacher is within this time already", "Ask for less than 1x.")
     with progress.stage("Timing what a step takes beside the UNet"):
         overhead = step_overhead(pipeline, measured.prompts.held_out[:1], settings)
-    students = make_students(teacher, measured, share, overhead, settings, most, progress)
+    students = make_students(teacher, measured, share, overhead, settings, most, progress).as_stored(source, options)
     found = calibrate_members(
         pipeline, {TEACHER: teacher, **students.of(teacher)}, _calibration(share, settings, measured.prompts), progress,
         students.bystanders,

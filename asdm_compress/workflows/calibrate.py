@@ -41,8 +41,8 @@ from asdm_compress.scheduling.measure import find_menus, measure_surrogate, samp
 from asdm_compress.scheduling.menu import kind_of
 from asdm_compress.scheduling.rollouts import Judge
 from asdm_compress.scheduling.search import DynamicProgram, find_front
-from asdm_compress.scheduling.timing import REPEATS, time_kinds, time_runs
-from asdm_compress.scheduling.ways import SOLVERS, Way, fewer_steps, uniform_caches
+from asdm_compress.scheduling.timing import REPEATS, KindTimes, time_kinds, time_runs
+from asdm_compress.scheduling.ways import SOLVERS, Way, cheapest_cache, fewer_steps, uniform_caches
 from asdm_compress.workflows.calibrated import Calibrated, Contestant, Splits, schedule_of, verdict_on
 from asdm_compress.workflows.card import PYTHON
 from asdm_compress.workflows.progress import Progress, Silent
@@ -208,14 +208,20 @@ def prepare(
     splits: Splits,
     one_batch: Tensor,
     progress: Progress,
+    known: KindTimes | None = None,
 ) -> Choosing:
-    """Everything that is measured before anything is chosen."""
+    """Everything that is measured before anything is chosen. Kinds of steps that are `known` are not timed again."""
     sampling = settings.sampling
     timeline = sampler_timeline(pipeline, sampling.steps)
     menus = find_menus(pipeline, sampling, timeline)
     folder = measurement_folder(pipeline, splits.calibration, sampling, 0)
-    with progress.stage("Timing every kind of step"):
-        every_times = time_kinds(pipeline, menus.every, menus.kinds, one_batch, sampling, settings.repeats)
+    if known is not None and set(menus.kinds) <= set(known.seconds):
+        every_times = replace(known, steps=sampling.steps)
+    else:
+        with progress.stage("Timing every kind of step"):
+            every_times = time_kinds(
+                pipeline, menus.every, menus.kinds, one_batch, sampling, settings.repeats, settings.corrections
+            )
     times = every_times.only(menus.chosen)
     with progress.bar("Measuring how the model responds to older features") as bar:
         surrogate = measure_surrogate(
@@ -308,11 +314,13 @@ def _within(
     if share is None:
         return plan, max(predicted, measured)
     aim, least = share, measured
+    regular = cheapest_cache(choosing.every, choosing.every_times)
+    cheapest = min(choosing.front.cheapest.share, regular.seconds / full if regular else math.inf)
     for _ in range(MOST_ROUNDS):
         if keeps_in_time(measured, share):
             break
         aim = min(aim * 0.995, share * predicted / measured)
-        if aim < choosing.front.cheapest.share:
+        if aim < cheapest:
             break
         plan, predicted, measured = search(aim)
         least = min(least, measured)

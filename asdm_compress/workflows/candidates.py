@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import median
 from typing import Any, Final
 
@@ -24,12 +24,13 @@ from asdm_compress.profiling.latency import median_ratio, time_side_by_side
 from asdm_compress.sampling.images import decode
 from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.sampling.settings import encode, initial_latents
+from asdm_compress.scheduling.goals import Choosing
 from asdm_compress.scheduling.measure import sampler_timeline
 from asdm_compress.scheduling.rollouts import Judge, Score
 from asdm_compress.scheduling.swaps import Bench, Swaps, Values
 from asdm_compress.scheduling.switch_search import solve
 from asdm_compress.scheduling.switch_times import SKIP, StepTimes, time_options
-from asdm_compress.scheduling.timing import time_runs
+from asdm_compress.scheduling.timing import KindTimes, time_runs
 from asdm_compress.scheduling.ways import SOLVERS, Way
 from asdm_compress.switching.schedules import SwitchingSchedule, noise_of
 from asdm_compress.switching.switched_unet import SwitchedUNet2DConditionModel
@@ -37,6 +38,7 @@ from asdm_compress.workflows.calibrate import (
     TEST_SEED,
     VALIDATION_SEED,
     CalibrateSettings,
+    keeps_in_time,
     prepare,
     split_prompts,
     timed_batch,
@@ -49,6 +51,8 @@ CHEAP: Final = 8  # steps, that are soon measured
 MOST_CHANGES: Final = 3  # in one refinement, one step in so many
 CUTS: Final = (0, 2)  # that a step may leave out what is inside of, where the UNet has them
 SLIGHTLY: Final = 1.2  # times the budget: schedules that take no more are solved again for less
+TIGHTER: Final = 3  # times at most
+Again = Callable[[float], Way | None]  # the way for a loop of other seconds, from the same measurements
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,13 @@ def _spent(actions: Sequence[Action]) -> str:
         "skipped" if action.skips else f"{action.member}{'' if action.is_whole else ' in part'}" for action in actions
     )
     return ", ".join(f"{count} {what}" for what, count in counts.items())
+
+
+def _way(steps: int, solver: str | None, actions: tuple[Action, ...], seconds: float) -> Way:
+    """A schedule, named by what it does."""
+    return Way(
+        f"{steps} steps of {solver or 'its own sampler'}, {_spent(actions)}", steps, seconds, Schedule(actions), solver
+    )
 
 
 def frontier_of(tried: Sequence[Candidate]) -> tuple[Candidate, ...]:
@@ -118,7 +129,8 @@ class Search:
         pipeline.unet = self.unet
         self.splits = split_prompts(pipeline, settings)
         self.one_batch = timed_batch(pipeline, self.splits, settings)
-        self._solved: dict[str, tuple[Swaps, int | None]] = {}
+        self._again: dict[tuple[str, str], Again] = {}  # by role and key of a way
+        self._kinds: dict[str | None, KindTimes] = {}  # by sampler, whatever its number of steps
         with progress.stage("Timing"):
             # Students' own cuts are left out: they save little of what is little, and there would be half as many
             # exchanges more to measure.
@@ -159,7 +171,8 @@ class Search:
         for steps in tried_steps(max(own, default=1), max(every, default=1), self.settings.sampling.steps, longer):
             ways += self.joint(steps, solver, budget)
             ways += self.calibrated(steps, solver, budget)
-        return ways
+        # What `calibrate` does: of the reference's own steps as many, on which nothing but what is inherited errs.
+        return ways + self.calibrated(self.settings.sampling.steps, None, budget)
 
     def tried(self, share: float) -> list[Candidate]:
         """The same with measured times and scores, and what is found for less where a schedule takes too much."""
@@ -168,32 +181,32 @@ class Search:
             return []
         with self.progress.stage("Timing whole runs in turns"):
             shares = self.shares([way for _, way in ways])
-        with self.progress.stage("Solving again for what took too much"):
-            again = self.tighter(ways, shares, share)
-        if again:
+        latest, taken = ways, shares
+        for _ in range(TIGHTER):
+            with self.progress.stage("Solving again for what took too much"):
+                latest = self.tighter(latest, taken, share)
+            latest = [(role, way) for role, way in latest if (role, way.key) not in {(r, w.key) for r, w in ways}]
+            if not latest:
+                break
             with self.progress.stage("Timing whole runs in turns"):
-                shares += self.shares([way for _, way in again])
-            ways += again
+                taken = self.shares([way for _, way in latest])
+            ways, shares = ways + latest, shares + taken
         with self.progress.bar("Scoring on validation prompts") as bar:
             scores = self.judge.scores([way for _, way in ways], bar)
         return [Candidate(*w, s, score) for w, s, score in zip(ways, shares, scores, strict=True)]
 
     def tighter(self, ways: Sequence[tuple[str, Way]], shares: Sequence[float], share: float) -> list[tuple[str, Way]]:
-        """Schedules from the same measurements as those that took slightly more than predicted, for as much less."""
-        known, found = {way.key for _, way in ways}, list[tuple[str, Way]]()
+        """Schedules from the same measurements as those that took slightly more than they may, for as much less."""
+        found: dict[tuple[str, str], Way] = {}
         for (role, way), taken in zip(ways, shares, strict=True):
-            if way.key not in self._solved or not share < taken <= share * SLIGHTLY:
+            again = self._again.get((role, way.key))
+            if again is None or keeps_in_time(taken, share) or taken > share * SLIGHTLY:
                 continue
-            swaps, most = self._solved[way.key]
-            budget = 0.99 * share / taken * (way.seconds + self.outside) - self.outside
-            solved = solve(swaps, self.times, budget, most)
-            if solved is None:
-                continue
-            another = replace(way, seconds=self.times.run(solved.actions), rule=Schedule(solved.actions))
-            if another.key not in known:
-                known.add(another.key)
-                found.append((role, another))
-        return found
+            another = again(0.99 * share / taken * (way.seconds + self.outside) - self.outside)
+            if another is not None and another.key != way.key:
+                found[role, another.key] = another
+                self._again[role, another.key] = again
+        return [(role, way) for (role, _), way in found.items()]
 
     def tested(self, tried: Sequence[Candidate], bar: Any) -> list[Candidate]:
         """The candidates with their scores on test prompts."""
@@ -241,17 +254,19 @@ class Search:
         for _ in range(1 + refined):
             with self.progress.bar(f"Measuring what {steps} steps can leave out") as bar:
                 swaps = bench.measure(around, choices, truth, bar)
-            solved = solve(swaps, self.times, budget, most)
-            if solved is None:
-                break
-            name = f"{steps} steps of {solver or 'its own sampler'}, {_spent(solved.actions)}"
-            way = Way(name, steps, self.times.run(solved.actions), Schedule(solved.actions), solver)
-            if any(way.key == other.key for other in found):
+            again = partial(self._solved, steps, solver, swaps, most)
+            way = again(budget)
+            if way is None or any(way.key == other.key for other in found):
                 break
             found.append(way)
-            self._solved[way.key] = swaps, most
-            around, most = solved.actions, max(2, steps // MOST_CHANGES)
+            self._again[role, way.key] = again
+            assert isinstance(way.rule, Schedule)
+            around, most = way.rule.actions, max(2, steps // MOST_CHANGES)
         return [(role, way) for way in found]
+
+    def _solved(self, steps: int, solver: str | None, swaps: Swaps, most: int | None, budget: float) -> Way | None:
+        solved = solve(swaps, self.times, budget, most)
+        return None if solved is None else _way(steps, solver, solved.actions, self.times.run(solved.actions))
 
     def calibrated(self, steps: int, solver: str | None, budget: float) -> list[tuple[str, Way]]:
         """The teacher alone with features inherited as `calibrate` finds it, for a loop of at most `budget` seconds.
@@ -259,26 +274,38 @@ class Search:
         Its search knows every cut and unit and what errors do later on, where `joint` knows members. Of the schedules
         that it leads to, the nearest to the reference; none where it has none for so little time.
         """
+        full = self.times.full(steps)
+        if budget >= full:
+            return []  # for all of its steps in full, which are tried as such
         here = self._pipeline(solver)
         here.register_modules(unet=next(iter(self.members.values())))
         settings = replace(
             self.settings, sampling=replace(self.settings.sampling, steps=steps), corrections=False, curve=0
         )
-        choosing = prepare(here, settings, self.splits, self.one_batch, self.progress)
+        choosing = prepare(here, settings, self.splits, self.one_batch, self.progress, self._kinds.get(solver))
+        self._kinds[solver] = choosing.every_times
+        again = partial(self._calibrated, solver, choosing, full)
+        way = again(budget)
+        if way is None:
+            return []
+        self._again["calibrated", way.key] = again
+        return [("calibrated", way)]
+
+    def _calibrated(self, solver: str | None, choosing: Choosing, full: float, budget: float) -> Way | None:
+        """The best for a loop of `budget` seconds, of which one that computes everything takes `full`."""
         try:
-            plans = choosing.candidates(budget / choosing.times.full_run)
+            plans = choosing.candidates(budget / full)
         except AsdmError as error:
             if error.exit_code != ExitCode.INFEASIBLE:
                 raise
-            return []
-        ways = []
+            return None
+        steps, ways = choosing.times.steps, []
         for plan in plans:
             actions = tuple(self._by_teacher(action) for action in plan.actions(steps))
-            name = f"{steps} steps of {solver or 'its own sampler'}, {_spent(actions)}"
-            ways.append(Way(name, steps, plan.way.seconds, Schedule(actions), solver))
+            ways.append(_way(steps, solver, actions, plan.way.seconds / choosing.every_times.full_run * full))
         with self.progress.bar("Trying what was calibrated") as bar:
             scores = self.judge.scores(ways, bar)
-        return [("calibrated", ways[int(np.argmax([score.mean() for score in scores]))])]
+        return ways[int(np.argmax([score.mean() for score in scores]))]
 
     def _by_teacher(self, action: Action) -> Action:
         return action if action.skips else replace(action, member=self.teacher.member)
@@ -312,7 +339,9 @@ class Search:
         def decoding() -> None:
             decode(self.pipeline, latents, images)
 
-        before, after = time_side_by_side([encoding, decoding], self.settings.repeats, self.pipeline.device)
+        # On the clock of the runs that this is added to.
+        passes = [encoding, decoding]
+        before, after = time_side_by_side(passes, self.settings.repeats, self.pipeline.device, undisturbed=True)
         return median(before), median(after)
 
     def _judge(self, prompts: Sequence[str], seed: int) -> Judge:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from diffusers import StableDiffusionPipeline
 
+from asdm_compress.assembly.slot_fit import FEWEST_PROMPTS
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.files import check_apart, output_folder
 from asdm_compress.core.provenance import processor_name, versions
@@ -23,7 +24,7 @@ from asdm_compress.models.source import LoadOptions
 from asdm_compress.reporting.frontier import frontier_svg
 from asdm_compress.sampling.own_steps import save_own_steps
 from asdm_compress.sampling.settings import check_size, check_text_to_image
-from asdm_compress.workflows.calibrate import CalibrateSettings, split_prompts
+from asdm_compress.workflows.calibrate import CalibrateSettings, keeps_in_time, split_prompts
 from asdm_compress.workflows.candidates import LONGER, Candidate, Search, frontier_of
 from asdm_compress.workflows.card import Origin
 from asdm_compress.workflows.plan import PlanSettings, measure
@@ -104,7 +105,7 @@ def run_optimize(
     if share >= 1:
         raise AsdmError("the full run is within this time already", "Ask for less than 1x.")
     tried = search.tried(share)
-    within = [number for number, c in enumerate(tried) if c.share <= share]
+    within = [number for number, c in enumerate(tried) if keeps_in_time(c.share, share)]
     chosen = max(within, key=lambda number: tried[number].validation.mean(), default=None)
     if chosen is None:
         raise AsdmError(
@@ -156,11 +157,17 @@ def _students(
     if settings.prompts is not None:
         splits = split_prompts(pipeline, settings)
         seen = tuple(dict.fromkeys((*splits.calibration, *splits.validation)))
+        if len(seen) <= FEWEST_PROMPTS:
+            raise AsdmError(
+                f"of these prompts students would be fitted on {len(seen) - 1}, which are too few",
+                f"Give a file of {2 * (FEWEST_PROMPTS + 1)} prompts or more, or the students themselves by --members.",
+            )
         plan = replace(plan, prompts=seen, calibration_prompts=max(1, len(seen) - 1), held_out_prompts=1)
-    measured = measure(pipeline, [Limit("latency", STEP_SHARE, relative=True)], plan, progress, models[0])
-    with progress.stage("Timing what a step takes beside the UNet"):
-        overhead = step_overhead(pipeline, measured.prompts.held_out[:1], plan)
+    limits = [Limit("latency", STEP_SHARE, relative=True)]
     try:
+        measured = measure(pipeline, limits, plan, progress, models[0])
+        with progress.stage("Timing what a step takes beside the UNet"):
+            overhead = step_overhead(pipeline, measured.prompts.held_out[:1], plan)
         return make_students(pipeline.unet, measured, STEP_SHARE, overhead, plan, make.most, progress)
     except AsdmError as error:
         if error.exit_code != ExitCode.INFEASIBLE:

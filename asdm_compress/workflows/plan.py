@@ -24,7 +24,7 @@ from asdm_compress.assembly.options import (
     useful_options,
 )
 from asdm_compress.assembly.plan import check_teacher
-from asdm_compress.assembly.plan_fit import RefitChoice, check_refit
+from asdm_compress.assembly.plan_fit import RefitChoice, check_refit, scaled_for_memory
 from asdm_compress.assembly.search import check_reachable
 from asdm_compress.assembly.slot_fit import check_fits, check_prompts
 from asdm_compress.assembly.store import measurement_folder, recorded
@@ -194,8 +194,10 @@ def measure(
             f"{len(empty)} of {settings.bands} timestep bands have no moments to measure damage on, and count "
             "as the others do; more --calibration-prompts or --calibration-triples, or fewer --bands, mend that"
         )
+    refit = settings.refit == "full"
+    if refit and (scaled := scaled_for_memory(teacher)) and processes.is_main:
+        progress.note(f"{len(scaled)} modules are too wide for the memory here and are refitted by scales alone")
     with progress.bar("Fitting and measuring the damage of every edit") as bar:
-        refit = settings.refit == "full"
         plain_store = folder / ("damages.jsonl" if is_fitted else "damages_unfitted.jsonl")
         store = folder / "damages_refitted.jsonl" if refit else plain_store
         damages = measure_options(teacher, options, calibration, store, bar, refit, processes)

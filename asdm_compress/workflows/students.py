@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +22,8 @@ from asdm_compress.core.units import Limit
 from asdm_compress.inheritance.actions import FULL
 from asdm_compress.models.edits import SlotWeights
 from asdm_compress.models.families import architecture
+from asdm_compress.models.rounding import rounded_as_stored
+from asdm_compress.models.source import LoadOptions, Source
 from asdm_compress.sampling.settings import encode
 from asdm_compress.scheduling.switch_times import SKIP, time_options
 from asdm_compress.workflows.plan import Measured, PlanSettings
@@ -66,6 +68,10 @@ class Students:
                 for i, rung in enumerate(self.rungs)
             ],
         }  # fmt: skip
+
+    def as_stored(self, source: Source, options: LoadOptions) -> Students:
+        """With their weights rounded as they will be stored, so that what is measured is what is written."""
+        return replace(self, weights={i: rounded_as_stored(some, source, options) for i, some in self.weights.items()})
 
     def line(self) -> str:
         """For the terminal."""
@@ -118,7 +124,7 @@ def make_students(
     )  # fmt: skip
     with progress.bar("Fitting and measuring students of several sizes") as bar:
         # One of the budget itself could take all steps.
-        rungs = climb(search, (*SHARES, of_unet, FASTER * of_unet), bar)
+        rungs = climb(search, (*SHARES, FASTER * of_unet), (of_unet,), bar)
     with progress.stage("Solving for the students that switch best together"):
         weights = measured.calibration.band_weights
         lineup = line_up(rungs, weights, settings.sampling.steps, share, most, overhead)

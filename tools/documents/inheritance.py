@@ -235,7 +235,9 @@ def _difference(cell: Any, what: str) -> str:
 def _time(cell: Any) -> str:
     if "time_for_the_same_psnr" in cell:
         return f"{cell['time_for_the_same_psnr']:.2f} of its time"
-    return f"under {cell['time_for_the_same_psnr_below']:.2f} of its time"
+    if "time_for_the_same_psnr_below" in cell:
+        return f"under {cell['time_for_the_same_psnr_below']:.2f} of its time"
+    return "not reached"
 
 
 def _equal(row: Any) -> bool:
