@@ -11,6 +11,11 @@ import torchmetrics.functional.image.lpips as their_lpips
 from PIL import Image
 from scipy.linalg import sqrtm
 from stand_ins import save_alexnet, save_clip, save_inception
+from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure,
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
 from torchmetrics.image.kid import poly_mmd
 
 from asdm_compress.core.errors import AsdmError, ExitCode
@@ -30,7 +35,7 @@ from asdm_compress.evaluation.distances import (
     kernel_distance,
     precision_and_recall,
 )
-from asdm_compress.evaluation.fidelity import ms_ssim, ms_ssim_scales
+from asdm_compress.evaluation.fidelity import compare_pairs, ms_ssim, ms_ssim_scales, to_tensor
 from asdm_compress.evaluation.inception import Inception, load_inception, resize_as_tensorflow
 from asdm_compress.evaluation.lpips import load_lpips
 from asdm_compress.evaluation.protocols import choose_rules
@@ -189,6 +194,27 @@ def test_ms_ssim_takes_the_scales_that_fit():
         small = image.resize((side, side))
         assert ms_ssim([small], [small]) == [pytest.approx(1)]
     assert ms_ssim([image.resize((8, 8))], [image.resize((8, 8))]) is None
+
+
+@pytest.mark.parametrize("side", [16, 40, 128])
+def test_ssim_is_that_of_another_library(side):
+    rng = np.random.default_rng(side)
+    flat = np.full((3, side, side, 3), 0.7)
+    flat[0], flat[1, : side // 2] = rng.random((side, side, 3)), 0.2
+    pixels = [flat, np.clip(flat + 0.1 * rng.normal(size=flat.shape) * [[[[1]]], [[[1]]], [[[0.01]]]], 0, 1)]
+    ours, theirs = ([Image.fromarray((255 * p).astype(np.uint8)) for p in some] for some in pixels)
+    a, b = to_tensor(ours).double(), to_tensor(theirs).double()
+    psnr, ssim = compare_pairs(ours, theirs)
+    oracle = peak_signal_noise_ratio(a, b, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    assert psnr == pytest.approx(oracle.tolist(), abs=1e-5)
+    oracle = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
+    assert ssim == pytest.approx(oracle.tolist(), abs=1e-9)
+    count = ms_ssim_scales(side)
+    weights = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)[:count]
+    oracle = multiscale_structural_similarity_index_measure(
+        a, b, data_range=1.0, betas=tuple(w / sum(weights) for w in weights), normalize="relu", reduction="none"
+    )
+    assert ms_ssim(ours, theirs) == pytest.approx(oracle.tolist(), abs=1e-6)
 
 
 def test_verdicts_count_claims_one_by_one():

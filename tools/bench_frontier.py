@@ -5,9 +5,10 @@
     python tools/bench_frontier.py --quick               # whether it runs; writes nothing
 
 Students come from `--members` (folders), or, without any, from `assemble mini-sd --members 2 --budget latency=0.7x`,
-which is run first. Of every role the best way on validation prompts within a budget, as measured, is reported on
-held-out captions with seeds of their own. Every way that is scored is written to tools/results/frontier.json at once,
-and a run that was cut off, or that asks for other budgets, goes on behind the last one. Plots: frontier_psnr.svg,
+which is run first and kept among cached measurements. Of every role the best way on validation prompts within a budget,
+as measured, is reported on held-out captions with seeds of their own; what is timed near a budget is timed again beside
+a full run of its own. Every way that is scored is written to tools/results/frontier.json at once, and a run that was
+cut off, or that asks for other budgets or roles, goes on behind the last one. Plots: frontier_psnr.svg,
 frontier_accuracy.svg, frontier_frechet.svg, and frontier_switching.svg, which has the final latents' error of switching
 alone and of T-Stitch's order in the same time.
 """
@@ -18,7 +19,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
@@ -32,6 +32,7 @@ from measuring import check_alone, fingerprint
 from mini_sd.weights import bundled_weights
 
 from asdm_compress.assembly.store import weights_hash
+from asdm_compress.core.files import cache_folder
 from asdm_compress.core.units import parse_budget
 from asdm_compress.evaluation.distances import frechet_distance
 from asdm_compress.evaluation.fidelity import compare_pairs, to_tensor
@@ -53,18 +54,20 @@ from asdm_compress.scheduling.rollouts import Judge
 from asdm_compress.scheduling.switch_search import small_first
 from asdm_compress.scheduling.switch_times import SKIP
 from asdm_compress.scheduling.timing import time_runs
-from asdm_compress.scheduling.ways import Way
-from asdm_compress.workflows.calibrate import CalibrateSettings
-from asdm_compress.workflows.candidates import LONGER, Search, tried_steps
+from asdm_compress.scheduling.ways import SOLVERS, Way
+from asdm_compress.workflows.calibrate import CalibrateSettings, keeps_in_time
+from asdm_compress.workflows.candidates import LONGER, TIGHTER, Search, tried_steps
 from asdm_compress.workflows.progress import Silent
 from asdm_compress.workflows.switch import open_members
 
 RESULTS = Path(__file__).parent / "results"
 TEST_SEED, IMAGE_SEED = 5_151, 90_000
 FULL_STEPS = (50, 25, 20, 15, 10, 8)
-SOLVERS = ("ddim", "dpm++")
+OURS = ("ddim", "dpm++")  # samplers of what takes long to measure
 ROLES = ("full model", "DeepCache", "guidance reuse", "inheritance", "switching", "T-Stitch", "all together")
-TOLERANCE = 1.01  # times the budget, which a measured time may come to
+REPORTED = {"joint": "all together", "calibrated": "all together"}  # roles of the search under one name
+ONCE_MORE = 0.2  # of the budget: how far from it a time may be for the way to be timed again
+AT_ONCE = 6  # ways that are then timed beside one full run
 MACS = (0.55, 1.2)  # times the budget: which share of the full run's MACs is worth timing
 NEAR = 6  # steps around the predicted number of T-Stitch's small ones
 STUDENTS = ("--members", "2", "--budget", "latency=0.7x", "--dtype", "fp32")
@@ -77,7 +80,7 @@ QUICK = (
 
 def full_model(search: Search, steps: Sequence[int]) -> Iterator[tuple[str, Way]]:
     """The full model at different numbers of steps."""
-    for solver in ("dpm++", "unipc"):
+    for solver in SOLVERS:
         for count in steps:
             rule = Schedule((search.teacher,) * count)
             yield "full model", Way(f"{count} steps of {solver}", count, search.times.full(count), rule, solver)
@@ -104,13 +107,15 @@ def rivals(search: Search, share: float, arguments: argparse.Namespace) -> Itera
     """DeepCache's schedules (2312.00858) at every branch, guidance reuse alone, and T-Stitch's order (2402.14167).
 
     The first two of as many steps as ours are tried with too; those are timed whose MACs are about the time's share.
+    And the full model with as many steps as fit in, of every sampler.
     """
     plain = Plain(search)
     steps, budget = arguments.steps, share * search.whole - search.outside
     cuts = range(sum(place.level == "cut" for place in find_places(search.pipeline.unet).values()))
     full = max(int((budget - search.times.outside) / search.times.teacher), 1)
     counts = dict.fromkeys([steps, *tried_steps(full, full, steps, [n for n in arguments.longer if n > 1])])
-    for solver, count in product(arguments.solvers, counts):
+    yield from full_model(search, [n for n in (full - 1, full, full + 1) if 1 < n <= steps])
+    for solver, count in product(SOLVERS, counts):
         rules = {f"uniform:{n},branch={branch},forecast=hold": "DeepCache" for n in range(2, 9) for branch in cuts}
         for n, forecast in product((2, 3, 5), ("hold", "linear")):
             rules[f"uniform:1,guidance={n},guidance-forecast={forecast}"] = "guidance reuse"
@@ -131,15 +136,18 @@ def rivals(search: Search, share: float, arguments: argparse.Namespace) -> Itera
                 yield "T-Stitch", Way(name, steps, search.times.run(actions), Schedule(actions), solver)
 
 
-def parts(search: Search, share: float, arguments: argparse.Namespace) -> Iterator[tuple[str, Way]]:
+def parts(
+    search: Search, share: float, roles: Sequence[str], arguments: argparse.Namespace
+) -> Iterator[tuple[str, Way]]:
     """Our parts alone."""
     budget, teacher = share * search.whole - search.outside, search.teacher
     light = [a for a in search.times.seconds if a.member == teacher.member and not a.is_whole]
     for solver in arguments.solvers:
-        if "switching" in arguments.roles:
+        if "switching" in roles:
             yield from search.joint(arguments.steps, solver, budget, (teacher, *search.students, SKIP), "switching")
-        if "inheritance" in arguments.roles:
+        if "inheritance" in roles:
             yield from search.joint(arguments.steps, solver, budget, (teacher, *light, SKIP), "inheritance")
+            yield from search.calibrated(arguments.steps, solver, budget, "inheritance")
 
 
 class Report:
@@ -160,6 +168,7 @@ class Report:
             },
             "prompts": {name: len(getattr(search.splits, name)) for name in ("calibration", "validation")},
             "test_prompts": len(self.captions),
+            "tried": {name: list(getattr(arguments, name)) for name in ("solvers", "longer")},
             "mini_sd": bundled_weights(),
             "weights": weights_hash(search.unet),
             "members": {a.name: s / search.times.teacher for a, s in search.times.seconds.items()},
@@ -168,7 +177,7 @@ class Report:
         if path is not None and path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
             if self._setting(before) != self._setting(self.content):
-                raise SystemExit(f"{path} is of other members or settings; move it away to begin anew")
+                raise SystemExit(f"{path} is of another machine, members or settings; move it away to begin anew")
             self.content["rows"] = before["rows"]
 
     @staticmethod
@@ -180,15 +189,20 @@ class Report:
             reference["guidance"],
             content["prompts"],
             content["test_prompts"],
+            content["tried"],
             *content["members"],
             content["weights"],
-            content["machine"]["device"],
+            content["machine"],
         ]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """What is scored."""
         return self.content["rows"]  # type: ignore[no-any-return]
+
+    def has(self, role: str, budget: float) -> bool:
+        """Whether the best of a role within a budget is known."""
+        return any(row["budget"] == budget and row["role"] == role for row in self.rows)
 
     def add(self, role: str, way: Way, budget: float | None) -> None:
         """Score a way, if it is not known yet."""
@@ -255,29 +269,46 @@ def held_out(count: int) -> tuple[list[Scene], list[Caption]]:
 
 
 def made_students(out: Path, more: Sequence[str]) -> list[str]:
-    """Students that switch best together, as one folder."""
-    command = [sys.executable, "-m", "asdm_compress", "assemble", "mini-sd", *STUDENTS, *more, "--out", str(out)]
-    subprocess.run(command, check=True)
+    """Students that switch best together, as one folder, which is made once."""
+    if not out.exists():
+        command = [sys.executable, "-m", "asdm_compress", "assemble", "mini-sd", *STUDENTS, *more, "--out", str(out)]
+        subprocess.run(command, check=True)
     return [str(out)]
 
 
-def measure_budget(search: Search, report: Report, share: float, arguments: argparse.Namespace) -> None:
+def measure_budget(search: Search, report: Report, share: float, roles: Sequence[str], longer: Sequence[float]) -> None:
     """The best of every role within a share of the time, on validation prompts, is reported."""
-    found = [*rivals(search, share, arguments), *parts(search, share, arguments)]
-    if "all together" in arguments.roles:
-        ours = ("joint", "calibrated")  # the rest are what a user would do instead
-        found += [("all together", way) for role, way in search.ways(share, arguments.longer) if role in ours]
-    found = [(role, way) for role, way in found if role in arguments.roles]
-    shares = search.shares([way for _, way in found])
-    again = search.tighter(found, shares, share)
-    found, shares = found + again, shares + search.shares([way for _, way in again])
+    roles = [role for role in roles if not report.has(role, share)]
+    found = [*rivals(search, share, report.arguments), *parts(search, share, roles, report.arguments)]
+    if "all together" in roles:
+        # The rest of what the search tries are what a user would do instead.
+        found += [(role, way) for role, way in search.ways(share, longer) if role in REPORTED]
+    found = [(role, way) for role, way in found if REPORTED.get(role, role) in roles]
+    shares = timed(search, found, share)
+    latest, taken = found, shares
+    for _ in range(TIGHTER):  # those of ours that took slightly more, for less
+        known = {(role, way.key) for role, way in found}
+        latest = [new for new in search.tighter(latest, taken, share) if (new[0], new[1].key) not in known]
+        taken = timed(search, latest, share)
+        found, shares = found + latest, shares + taken
     groups: dict[str, list[Way]] = {}
-    for (role, way), taken in zip(found, shares, strict=True):
-        if taken <= share * TOLERANCE:
-            groups.setdefault(role, []).append(way)
+    for (role, way), own in zip(found, shares, strict=True):
+        if keeps_in_time(own, share):
+            groups.setdefault(REPORTED.get(role, role), []).append(way)
     for role, ways in groups.items():
         scores = search.judge.scores(ways)
         report.add(role, ways[max(range(len(ways)), key=lambda i: scores[i].mean())], share)
+
+
+def timed(search: Search, ways: Sequence[tuple[str, Way]], share: float) -> list[float]:
+    """Shares of the time of a whole image; of many ways at once they only tell which are to be timed again."""
+    shares = search.shares([way for _, way in ways]) if ways else []
+    near = [i for i, taken in enumerate(shares) if abs(taken / share - 1) <= ONCE_MORE] if len(ways) > AT_ONCE else []
+    for first in range(0, len(near), AT_ONCE):
+        some = near[first : first + AT_ONCE]
+        for i, taken in zip(some, search.shares([ways[i][1] for i in some]), strict=True):
+            shares[i] = taken
+    return shares
 
 
 def main() -> None:
@@ -286,7 +317,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.7, 0.5, 0.4, 0.33, 0.25, 0.2])
     parser.add_argument("--roles", nargs="+", choices=ROLES, default=ROLES)
     parser.add_argument("--members", nargs="*", default=None, help="folders of students, or of a switched pipeline")
-    parser.add_argument("--solvers", nargs="+", default=SOLVERS, help="of everything but the full model")
+    parser.add_argument("--solvers", nargs="+", default=OURS, help="of our parts and T-Stitch's order")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--full-steps", type=int, nargs="+", default=FULL_STEPS)
     parser.add_argument("--longer", type=float, nargs="+", default=LONGER, help="steps over the full ones in the time")
@@ -300,12 +331,13 @@ def main() -> None:
     if arguments.quick:
         arguments.budgets, arguments.steps, arguments.prompts, arguments.test_prompts = [0.8], 5, 2, 3
         arguments.repeats, arguments.full_steps, arguments.longer, arguments.solvers = 2, [4], [1.0], ["dpm++"]
-    with tempfile.TemporaryDirectory() as folder:
-        students = arguments.members
-        if students is None:
-            students = made_students(Path(folder) / "students", QUICK if arguments.quick else ())
-        pipeline, members = open_members(["mini-sd", *students], LoadOptions(), Silent())
-        together = made_together(Path(students[0]))
+    students = arguments.members
+    if students is None:
+        kind = "quick" if arguments.quick else "frontier"
+        place = cache_folder() / f"students-{kind}-{bundled_weights()}"
+        students = made_students(place, QUICK if arguments.quick else ())
+    pipeline, members = open_members(["mini-sd", *students], LoadOptions(), Silent())
+    together = made_together(Path(students[0]))
     prompts = arguments.prompts
     settings = CalibrateSettings(
         Goal(limit=parse_budget(["latency=0.5x"])[0]), SamplingSettings(arguments.steps, arguments.guidance), None,
@@ -315,11 +347,10 @@ def main() -> None:
     report = Report(search, arguments, None if arguments.quick else RESULTS / "frontier.json")
     report.content["students"] = together
     if "full model" in arguments.roles:
-        steps = [*arguments.full_steps, *(round(share * arguments.steps) for share in arguments.budgets)]
-        for role, way in full_model(search, sorted({n for n in steps if n > 1}, reverse=True)):
+        for role, way in full_model(search, sorted(set(arguments.full_steps), reverse=True)):
             report.add(role, way, None)
     for share in arguments.budgets:
-        measure_budget(search, report, share, arguments)
+        measure_budget(search, report, share, arguments.roles, arguments.longer)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ from asdm_compress.inheritance.members import member_name, member_of
 from asdm_compress.inheritance.passes import NOTHING_GIVEN, Given, needs_moment, plain_moment, run_program
 from asdm_compress.inheritance.places import find_places
 from asdm_compress.inheritance.program import Program
-from asdm_compress.inheritance.run_plan import Anatomy, RunPlan, plan_run
+from asdm_compress.inheritance.run_plan import Anatomy, Kept, RunPlan, needed_from, plan_run
 from asdm_compress.inheritance.timeline import Timeline
 from asdm_compress.models.call import UNetCall
 
@@ -60,10 +60,13 @@ class Evaluator:
 
     def check(self, actions: Sequence[Action]) -> None:
         """Raise AsdmError for actions that the UNet does not have."""
-        for action in actions:
-            places = find_places(self.of(action.member).unet)
-            features_of(action, places)
-            correction_sources(action, places)
+        distinct = dict.fromkeys(actions)
+        for member in dict.fromkeys(action.member for action in distinct):
+            places = find_places(self.of(member).unet)
+            for action in distinct:
+                if action.member == member:
+                    features_of(action, places)
+                    correction_sources(action, places)
 
     def plan(self, actions: Sequence[Action], timeline: Timeline, guided: bool) -> RunPlan:
         """The plan of a run; raises AsdmError for actions that the UNet does not have."""
@@ -78,10 +81,38 @@ class Evaluator:
             self._plans[key] = plan
             while len(self._plans) > KEPT_PLANS:
                 self._plans.popitem(last=False)
+        self._check(plan)
+        return plan
+
+    def plan_forks(
+        self, actions: Sequence[Action], forks: Collection[tuple[int, Action]], timeline: Timeline, guided: bool
+    ) -> tuple[RunPlan, dict[tuple[int, Action], RunPlan]]:
+        """The plan of a run that can be forked before any of its steps (see `Run.branch`), and those of its forks.
+
+        A fork (step, action) takes this step by another action and the others as the run does.
+        """
+        named = [replace(action, member=member_name(self.unet, action.member)) for action in actions]
+        own = {fork: replace(fork[1], member=member_name(self.unet, fork[1].member)) for fork in forks}
+        anatomies = self._anatomies([*named, *own.values()])
+        split = any(action.guidance is not None for action in (*named, *own.values()))
+        found: dict[tuple[int, Action], RunPlan] = {}
+        also: dict[Kept, int] = {}
+        for fork, action in own.items():
+            step = fork[0]
+            plan = plan_run(anatomies, [*named[:step], action, *named[step + 1 :]], timeline, guided, split)
+            found[fork] = plan
+            for kept in needed_from(plan, step):
+                also[kept] = max(step, also.get(kept, step))
+        whole = plan_run(anatomies, named, timeline, guided, split, also)
+        for plan in (whole, *found.values()):
+            self._check(plan)
+        return whole, found
+
+    def _check(self, plan: RunPlan) -> None:
+        """Raise AsdmError where parts of a UNet are to run that hooks of others would be left out of."""
         by_parts = [step for step in plan.steps if step.program.computes and not step.program.is_plain]
         for member in dict.fromkeys(step.action.member for step in by_parts):
             check_nothing_left_out(self.of(member).unet, plan.graphs[member].opened)
-        return plan
 
     def _anatomies(self, actions: Sequence[Action]) -> dict[str | None, Anatomy]:
         found = {}

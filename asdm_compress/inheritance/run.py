@@ -17,7 +17,7 @@ from asdm_compress.inheritance.forecast import combine
 from asdm_compress.inheritance.passes import NOTHING_GIVEN, Corrected, Given
 from asdm_compress.inheritance.places import Feature
 from asdm_compress.inheritance.program import Program, program_of
-from asdm_compress.inheritance.run_plan import DIFFERENCE, Kept, RunPlan, StepPlan, Use, forecast_from
+from asdm_compress.inheritance.run_plan import DIFFERENCE, Kept, RunPlan, StepPlan, Use, forecast_from, needed_from
 from asdm_compress.inheritance.timeline import Timeline
 from asdm_compress.models.call import UNetCall
 
@@ -97,6 +97,14 @@ class Run:
         """A second run that goes on from this moment; the tensors held are shared, never changed."""
         twin = copy.copy(self)
         twin._kept = dict(self._kept)
+        return twin
+
+    def branch(self, plan: RunPlan) -> Run:
+        """A fork that goes on by another plan, whose steps so far are this run's own and of which it has kept all that
+        is needed (see `Evaluator.plan_forks`)."""
+        twin = self.fork()
+        twin.actions, twin._plan = tuple(step.action for step in plan.steps), plan
+        twin._kept = {kept: self._kept[kept] for kept in needed_from(plan, self.step)}
         return twin
 
     def replan(self, actions: Sequence[Action]) -> None:

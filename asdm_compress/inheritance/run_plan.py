@@ -62,6 +62,12 @@ class StepPlan:
         """Whether only the second half of the rows is computed."""
         return self.difference is not None
 
+    @property
+    def needs(self) -> tuple[Kept, ...]:
+        """Everything of earlier steps that it takes."""
+        uses = (*self.uses, *self.sources.values(), *([self.difference] if self.difference else []))
+        return tuple(kept for use in uses for kept in use.kept)
+
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
@@ -105,16 +111,24 @@ def plan_run(
     actions: Sequence[Action],
     timeline: Timeline,
     guided: bool,
+    split: bool = False,
+    also: Mapping[Kept, int] | None = None,
 ) -> RunPlan:
     """The plan of a run of `len(actions)` evaluations, of which the first computes everything.
 
     `anatomies` has every member that an action names, under its name. A step whose action needs something that no
     earlier step of this run has computed computes everything too; features come from steps of the same member, the
-    whole prediction from any. Raises AsdmError for places that the UNet does not have and for abscissae that the
-    timeline does not have.
+    whole prediction from any. With `split` the guidance branches are kept apart though no action needs that, and what
+    is in `also` is kept until a step though this run does not need it: what forks of the run may. Raises AsdmError for
+    places that the UNet does not have and for abscissae that the timeline does not have.
     """
     graphs = {member: anatomy.graph for member, anatomy in anatomies.items()}
-    return RunPlan(graphs, _Planner(anatomies, actions, timeline, guided).plan())
+    return RunPlan(graphs, _Planner(anatomies, actions, timeline, guided, split).plan(also or {}))
+
+
+def needed_from(plan: RunPlan, step: int) -> frozenset[Kept]:
+    """The tensors of earlier steps that a run needs from a step on."""
+    return frozenset(kept for each in plan.steps[step:] for kept in each.needs if kept[2] < step)
 
 
 class _Planner:
@@ -124,22 +138,24 @@ class _Planner:
         actions: Sequence[Action],
         timeline: Timeline,
         guided: bool,
+        split: bool,
     ) -> None:
         self.anatomies, self.timeline = anatomies, timeline
         self.actions = [action if guided else replace(action, guidance=None) for action in actions]
-        self.split = any(action.guidance is not None for action in self.actions[1:])
+        self.split = (split and guided) or any(action.guidance is not None for action in self.actions[1:])
         found = [(a, anatomies[a.member].places) for a in self.actions]
         sources = [Feature(s).of(a.member) for a, places in found for s in correction_sources(a, places).values()]
         self.interest = list(dict.fromkeys([*(f for a, places in found for f in features_of(a, places)), *sources]))
         self.programs: dict[tuple[object, ...], Program] = {}
         self.history: dict[tuple[Feature, Rows], list[int]] = {}
 
-    def plan(self) -> tuple[StepPlan, ...]:
+    def plan(self, also: Mapping[Kept, int]) -> tuple[StepPlan, ...]:
         steps = [self._step(i, action if i else action.whole()) for i, action in enumerate(self.actions)]
         last_use: dict[Kept, int] = {}
         for i, step in enumerate(steps):
-            for use in (*step.uses, *step.sources.values(), *([step.difference] if step.difference else [])):
-                last_use |= dict.fromkeys(use.kept, i)
+            last_use |= dict.fromkeys(step.needs, i)
+        for kept, last in also.items():
+            last_use[kept] = max(last, last_use.get(kept, last))
         return tuple(self._finished(i, step, last_use) for i, step in enumerate(steps))
 
     def _step(self, i: int, action: Action) -> StepPlan:

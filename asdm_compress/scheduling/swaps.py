@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
@@ -25,19 +26,20 @@ from torch import Tensor
 from asdm_compress.core.files import CACHE_HINT, output_file
 from asdm_compress.core.provenance import content_hash
 from asdm_compress.inheritance.actions import Action
-from asdm_compress.inheritance.forecast import combine, weights
-from asdm_compress.inheritance.members import HasMembers, body_prediction, member_of
+from asdm_compress.inheritance.evaluator import Evaluator
+from asdm_compress.inheritance.run import Run
+from asdm_compress.inheritance.run_plan import RunPlan
 from asdm_compress.inheritance.schedule import Schedule
-from asdm_compress.inheritance.timeline import Timeline, distinct
-from asdm_compress.models.call import UNetCall
+from asdm_compress.inheritance.timeline import Timeline
 from asdm_compress.sampling.run import SamplingRun
 from asdm_compress.sampling.settings import SamplingSettings, encode
+from asdm_compress.scheduling.guided_unet import GuidedUNet
 from asdm_compress.scheduling.timing import Loop
 
-VERSION = 1  # to be raised when the meaning of a kept measurement changes
+VERSION = 2  # to be raised when the meaning of a kept measurement changes
 Progress = Callable[[int, int], None]
 Values = npt.NDArray[np.float32]
-
+_OWN: Final = "schedule"  # in a file, its own final latents
 
 NEAR = 4  # steps back that something inherited may come from: further away it is not what was measured
 
@@ -98,79 +100,33 @@ def _mean_square(values: Values | float) -> float:
     return float(np.square(np.asarray(values, dtype=np.float64)).mean())
 
 
-@dataclass
-class _Chosen:
-    """Stands in for the UNet of a run: asks the member whose step it is, or forecasts from what was computed.
-
-    Rows are branch by branch for each image, which no member minds.
-    """
-
-    unet: UNet2DConditionModel
-    timeline: Timeline
-    action: Action = field(default_factory=Action)
-    step: int = 0
-    computed: dict[int, Tensor] = field(default_factory=dict)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype  # type: ignore[no-any-return]
-
-    def fork(self) -> _Chosen:
-        twin = copy.copy(self)
-        twin.computed = dict(self.computed)
-        return twin
-
-    def __call__(self, sample: Tensor, timesteps: Tensor, texts: Tensor, /, *, return_dict: bool) -> tuple[Tensor, ...]:
-        assert not return_dict
-        if self.action.skips and self.computed:
-            forecast = self.action.inherits[0].forecast
-            steps = distinct(list(self.computed), self.timeline, forecast.abscissa, forecast.order + 1)
-            at = [self.timeline.at(step, forecast.abscissa) for step in steps]
-            factors = weights(at, self.timeline.at(self.step, forecast.abscissa), forecast.damping)
-            prediction = combine([self.computed[step] for step in steps], factors)
-        else:
-            call = UNetCall(sample, timesteps, texts)
-            unet = member_of(self.unet, self.action.member)
-            if unet is self.unet and isinstance(unet, HasMembers):
-                prediction = body_prediction(unet, call.arguments())
-            else:
-                prediction = unet(**call.arguments(), return_dict=False)[0]
-            self.computed = dict(list(self.computed.items())[-3:]) | {self.step: prediction}
-        self.step += 1
-        return (prediction,)
-
-
-class _Run:
+class _Runs:
     """A batch of runs that follow a schedule, and can be forked."""
 
-    def __init__(
-        self, pipeline: StableDiffusionPipeline, timeline: Timeline, texts: Tensor, settings: SamplingSettings
-    ) -> None:
-        self.chosen = _Chosen(pipeline.unet, timeline)
-        self.run = SamplingRun(pipeline, texts, settings, self.chosen)
+    def __init__(self, pipeline: StableDiffusionPipeline, texts: Tensor, settings: SamplingSettings, run: Run) -> None:
+        self.run, self.dtype, self.branches = run, pipeline.unet.dtype, texts.shape[1]
+        self.sampling = SamplingRun(pipeline, texts, settings, GuidedUNet(self.dtype, self.branches, run.evaluate))
 
-    def fork(self) -> _Run:
+    def branch(self, plan: RunPlan) -> _Runs:
+        """Runs that go on from here by another plan."""
         twin = copy.copy(self)
-        twin.run, twin.chosen = self.run.fork(), self.chosen.fork()
-        twin.run.unet = twin.chosen
+        twin.run, twin.sampling = self.run.branch(plan), self.sampling.fork()
+        twin.sampling.unet = GuidedUNet(self.dtype, self.branches, twin.run.evaluate)
         return twin
 
-    def advance(self, action: Action) -> None:
-        self.chosen.action = action
-        self.run.advance()
-
-    def finish(self, actions: Sequence[Action]) -> Values:
-        for action in actions[self.run.step :]:
-            self.advance(action)
-        return np.asarray(self.run.latents.float().flatten(1).cpu().numpy())
+    def end(self) -> Values:
+        """The final latents, (N, D)."""
+        while not self.sampling.finished:
+            self.sampling.advance()
+        return np.asarray(self.sampling.latents.float().flatten(1).cpu().numpy())
 
 
 @dataclass(frozen=True)
 class Bench:
     """Prompts, seeds and a sampler on which schedules of a pipeline's switched UNet are tried.
 
-    Measurements are kept in `folder`, if there is one, so that a run that was cut off goes on where it was. With
-    `whole_runs` schedules run as they do in a pipeline, features inherited, and every exchange costs a whole run.
+    Measurements are kept in `folder`, if there is one, step by step, so that a run that was cut off goes on where it
+    was, and other options of the same schedule only measure what is not known.
     """
 
     pipeline: StableDiffusionPipeline
@@ -179,20 +135,15 @@ class Bench:
     settings: SamplingSettings
     folder: Path | None = None
     batch: int = 8
-    whole_runs: bool = False
 
     @torch.no_grad()
     def final_latents(self, actions: Sequence[Action]) -> Values:
-        """The final latents of a schedule, (N, D)."""
-        return np.concatenate([self._end(rows, actions) for rows in self._batches()])
-
-    def _end(self, rows: slice, actions: Sequence[Action]) -> Values:
-        if not self.whole_runs:
-            return self._run(rows).finish(actions)
-        texts = encode(self.pipeline, self.prompts[rows], self.settings.guidance)
-        here = replace(self.settings, seed=self.settings.seed + rows.start)
-        latents = Loop(self.pipeline, texts, here, Schedule(tuple(actions)))()
-        return np.asarray(latents.float().flatten(1).cpu().numpy())
+        """The final latents of a schedule, (N, D), as a pipeline samples them."""
+        found = []
+        for rows in self._batches():
+            latents = Loop(self.pipeline, self._texts(rows), self._seeds(rows), Schedule(tuple(actions)))()
+            found.append(np.asarray(latents.float().flatten(1).cpu().numpy()))
+        return np.concatenate(found)
 
     @torch.no_grad()
     def measure(
@@ -216,15 +167,9 @@ class Bench:
         ends: list[Values] = []
         moved: list[dict[tuple[int, Action], Values]] = []
         for rows in self._batches():
-            key = {"version": VERSION, "schedule": _names(schedule), "options": _names(options), "rows": str(rows)}
-            key["whole_runs"] = self.whole_runs
-            path = self.folder / f"swaps-{content_hash(key)}.safetensors" if self.folder else None
-            found = _read(path, pairs)
-            if found is None:
-                found = self._around(rows, schedule, pairs, progress)
-                _write(path, found)
-            ends.append(found[0])
-            moved.append(found[1])
+            end, others = self._around(rows, schedule, pairs, progress)
+            ends.append(end)
+            moved.append({pair: others[pair] - end for pair in pairs})
         together = {pair: np.concatenate([part[pair] for part in moved]) for pair in pairs}
         return Swaps(schedule, np.concatenate(ends) - truth, together)
 
@@ -235,58 +180,56 @@ class Bench:
         pairs: Sequence[tuple[int, Action]],
         progress: Progress | None,
     ) -> tuple[Values, dict[tuple[int, Action], Values]]:
-        """The schedule's own final latents of a batch, and by what each exchange moves them."""
-        total = len(schedule) * len(self.prompts)
-        if self.whole_runs:
-            own, moves = self._end(rows, schedule), {}
-            for t, option in pairs:
-                moves[t, option] = self._end(rows, (*schedule[:t], option, *schedule[t + 1 :])) - own
-                if progress:
-                    progress(rows.start * len(schedule) + (t + 1) * (rows.stop - rows.start), total)
-            return own, moves
-        run = self._run(rows)
-        ends: dict[tuple[int, Action], Values] = {}
-        for t, action in enumerate(schedule):
-            for step, option in pairs:
-                if step == t:
-                    fork = run.fork()
-                    fork.advance(option)
-                    ends[t, option] = fork.finish(schedule)
-            run.advance(action)
+        """The final latents of a batch under the schedule, and under every exchange."""
+        kept = [_Kept(self._file(rows, schedule, step)) for step in range(len(schedule) + 1)]
+        known = {(t, o): kept[t].values[o.name] for t, o in pairs if o.name in kept[t].values}
+        missing, own = [pair for pair in pairs if pair not in known], kept[-1].values.get(_OWN)
+        if own is not None and not missing:
+            return own, known
+        evaluator, texts = Evaluator(self.pipeline.unet), self._texts(rows)
+        guided = texts.shape[1] == 2
+        whole, forks = evaluator.plan_forks(schedule, missing, self.timeline, guided)
+        run = Run(evaluator, schedule, self.timeline, guided).branch(whole)
+        runs = _Runs(self.pipeline, texts, self._seeds(rows), run)
+        for t in range(len(schedule)):
+            here = {option: runs.branch(forks[t, option]).end() for step, option in missing if step == t}
+            known |= {(t, option): end for option, end in here.items()}
+            kept[t].add({option.name: end for option, end in here.items()})
+            runs.sampling.advance()
             if progress:
-                progress(rows.start * len(schedule) + (t + 1) * (rows.stop - rows.start), total)
-        end = run.finish(schedule)
-        return end, {pair: values - end for pair, values in ends.items()}
+                done = rows.start * len(schedule) + (t + 1) * (rows.stop - rows.start)
+                progress(done, len(schedule) * len(self.prompts))
+        own = runs.end()
+        kept[-1].add({_OWN: own})
+        return own, known
+
+    def _file(self, rows: slice, schedule: Sequence[Action], step: int) -> Path | None:
+        key = {"version": VERSION, "schedule": [action.name for action in schedule], "step": step, "rows": str(rows)}
+        return self.folder / f"swaps-{content_hash(key)}.safetensors" if self.folder else None
 
     def _batches(self) -> list[slice]:
         count = len(self.prompts)
         return [slice(first, min(first + self.batch, count)) for first in range(0, count, self.batch)]
 
-    def _run(self, rows: slice) -> _Run:
-        texts = encode(self.pipeline, self.prompts[rows], self.settings.guidance)
-        here = replace(self.settings, seed=self.settings.seed + rows.start)
-        return _Run(self.pipeline, self.timeline, texts, here)
+    def _texts(self, rows: slice) -> Tensor:
+        return encode(self.pipeline, self.prompts[rows], self.settings.guidance)
+
+    def _seeds(self, rows: slice) -> SamplingSettings:
+        return replace(self.settings, seed=self.settings.seed + rows.start)
 
 
-def _names(actions: Sequence[Action]) -> list[str]:
-    return [action.name for action in actions]
+class _Kept:
+    """Final latents by name, in a file, if there is one; a file that cannot be read is as none."""
 
+    def __init__(self, path: Path | None) -> None:
+        self.path, self.values = path, dict[str, Values]()
+        if path is not None and path.exists():
+            with suppress(SafetensorError):
+                self.values = load_file(path)
 
-def _read(
-    path: Path | None, pairs: Sequence[tuple[int, Action]]
-) -> tuple[Values, dict[tuple[int, Action], Values]] | None:
-    if path is None or not path.exists():
-        return None
-    try:
-        kept = load_file(path)
-        return kept["end"], {(t, option): kept[f"{t}/{option.name}"] for t, option in pairs}
-    except (SafetensorError, KeyError):
-        return None
-
-
-def _write(path: Path | None, found: tuple[Values, Mapping[tuple[int, Action], Values]]) -> None:
-    if path is not None:
-        end, moved = found
-        tensors = {"end": end, **{f"{t}/{option.name}": values for (t, option), values in moved.items()}}
-        with output_file(path, CACHE_HINT) as aside:
-            save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, aside)
+    def add(self, found: Mapping[str, Values]) -> None:
+        """Keep some more."""
+        self.values |= found
+        if self.path is not None and found:
+            with output_file(self.path, CACHE_HINT) as aside:
+                save_file({name: np.ascontiguousarray(values) for name, values in self.values.items()}, aside)

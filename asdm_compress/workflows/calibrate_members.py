@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -43,6 +43,8 @@ from asdm_compress.workflows.calibrate import (
 from asdm_compress.workflows.members_search import MembersSearch, Round
 from asdm_compress.workflows.progress import Progress
 from asdm_compress.workflows.switch import open_members
+
+NEAR: Final = 3  # steps around the predicted number of T-Stitch's small ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +157,10 @@ def calibrate_members(
     )
     with progress.stage("Trying what could be done instead, in the same time"):
         seconds = max(times.run(best), measured * full)
-        ways = [("calibrated", _way(best, times)), *_rivals(seconds, choices, times, pipeline, sampling.steps)]
+        orders = _orders(seconds, choices, times, sampling.steps)
+        timed = measured_shares([way for _, way in orders], pipeline, settings, one_batch) if orders else []
+        ways = [("calibrated", _way(best, times)), *_in_time(orders, timed, max(measured, share), times)]
+        ways += _fewer_steps(seconds, times, pipeline, sampling.steps)
         alone = [(other, (other,) * sampling.steps) for other in others]
         fast = [(other, every) for other, every in alone if keeps_in_time(times.run(every), seconds)]
         ways += [("one student", _way(every, times, f"{other.member} for all steps")) for other, every in fast]
@@ -196,31 +201,46 @@ def _way(actions: Sequence[Action], times: StepTimes, name: str = "calibrated") 
     return Way(name, len(actions), times.run(actions), Schedule(tuple(actions)))
 
 
-def _rivals(
-    budget: float,
-    choices: Sequence[Action],
-    times: StepTimes,
-    pipeline: StableDiffusionPipeline,
-    steps: int,
-) -> list[tuple[str, Way]]:
-    """T-Stitch's order of each student, the other way round, and fewer steps of some samplers, in these seconds."""
+def _orders(budget: float, choices: Sequence[Action], times: StepTimes, steps: int) -> list[tuple[Action, Way]]:
+    """T-Stitch's order with each student, in about these seconds: which of them are in time is measured."""
     teacher, *others = (choice for choice in choices if not choice.skips)
-    found: list[tuple[str, Way]] = []
+    found: list[tuple[Action, Way]] = []
     for other in others:
         order = small_first(other, teacher, steps, times, budget)
-        if order is not None:
-            count = order.count(other)
-            found.append(("T-Stitch's order", _way(order, times, f"{count} steps of {other.member} first")))
-            found.append(("large first", _way(order[::-1], times, f"{count} steps of {other.member} last")))
+        if order is None:
+            continue
+        fewest = order.count(other)
+        for count in range(max(fewest - NEAR, 0), min(fewest + NEAR, steps) + 1):
+            actions = (other,) * count + (teacher,) * (steps - count)
+            found.append((other, _way(actions, times, f"{count} steps of {other.member} first")))
+    return found
+
+
+def _in_time(
+    orders: Sequence[tuple[Action, Way]], shares: Sequence[float], share: float, times: StepTimes
+) -> Iterator[tuple[str, Way]]:
+    """Of every student the order with the fewest steps of it that was measured to be in time, and its reverse."""
+    timed = [(whose, way) for (whose, way), own in zip(orders, shares, strict=True) if keeps_in_time(own, share)]
+    for other in dict.fromkeys(whose for whose, _ in timed):
+        way = next(way for whose, way in timed if whose == other)
+        assert isinstance(way.rule, Schedule)
+        count = way.rule.actions.count(other)
+        yield "T-Stitch's order", way
+        yield "large first", _way(way.rule.actions[::-1], times, f"{count} steps of {other.member} last")
+
+
+def _fewer_steps(
+    budget: float, times: StepTimes, pipeline: StableDiffusionPipeline, steps: int
+) -> list[tuple[str, Way]]:
+    """Fewer steps of some samplers, in these seconds."""
     fewer = min(int((budget * (1 + 1e-9) - times.outside) / times.teacher), steps)
     own = type(pipeline.scheduler).__name__
-    if fewer > 0:
-        seconds = times.full(fewer)
-        found += [
-            ("fewer steps", Way(f"{fewer} steps of {solver or own}", fewer, seconds, None, solver))
-            for solver in (None, *SOLVERS)
-        ]
-    return found
+    seconds = times.full(fewer)
+    return [
+        ("fewer steps", Way(f"{fewer} steps of {solver or own}", fewer, seconds, None, solver))
+        for solver in (None, *SOLVERS)
+        if fewer > 0
+    ]
 
 
 def _reported(
@@ -263,9 +283,15 @@ def _verdict(entrants: Sequence[Entrant], share: float) -> str:
         more, interval = gain(ours.test, nearest.test)
         ratio = nearest.latent_error / ours.latent_error if ours.latent_error else float("inf")
         said.append(
-            f"T-Stitch's order has {ratio:.3g} times the final-latent error in the same time; in pictures the schedule "
+            f"T-Stitch's order has {ratio:.3g} times the final-latent error in {nearest.share:.3f}x of the time, where "
+            f"this takes {ours.share:.3f}x; in pictures the schedule "
             f"is {more:+.2f} dB (± {interval:.2f}) from it."
         )
+    alone = [r for r in rivals if r.role == "one student"]
+    if alone:
+        strongest = max(alone, key=lambda r: r.test.mean())
+        more, interval = gain(ours.test, strongest.test)
+        said.append(f"Against {strongest.way.name}, {strongest.share:.3f}x, it is {more:+.2f} dB (± {interval:.2f}).")
     fewer = [r for r in rivals if r.role == "fewer steps"]
     if fewer:
         strongest = max(fewer, key=lambda r: r.test.mean())

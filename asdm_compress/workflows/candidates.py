@@ -246,9 +246,7 @@ class Search:
         timeline = sampler_timeline(here, steps)
         folder = measurement_folder(here, self.splits.calibration, sampling, 0)
         choices = tuple(self.times.seconds) if choices is None else tuple(choices)
-        # Where nothing but members and skipped steps is chosen from, runs can be forked, which is half the work.
-        whole_runs = not all(choice.is_whole or choice.skips for choice in choices)
-        bench = Bench(here, timeline, self.splits.calibration, sampling, folder, self.settings.batch, whole_runs)
+        bench = Bench(here, timeline, self.splits.calibration, sampling, folder, self.settings.batch)
         truth = self._truth
         around, most, found = (self.teacher,) * steps, None, list[Way]()
         for _ in range(1 + refined):
@@ -268,7 +266,9 @@ class Search:
         solved = solve(swaps, self.times, budget, most)
         return None if solved is None else _way(steps, solver, solved.actions, self.times.run(solved.actions))
 
-    def calibrated(self, steps: int, solver: str | None, budget: float) -> list[tuple[str, Way]]:
+    def calibrated(
+        self, steps: int, solver: str | None, budget: float, role: str = "calibrated"
+    ) -> list[tuple[str, Way]]:
         """The teacher alone with features inherited as `calibrate` finds it, for a loop of at most `budget` seconds.
 
         Its search knows every cut and unit and what errors do later on, where `joint` knows members. Of the schedules
@@ -288,8 +288,8 @@ class Search:
         way = again(budget)
         if way is None:
             return []
-        self._again["calibrated", way.key] = again
-        return [("calibrated", way)]
+        self._again[role, way.key] = again
+        return [(role, way)]
 
     def _calibrated(self, solver: str | None, choosing: Choosing, full: float, budget: float) -> Way | None:
         """The best for a loop of `budget` seconds, of which one that computes everything takes `full`."""
@@ -315,7 +315,7 @@ class Search:
         """The reference's final latents on the calibration prompts."""
         sampling = self.settings.sampling
         timeline = sampler_timeline(self.pipeline, sampling.steps)
-        bench = Bench(self.pipeline, timeline, self.splits.calibration, sampling, None, self.settings.batch, True)
+        bench = Bench(self.pipeline, timeline, self.splits.calibration, sampling, None, self.settings.batch)
         return bench.final_latents((self.teacher,) * sampling.steps)
 
     def shares(self, ways: Sequence[Way]) -> list[float]:

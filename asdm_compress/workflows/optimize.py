@@ -157,7 +157,8 @@ def _students(
     if settings.prompts is not None:
         splits = split_prompts(pipeline, settings)
         seen = tuple(dict.fromkeys((*splits.calibration, *splits.validation)))
-        if len(seen) <= FEWEST_PROMPTS:
+        is_fitted = make.plan.slot != "none" or make.plan.narrow or make.plan.refit != "none"
+        if is_fitted and len(seen) <= FEWEST_PROMPTS:
             raise AsdmError(
                 f"of these prompts students would be fitted on {len(seen) - 1}, which are too few",
                 f"Give a file of {2 * (FEWEST_PROMPTS + 1)} prompts or more, or the students themselves by --members.",
