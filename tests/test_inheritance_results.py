@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 
 import pytest
-from inheritance_macs import _way_called, macs_share
+from inheritance_macs import macs_share
 from inheritance_results import LINES, Kept, actions_called, picture, shown_row, summary
 
 from asdm_compress.inheritance.actions import FULL, conditional_only, cut, elementary_actions, inherit
 from asdm_compress.inheritance.forecast import LINEAR, Forecast
+from asdm_compress.inheritance.modes import parse_mode
 from asdm_compress.sampling.settings import SamplingSettings
+from asdm_compress.scheduling.ways import Way
 
 
 def row(role, share, psnr, budget=0.4, **more):
@@ -52,38 +54,37 @@ def test_a_cell_is_summed_up_against_the_strongest_of_each_kind():
 
 
 def test_runs_for_different_samplers_add_to_one_file_and_other_settings_begin_anew(tmp_path):
-    settings = argparse.Namespace(quick=False, prompts=8, test_prompts=4, guidance=5.0, repeats=2)
-    path = tmp_path / "inheritance.json"
-    one, two = Kept(path, settings, False), Kept(path, settings, False)
-    one.add(("ddim", 20, 0.4), ROWS[:6], 1.0, 0.0)
-    two.add(("ddim", 20, 0.3), ROWS[6:], 2.0, 0.5)
-    again = Kept(path, settings, False)
+    settings = argparse.Namespace(quick=False, fresh=False, prompts=8, test_prompts=4, guidance=5.0, repeats=2)
+
+    def kept(**changes):
+        return Kept.of(argparse.Namespace(**{**vars(settings), **changes}), "About.", tmp_path)
+
+    one, two = kept(), kept()
+    one.add_cell(("ddim", 20, 0.4), ROWS[:6], 1.0, 0.0)
+    two.add_cell(("ddim", 20, 0.3), ROWS[6:], 2.0, 0.5)
+    again = kept()
     assert again.has(("ddim", 20, 0.4)) and again.has(("ddim", 20, 0.3))
-    assert again.content["rows"] == ROWS
-    assert len(again.content["summary"]) == 2
-    other = argparse.Namespace(**{**vars(settings), "repeats": 3})
-    assert not Kept(path, other, False).has(("ddim", 20, 0.4))
-    quick = argparse.Namespace(**{**vars(settings), "quick": True})
-    assert not Kept(path, quick, True).has(("ddim", 20, 0.4))
-    assert path.exists()
-    assert not Kept(path, settings, True).has(("ddim", 20, 0.4))
-    assert not path.exists()
+    assert again.rows == ROWS
+    assert len(again.facts["summary"]) == 2
+    assert not kept(quick=True, fresh=True).has(("ddim", 20, 0.4))
+    assert again.path.exists()
+    assert not kept(repeats=3).has(("ddim", 20, 0.4))
+    assert not again.path.exists()
+    one.write()
+    assert not kept(fresh=True).has(("ddim", 20, 0.4))
 
 
-def test_macs_of_what_a_name_tells(pipeline):
+def test_macs_of_a_run_beside_the_full_one(pipeline):
     settings = SamplingSettings(20, 4.0)
 
-    def share(name):
-        way = _way_called(name, 20, pipeline.unet)
-        return None if way is None else macs_share(pipeline, way, settings)
+    def share(rule):
+        return macs_share(pipeline, Way(rule, 20, 0.0, parse_mode(rule)), settings)
 
     light = (20 * share("uniform:20,branch=0,forecast=hold") - 1) / 19  # one full step, 19 light ones
     assert 0.05 < light < 0.1
     assert share("uniform:3,branch=0,forecast=hold") == pytest.approx((7 + 13 * light) / 20)
     assert share("uniform:1,guidance=2") == pytest.approx(0.75, abs=0.01)
-    assert share("10 steps of dpm++") == 0.5
-    assert 0.5 < share("T-GATE, gate 8") < 0.8 and share("Faster Diffusion, every 2") < 1
-    assert share("Block Caching, δ 0.22") is None
+    assert macs_share(pipeline, Way("10 steps of dpm++", 10, 0.0, None, "dpm++"), settings) == 0.5
 
 
 def test_actions_are_told_by_their_names(unet):

@@ -8,6 +8,7 @@ import sys
 
 import measuring
 import pytest
+import torch
 
 
 def test_rows_and_figures_are_written_with_the_machine(tmp_path):
@@ -29,6 +30,31 @@ def test_a_bench_that_fails_leaves_no_results(tmp_path):
     with pytest.raises(ValueError), measuring.measured("slots", None, folder=tmp_path, alone=False):
         raise ValueError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bench_of_hours_goes_on_where_it_was_and_puts_others_aside(tmp_path):
+    def begun(fresh=False, **setting):
+        bench = measuring.Resumable("long", "About.", torch.device("cpu"), tmp_path, setting=setting)
+        return bench.begin(fresh)
+
+    first = begun(steps=25)
+    first.facts["more"] = {"a": [1]}
+    first.add({"budget": 0.5, "rival": "x"})
+    found = json.loads((tmp_path / "long.json").read_text())
+    assert (found["bench"], found["steps"], found["rows"]) == ("long", 25, [{"budget": 0.5, "rival": "x"}])
+    again = begun(steps=25)
+    assert (again.rows, again.facts) == (first.rows, first.facts)
+    first.add({"budget": 0.4, "rival": "y"})  # by another process
+    assert again.reload()
+    assert len(again.rows) == 2
+    assert begun(steps=20).rows == []
+    assert json.loads((tmp_path / "long.old.json").read_text())["rows"] == first.rows
+    assert not (tmp_path / "long.json").exists()
+    begun(steps=20).add({"budget": 0.3})
+    assert begun(True, steps=20).rows == []
+    silent = measuring.Resumable("long", "About.", torch.device("cpu"), tmp_path, writes=False).begin()
+    silent.add({"budget": 0.1})
+    assert not (tmp_path / "long.json").exists()
 
 
 def test_nothing_is_measured_beside_other_work(monkeypatch):

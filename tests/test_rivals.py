@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 
-import bench_rivals
 import pytest
 import rival_packages
 import torch
@@ -56,14 +55,3 @@ def test_what_the_caches_of_diffusers_do_here_is_tried(pipeline, sampling):
     assert found["FirstBlockCache"]["error"]
     assert found["MagCache"]["hooks"] == 0
     json.dumps(list(found.values()))
-
-
-def test_results_of_other_settings_are_begun_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_rivals, "RESULTS", tmp_path)
-    bench = bench_rivals.Bench("rivals", "About.", torch.device("cpu"), tmp_path)
-    path = tmp_path / "rivals.json"
-    kept = bench_rivals.Kept(path, bench, {"steps": 25}, False, True)
-    kept.add({"budget": 0.5, "rival": "x"})
-    assert bench_rivals.Kept(path, bench, {"steps": 25}, False, True).content["rows"] == kept.content["rows"]
-    assert bench_rivals.Kept(path, bench, {"steps": 20}, False, True).content["rows"] == []
-    assert bench_rivals.Kept(path, bench, {"steps": 25}, True, True).content["rows"] == []

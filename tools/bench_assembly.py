@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ import matplotlib
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from measuring import check_alone
+from measuring import RESULTS, Resumable, check_alone
 from mini_sd.weights import bundled_weights
 from rival_plans import (
     BK_PATTERNS,
@@ -49,7 +48,6 @@ from asdm_compress.assembly.plan_fit import fit_plan
 from asdm_compress.assembly.surgery import assemble
 from asdm_compress.assembly.verify import Search, search_verified
 from asdm_compress.core.errors import AsdmError
-from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.core.units import Limit
 from asdm_compress.evaluation.distances import frechet_distance
 from asdm_compress.evaluation.fidelity import to_tensor
@@ -64,14 +62,12 @@ from asdm_compress.workflows.assemble import with_unet
 from asdm_compress.workflows.plan import Measured, PlanSettings, measure
 from asdm_compress.workflows.progress import Silent
 
-RESULTS = Path(__file__).parent / "results"
 BUDGETS = (0.7, 0.9, 0.8, 0.6, 0.5)
 HELD_OUT_SEED, IMAGE_SEED = 4_242, 70_000
 RANDOM_PLANS = 100
 LAST_PLANS = 10  # of which are measured on everything
 SHOWN = 0.7  # at this budget the search is also made without anything that is fitted
 EXTRAS = ("cuts", "patterns")  # that search; BK-SDM's removals, as they are and fitted
-FILE = RESULTS / "assembly.json"
 OWN = ("bench_assembly", "rival_plans")
 
 
@@ -104,7 +100,8 @@ class Bench:
     """The rows so far, and what they are measured with."""
 
     def __init__(self, prompts: int, guidance: float) -> None:
-        self.prompts, self.guidance = prompts, guidance
+        setting = {"prompts": prompts, "guidance": guidance, "mini_sd": bundled_weights()}
+        self.results = Resumable("assembly", __doc__ or "", torch.device("cpu"), setting=setting).begin()
         pipeline = load_pipeline("mini-sd", LoadOptions())
         pipeline.set_progress_bar_config(disable=True)
         self.teacher = pipeline.unet
@@ -116,7 +113,6 @@ class Bench:
         self.damages = {name: damage.total for name, damage in self.found.plain_damages.items()}
         self.code = code_hash()
         self.measuring = self.found.calibration.parts()[1]
-        self.rows: list[dict[str, Any]] = []
 
     @cached_property
     def pruned(self) -> dict[float, float]:
@@ -134,8 +130,14 @@ class Bench:
             "budget": budget, "maker": maker, "latency_ratio": round(ratio, 4), **self.judge(student), **more,
             "code": self.code,
         }  # fmt: skip
-        self.rows.append({**row, "edits": dict(chosen.edits)})
-        print(json.dumps(row), flush=True)
+        self.put({**row, "edits": dict(chosen.edits)})
+
+    def put(self, row: Mapping[str, Any]) -> None:
+        """A row in the place of an older one of the same maker and budget."""
+        what = (row["budget"], row["maker"])
+        self.results.rows = [old for old in self.results.rows if (old["budget"], old["maker"]) != what]
+        self.results.add(row)
+        _draw(self.results.rows)
 
     def search(self, budget: float, maker: str, options: Sequence[Option]) -> None:
         """Our own plan."""
@@ -156,7 +158,7 @@ class Bench:
                 )
             )
         except AsdmError as error:
-            self.rows.append({"budget": budget, "maker": maker, "infeasible": True, "why": str(error)})
+            self.put({"budget": budget, "maker": maker, "infeasible": True, "why": str(error)})
             return
         self.keep(
             budget, maker, ours.solution.plan, ours.student,
@@ -180,7 +182,7 @@ class Bench:
         for name, maker in makers.items():
             made = within_measured(maker, budget, self.ratio_of, self.teacher)
             if made is None:
-                self.rows.append({"budget": budget, "maker": name, "infeasible": True})
+                self.put({"budget": budget, "maker": name, "infeasible": True})
             else:
                 self.keep(budget, name, made[0], assemble(self.teacher, made[0]), ratio=made[1])
             if made is not None and name == "drop-only knapsack":
@@ -195,7 +197,7 @@ class Bench:
             self.keep(budget, maker, Plan({}), student, ratio=self.pruned[share], pruned_share=share)
         else:
             parameters = sum(p.numel() for p in student.parameters())
-            self.rows.append(
+            self.put(
                 {"budget": budget, "maker": maker, "infeasible": True, "fastest": self.pruned[share],
                  "pruned_share": share, "parameters": parameters}
             )  # fmt: skip
@@ -210,20 +212,17 @@ def main() -> None:
     parser.add_argument("--extras", nargs="*", choices=EXTRAS, default=EXTRAS)
     arguments = parser.parse_args()
     check_alone()
-    _rows_before(_content(arguments.prompts, arguments.guidance))
     bench = Bench(arguments.prompts, arguments.guidance)
     bench.keep(1.0, "teacher", Plan({}), bench.teacher, ratio=1.0)
     for budget in arguments.budgets:
         bench.search(budget, "ours", bench.found.options)
         bench.rivals(budget)
-        _write(bench)
     if "cuts" in arguments.extras:
         bench.search(SHOWN, "ours, only taking out", without_weights(bench.found.options))
     if "patterns" in arguments.extras:
         for name, pattern in BK_PATTERNS.items():
             bench.keep(None, name, pattern, assemble(bench.teacher, pattern))
         _fitted_patterns(bench)
-    _write(bench)
 
 
 def _best_random(teacher: Any, found: Measured, share: float, calibration: Calibration) -> Plan | None:
@@ -246,22 +245,6 @@ def _fitted_patterns(bench: Bench) -> None:
         bench.keep(None, maker, pattern, assemble(bench.teacher, pattern, weights))
 
 
-def _content(prompts: int, guidance: float) -> dict[str, Any]:
-    """What rows of one file have in common."""
-    where = {"mini_sd": bundled_weights(), "device": processor_name(), "versions": versions()}
-    return {"prompts": prompts, "guidance": guidance, **where}
-
-
-def _rows_before(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows that are there; ends the bench where they are of another setting."""
-    if not FILE.exists():
-        return []
-    before: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
-    if any(before.get(name) != value for name, value in content.items()):
-        raise SystemExit(f"{FILE} is of other prompts, weights or versions, or another machine: take it away first")
-    return list(before["rows"])
-
-
 def code_hash() -> str:
     """Of the search and of the plans that it is compared with."""
     folder = Path(asdm_compress.__file__).parent / "assembly"
@@ -271,12 +254,7 @@ def code_hash() -> str:
     return digest.hexdigest()[:12]
 
 
-def _write(bench: Bench) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    content = _content(bench.prompts, bench.guidance)
-    new = {(row["budget"], row["maker"]) for row in bench.rows}
-    rows = [row for row in _rows_before(content) if (row["budget"], row["maker"]) not in new] + bench.rows
-    FILE.write_text(json.dumps({**content, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+def _draw(rows: Sequence[Mapping[str, Any]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -33,12 +33,11 @@ import yaml
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from distill_arms import BUDGETS, Arm, Arms, mini_training
-from measuring import LoadMeter, check_alone
+from measuring import RESULTS, LoadMeter, Resumable, check_alone
 from mini_sd.weights import bundled_weights
 
 from asdm_compress.core.distillation import Distillation, changed
 from asdm_compress.core.files import cache_folder
-from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.distillation.batches import Batches
 from asdm_compress.distillation.cache import LatentCache, cached
 from asdm_compress.distillation.encoding import Encoder
@@ -59,7 +58,6 @@ from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.scenes.captions import sample_captions
 from asdm_compress.workflows.assemble import with_unet
 
-RESULTS = Path(__file__).parent / "results"
 SAMPLING = SamplingSettings(25, 5.0, seed=70_000)
 HELD_OUT_SEED = 4_242
 PROBE_PROMPTS = 16
@@ -183,10 +181,11 @@ def main() -> None:
     settings = {
         "training": training.model_dump(mode="json", exclude_none=True),
         **{name: getattr(arguments, name) for name in ("prompts", "points", "rivals_rate")},
-        "device": processor_name(), "threads": torch.get_num_threads(), "versions": versions(),
         "mini_sd": bundled_weights(),
-    }  # fmt: skip
-    result = _begun(arguments.out, settings)
+    }
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results = Resumable("distill", __doc__ or "", device, arguments.out, setting=settings).begin()
+    result = results.facts = {"recovery": {}, "parts": {}, **results.facts}
     bench = Bench(arguments, training)
     for section, budget, arm in _wanted(bench, arguments):
         rows = result[section].setdefault(f"{budget}x", [])
@@ -195,7 +194,7 @@ def main() -> None:
         points = arguments.points if section == "recovery" else 1  # what a part is worth shows in the end
         rows.append({"name": arm.name, **bench.run(arm, points)})
         print(json.dumps({"budget": budget, "name": arm.name, **kept(rows[-1])}), flush=True)
-        _write(result, arguments.out)
+        _write(results)
     if arguments.overhead_steps and "overhead" not in result:
         meter = LoadMeter()
         found = bench.overhead(arguments.overhead_steps)
@@ -208,7 +207,7 @@ def main() -> None:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         result["full_size"] = {**json.loads(done.stdout), "other_load_cores": round(meter.others(), 2)}
         print(json.dumps({"full_size": result["full_size"]["rows"]}), flush=True)
-    _write(result, arguments.out)
+    _write(results)
     print(json.dumps(result["verdicts"], indent=1))
 
 
@@ -227,7 +226,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rivals-rate", type=float, help="their learning rate, if not by the rule that ours is")
     parser.add_argument("--full-size", action="store_true", help="also a step of full-size Stable Diffusion 1.5")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="as losses.task=1")
-    parser.add_argument("--out", type=Path, default=RESULTS / "distill.json")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of distill.json")
     parser.add_argument(
         "--work", type=Path, default=cache_folder() / "bench-distill", help="where fitted students stay"
     )
@@ -236,8 +235,8 @@ def _arguments() -> argparse.Namespace:
     if arguments.quick:
         arguments.steps, arguments.batch, arguments.items, arguments.overhead_steps = 8, 4, 64, 3
         arguments.prompts, arguments.points = 8, 2
-        if arguments.out == RESULTS / "distill.json":
-            arguments.out = Path(tempfile.mkdtemp()) / "distill.json"
+        if arguments.out == RESULTS:
+            arguments.out = Path(tempfile.mkdtemp())
     return arguments
 
 
@@ -255,25 +254,13 @@ def _wanted(bench: Bench, arguments: argparse.Namespace) -> Iterator[tuple[str, 
                 yield "parts", budget, arm
 
 
-def _begun(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The results so far, if they are of these settings; others are put aside, under a name with `.old`."""
-    if out.is_file():
-        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-        if {name: found.get(name) for name in settings} == json.loads(json.dumps(settings)):
-            return found
-        out.replace(out.with_suffix(".old.json"))
-    return {**settings, "recovery": {}, "parts": {}}
-
-
-def _write(result: dict[str, Any], out: Path) -> None:
+def _write(results: Resumable) -> None:
+    result = results.facts
     for row in (row for section in ("recovery", "parts") for rows in result[section].values() for row in rows):
         row["kept"] = kept(row)["step"]
     result["verdicts"] = {budget: verdict(rows) for budget, rows in result["recovery"].items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_suffix(".tmp")
-    aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    aside.replace(out)
-    draw(result, out.with_suffix(".svg"))
+    results.write()
+    draw(result, results.path.with_suffix(".svg"))
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

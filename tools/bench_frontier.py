@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from frontier_plots import write_plots
 from inheritance_macs import planned_macs
-from measuring import check_alone, fingerprint
+from measuring import RESULTS, Resumable, check_alone
 from mini_sd.weights import bundled_weights
 
 from asdm_compress.assembly.store import weights_hash
@@ -60,7 +60,6 @@ from asdm_compress.workflows.candidates import LONGER, TIGHTER, Search, tried_st
 from asdm_compress.workflows.progress import Silent
 from asdm_compress.workflows.switch import open_members
 
-RESULTS = Path(__file__).parent / "results"
 TEST_SEED, IMAGE_SEED = 5_151, 90_000
 FULL_STEPS = (50, 25, 20, 15, 10, 8)
 OURS = ("ddim", "dpm++")  # samplers of what takes long to measure
@@ -153,52 +152,35 @@ def parts(
 class Report:
     """Scores ways on test captions, and keeps what is known."""
 
-    def __init__(self, search: Search, arguments: argparse.Namespace, path: Path | None) -> None:
-        self.search, self.arguments, self.path = search, arguments, path
+    def __init__(self, search: Search, arguments: argparse.Namespace) -> None:
+        self.search, self.arguments = search, arguments
         scenes, self.captions = held_out(arguments.test_prompts)
         seeds = replace(search.settings.sampling, seed=IMAGE_SEED)
         self.judge = Judge(search.pipeline, [c.text for c in self.captions], seeds)
         self.rendered, self.reader = scene_features(draw_scenes(scenes)), load_reader()
-        images = to_tensor(self.judge.pictures)
-        self.content: dict[str, Any] = {
-            "machine": fingerprint(),
-            "reference": {
-                "scheduler": search.sampler, "steps": arguments.steps, "guidance": arguments.guidance,
-                "seconds": search.whole, "outside_the_unet_loop": search.outside, **self._quality(images),
-            },
+        quality = self._quality(to_tensor(self.judge.pictures))
+        setting = {
+            "sampling": {"steps": arguments.steps, "guidance": arguments.guidance},
             "prompts": {name: len(getattr(search.splits, name)) for name in ("calibration", "validation")},
             "test_prompts": len(self.captions),
             "tried": {name: list(getattr(arguments, name)) for name in ("solvers", "longer")},
             "mini_sd": bundled_weights(),
-            "weights": weights_hash(search.unet),
+            "weights": weights_hash(search.unet),  # of all members
+        }
+        device = search.pipeline.device
+        self.bench = Resumable("frontier", __doc__ or "", device, setting=setting, writes=not arguments.quick).begin()
+        self.bench.facts |= {
+            "reference": {
+                "scheduler": search.sampler, "steps": arguments.steps, "guidance": arguments.guidance,
+                "seconds": search.whole, "outside_the_unet_loop": search.outside, **quality,
+            },
             "members": {a.name: s / search.times.teacher for a, s in search.times.seconds.items()},
-            "rows": [],
         }  # fmt: skip
-        if path is not None and path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            if self._setting(before) != self._setting(self.content):
-                raise SystemExit(f"{path} is of another machine, members or settings; move it away to begin anew")
-            self.content["rows"] = before["rows"]
-
-    @staticmethod
-    def _setting(content: dict[str, Any]) -> list[Any]:
-        """What rows of one file have in common."""
-        reference = content["reference"]
-        return [
-            reference["steps"],
-            reference["guidance"],
-            content["prompts"],
-            content["test_prompts"],
-            content["tried"],
-            *content["members"],
-            content["weights"],
-            content["machine"],
-        ]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """What is scored."""
-        return self.content["rows"]  # type: ignore[no-any-return]
+        return self.bench.rows
 
     def has(self, role: str, budget: float) -> bool:
         """Whether the best of a role within a budget is known."""
@@ -214,7 +196,7 @@ class Report:
         psnr, _ = compare_pairs(pictures, self.judge.pictures)
         loop, whole = self._times(way)
         predicted = (way.seconds + self.search.outside) / self.search.whole if way.seconds else None
-        self.rows.append(
+        self.bench.add(
             {
                 "role": role, "way": way.name, "key": way.key, "budget": budget, "loop_share": loop,
                 "image_share": whole, "predicted_share": predicted, "psnr": float(np.mean(psnr)), "psnr_each": psnr,
@@ -222,8 +204,8 @@ class Report:
                 **self._quality(to_tensor(pictures)),
             }
         )  # fmt: skip
-        print(f"{role}: {way.name}, {whole:.3f}x, {self.rows[-1]['psnr']:.1f} dB", flush=True)
-        self.write()
+        if self.bench.writes:
+            write_plots(self.bench.content(), RESULTS)
 
     def _quality(self, images: Any) -> dict[str, Any]:
         """Captions that are wholly right, and the Fréchet distance to the rendered scenes of the same captions."""
@@ -242,12 +224,6 @@ class Report:
         )
         whole = [[s + search.outside for s in some] for some in (own, full)]
         return median_ratio(own, full), median_ratio(*whole)
-
-    def write(self) -> None:
-        """Everything so far, and the plots."""
-        if self.path is not None:
-            self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-            write_plots(self.content, RESULTS)
 
 
 def made_together(folder: Path) -> dict[str, Any] | None:
@@ -344,8 +320,8 @@ def main() -> None:
         None, prompts, 2 * prompts, prompts, repeats=arguments.repeats,
     )  # fmt: skip
     search = Search(pipeline, members, settings, Silent())
-    report = Report(search, arguments, None if arguments.quick else RESULTS / "frontier.json")
-    report.content["students"] = together
+    report = Report(search, arguments)
+    report.bench.facts["students"] = together
     if "full model" in arguments.roles:
         for role, way in full_model(search, sorted(set(arguments.full_steps), reverse=True)):
             report.add(role, way, None)

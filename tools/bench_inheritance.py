@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 from inheritance_full_size import full_size, on_paper
-from inheritance_macs import add_shares, macs_share, planned_macs
-from inheritance_results import RESULTS, SLACK, Kept, Rows, shown_row
-from measuring import LoadMeter, check_alone
+from inheritance_macs import macs_share, planned_macs
+from inheritance_results import SLACK, Kept, Rows, shown_row
+from measuring import RESULTS, LoadMeter, check_alone
 from PIL.Image import Image
 from rival_schedules import block_caching_ways, encoder_schedules, gates, power_caches, relative_changes
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -317,7 +317,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-ablations", action="store_true", help="ours alone, with all ingredients")
     parser.add_argument("--full-size", action="store_true", help="predicted and measured time at the size of SD 1.5")
-    parser.add_argument("--macs", action="store_true", help="count the MACs of rows that lack them; times nothing")
     parser.add_argument("--fresh", action="store_true", help="begin anew, whatever is there")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -332,14 +331,11 @@ def main() -> None:
     arguments = _arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    kept = Kept(RESULTS / "inheritance.json", arguments, arguments.fresh)
-    if arguments.macs:
-        add_shares(kept)
-        return
     check_alone()
     if arguments.full_size:
         add_full_size(arguments.repeats)
         return
+    kept = Kept.of(arguments, __doc__ or "")
     middle = sorted(arguments.budgets)[len(arguments.budgets) // 2]
     grids: dict[tuple[Any, ...], Image] = {}
     for steps in arguments.steps:
@@ -359,13 +355,13 @@ def main() -> None:
                 else:
                     bench.budget(float(cell[2]))
                     grids[cell] = bench.grid()
-                kept.add(cell, bench.rows, time.perf_counter() - began, meter.others())
-                shown = shown_row(kept.content["rows"])
+                kept.add_cell(cell, bench.rows, time.perf_counter() - began, meter.others())
+                shown = shown_row(kept.rows)
                 where = (shown["sampler"], shown["steps"], shown["budget"]) if shown else None
                 if kept.writes and where in grids:
                     grids[where].save(RESULTS / "inheritance_grid.png")
                 bench.rows, began, meter = [], time.perf_counter(), LoadMeter()
-    for row in kept.content.get("summary", []):
+    for row in kept.facts.get("summary", []):
         print(json.dumps(row), flush=True)
 
 

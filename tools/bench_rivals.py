@@ -14,14 +14,12 @@ step is written to tools/results/rivals.json, and a run that was cut off goes on
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import RESULTS, Bench, Turns, check_alone, in_turns, plain
+from measuring import Resumable, Turns, check_alone, in_turns, plain
 from mini_sd.weights import bundled_weights
 from PIL.Image import Image
 from rival_packages import PACKAGES, Setting, every_setting, package_versions, refusals
@@ -51,42 +49,11 @@ ROUGHLY = 0.35  # that times taken in the grid may be off by
 TOGETHER = 10  # settings that are timed in turns with one full run
 
 
-class Kept:
-    """The results so far, on disk after every step; those of other settings or of another machine are begun anew."""
-
-    def __init__(self, path: Path, bench: Bench, setup: Mapping[str, Any], fresh: bool, writes: bool) -> None:
-        self.path, self.bench, self.writes = path, bench, writes
-        self.content: dict[str, Any] = bench.content() | {
-            "packages": package_versions(), "mini_sd": bundled_weights(), "setup": dict(setup), "refusals": [],
-            "grid": {}, "rows": [],
-        }  # fmt: skip
-        if writes and path.exists() and not fresh:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            same = ("format", "machine", "packages", "mini_sd", "setup")
-            if all(before.get(name) == self.content[name] for name in same):
-                self.content = before | {"command": self.content["command"]}
-            else:
-                print("the results there are of other settings, weights or another machine: beginning anew", flush=True)
-
-    def write(self) -> None:
-        """To disk, unless nothing is to be written."""
-        self.content["other_load_cores"] = round(self.bench.meter.others(), 3)
-        if self.writes:
-            RESULTS.mkdir(exist_ok=True)
-            self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        """A row of the results."""
-        self.content["rows"].append({name: plain(value) for name, value in row.items()})
-        print(json.dumps(self.content["rows"][-1]), flush=True)
-        self.write()
-
-
 class Contest:
     """One sampler and number of steps: the prompts, the full run's pictures, and every setting."""
 
-    def __init__(self, arguments: argparse.Namespace, kept: Kept) -> None:
-        self.arguments, self.kept = arguments, kept
+    def __init__(self, arguments: argparse.Namespace, bench: Resumable) -> None:
+        self.arguments, self.bench = arguments, bench
         self.pipeline = load_pipeline("mini-sd", LoadOptions())
         self.pipeline.set_progress_bar_config(disable=True)
         if arguments.scheduler:
@@ -117,7 +84,7 @@ class Contest:
     @property
     def grid(self) -> dict[str, dict[str, Any]]:
         """What is known of every setting."""
-        found: dict[str, dict[str, Any]] = self.kept.content["grid"]
+        found: dict[str, dict[str, Any]] = self.bench.facts["grid"]
         return found
 
     def timed(self, loops: Mapping[str, Loop], repeats: int) -> Turns:
@@ -126,9 +93,9 @@ class Contest:
 
     def try_caches(self) -> None:
         """What diffusers' own caches do here."""
-        if not self.kept.content["refusals"]:
-            self.kept.content["refusals"] = refusals(self.pipeline, self.one, replace(self.sampling, steps=8))
-            self.kept.write()
+        if not self.bench.facts["refusals"]:
+            self.bench.facts["refusals"] = refusals(self.pipeline, self.one, replace(self.sampling, steps=8))
+            self.bench.write()
 
     def time_all(self) -> None:
         """The time of every setting over the full run's; of settings that fail the error."""
@@ -149,7 +116,7 @@ class Contest:
             for key in loops:
                 self.grid[key] = {**self.grid.get(key, {}), "share": plain(turns.ratio(key, "full").value)}
                 print(key, self.grid[key], flush=True)
-            self.kept.write()
+            self.bench.write()
 
     def pictures(self, judge: Judge, setting: Setting) -> list[Image]:
         """A setting's pictures of a judge's prompts and seeds."""
@@ -169,7 +136,7 @@ class Contest:
                 share = self.timed(loops, self.arguments.final_repeats).ratio(key, "full")
                 self.grid[key] |= {"share": plain(share.value), "timed_again": True}
                 print(key, self.grid[key], flush=True)
-                self.kept.write()
+                self.bench.write()
 
     def best(self, rival: str, budget: float) -> tuple[list[str], str | None]:
         """The settings of a rival within a time, and of those that use most of it the best on validation prompts."""
@@ -188,7 +155,7 @@ class Contest:
                 psnr, _ = compare_pairs(pictures, self.validation.pictures)
                 self.grid[key]["psnr"] = plain(sum(psnr) / len(psnr))
                 print(key, self.grid[key], flush=True)
-                self.kept.write()
+                self.bench.write()
         return within, max(near, key=lambda key: self.grid[key]["psnr"], default=None)
 
     def schedule(self, budget: float) -> Schedule:
@@ -211,7 +178,7 @@ class Contest:
             row = {"budget": budget, "rival": rival, "package": PACKAGES.get(rival), "tried": len(tried), "within": 0}
             if fastest is not None:
                 row |= {"fastest": self.settings[fastest].name, "fastest_share": self.grid[fastest]["share"]}
-            self.kept.add(row)
+            self.bench.add(row)
         way = Way(OURS, self.sampling.steps, 0.0, self.schedule(budget))
         loops = {name: setting.loop(self.pipeline, self.one, self.sampling) for name, setting in chosen.items()}
         loops |= {"full": Loop(self.pipeline, self.one, self.sampling)}
@@ -234,13 +201,13 @@ class Contest:
             else:
                 row |= {"validation_psnr": self.grid[chosen[name].key]["psnr"]}
                 row |= {"ours_over": intervals.mean_difference(psnr, our_psnr)}
-            self.kept.add(row)
+            self.bench.add(row)
 
     def full_run(self) -> None:
         """The row of the run that computes everything."""
         turns = self.timed({"full": Loop(self.pipeline, self.one, self.sampling)}, self.arguments.final_repeats)
         right = load_reader().accuracy(to_tensor(self.test.pictures), self.captions)
-        self.kept.add(
+        self.bench.add(
             {"budget": None, "rival": "full run", "seconds": turns.median("full"), "right": intervals.share(right)}
         )
 
@@ -283,20 +250,22 @@ def main() -> None:
         "test_prompts",
     )
     setup = {name: getattr(arguments, name) for name in names}
-    bench = Bench("rivals", ABOUT, torch.device("cpu"))
-    kept = Kept(RESULTS / "rivals.json", bench, setup, arguments.fresh, not arguments.quick)
-    contest = Contest(arguments, kept)
+    setting = {"packages": package_versions(), "mini_sd": bundled_weights(), "setup": setup}
+    bench = Resumable("rivals", ABOUT, torch.device("cpu"), setting=setting, writes=not arguments.quick)
+    bench.begin(arguments.fresh)
+    bench.facts = {"refusals": [], "grid": {}, **bench.facts}
+    contest = Contest(arguments, bench)
     contest.try_caches()
     contest.time_all()
-    done = {row["budget"] for row in kept.content["rows"] if row["rival"] == OURS} | {
-        None for row in kept.content["rows"] if row["rival"] == "full run"
+    done = {row["budget"] for row in bench.rows if row["rival"] == OURS} | {
+        None for row in bench.rows if row["rival"] == "full run"
     }
     if None not in done:
         contest.full_run()
     for budget in arguments.budgets:
         if budget not in done:
             # What a cut-off run has left of this budget is measured again.
-            kept.content["rows"] = [row for row in kept.content["rows"] if row["budget"] != budget]
+            bench.rows = [row for row in bench.rows if row["budget"] != budget]
             contest.budget(budget)
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
-from measuring import fingerprint
+from measuring import RESULTS, Resumable
 from mini_sd.weights import bundled_weights
 
 from asdm_compress.inheritance.actions import FULL, Action, Inherit
@@ -23,7 +23,6 @@ from asdm_compress.models.source import LoadOptions
 from asdm_compress.reporting.calibration import steps_svg
 from asdm_compress.reporting.plots import as_svg
 
-RESULTS: Final = Path(__file__).parent / "results"
 SLACK: Final = 1.02  # by which a time may be over the budget
 CACHES: Final = ("DeepCache", "DeepCache, not uniform", "Faster Diffusion", "T-GATE", "Block Caching")
 LINES: Final = {
@@ -139,59 +138,40 @@ def shown_row(rows: Rows) -> dict[str, Any] | None:
     return of_first[len(of_first) // 2] if of_first else None
 
 
-class Kept:
-    """The results so far, on disk after every cell; those of other settings are begun anew."""
+@dataclass(slots=True)
+class Kept(Resumable):
+    """The results so far, on disk after every cell; runs for different samplers add to one file."""
 
-    def __init__(self, path: Path, arguments: argparse.Namespace, fresh: bool) -> None:
-        self.path, self.writes = path, not arguments.quick
-        fresh = fresh and self.writes
+    @staticmethod
+    def of(arguments: argparse.Namespace, about: str, folder: Path = RESULTS) -> Kept:
+        """For what is asked for."""
         names = ("prompts", "test_prompts", "guidance", "repeats")
-        self.content: dict[str, Any] = {
-            "machine": fingerprint(),
-            "mini_sd": bundled_weights(),
-            "settings": {name: getattr(arguments, name) for name in names},
-            "cells": [],
-            "rows": [],
-        }
-        if fresh:
-            path.unlink(missing_ok=True)
-        if not self._read():
-            print("the results there are of other settings: beginning anew", flush=True)
-
-    def _read(self) -> bool:
-        """Take over what is on disk, which another run for other samplers may have added to; False if it is no use."""
-        if not self.writes or not self.path.exists():
-            return True
-        before = json.loads(self.path.read_text(encoding="utf-8"))
-        if any(before.get(key) != self.content[key] for key in ("machine", "mini_sd", "settings")):
-            return False
-        self.content = before
-        return True
+        setting = {"mini_sd": bundled_weights(), "settings": {name: getattr(arguments, name) for name in names}}
+        device = torch.device("cpu")
+        kept = Kept("inheritance", about, device, folder, setting=setting, writes=not arguments.quick)
+        kept.begin(arguments.fresh)
+        return kept
 
     def has(self, cell: Sequence[Any]) -> bool:
         """Whether a cell is done."""
-        return list(cell) in self.content["cells"]
+        return list(cell) in self.facts.get("cells", [])
 
-    def add(self, cell: Sequence[Any], rows: Rows, seconds: float, load: float) -> None:
+    def add_cell(self, cell: Sequence[Any], rows: Rows, seconds: float, load: float) -> None:
         """Write a cell that is done; `load` is how many cores other processes used meanwhile."""
-        self._read()
-        self.content["cells"].append(list(cell))
-        self.content["rows"] += rows
+        self.reload()
+        self.facts.setdefault("cells", []).append(list(cell))
+        self.rows += rows
         name = " ".join(map(str, cell))
-        self.content.setdefault("seconds", {})[name] = round(seconds, 1)
-        self.content.setdefault("other_load_cores", {})[name] = round(load, 2)
-        self.content["summary"] = summary(self.content["rows"])
+        self.facts.setdefault("seconds", {})[name] = round(seconds, 1)
+        self.facts.setdefault("load_by_cell", {})[name] = round(load, 2)
+        self.facts["summary"] = summary(self.rows)
         self.write()
 
     def write(self) -> None:
-        """To disk, unless nothing is to be written."""
-        if self.writes:
-            self.path.parent.mkdir(exist_ok=True)
-            self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-            shown = shown_row(self.content["rows"])
-            if shown is not None:
-                self.path.with_suffix(".svg").write_text(picture(self.content["rows"]), encoding="utf-8")
-                drawn = steps_svg(
-                    load_pipeline("mini-sd", LoadOptions()).unet, actions_called(shown["steps_of_it"]), ()
-                )
-                self.path.with_name(f"{self.path.stem}_steps.svg").write_text(drawn, encoding="utf-8")
+        """To disk, with the pictures, unless nothing is to be written."""
+        Resumable.write(self)
+        shown = shown_row(self.rows) if self.writes else None
+        if shown is not None:
+            self.path.with_suffix(".svg").write_text(picture(self.rows), encoding="utf-8")
+            drawn = steps_svg(load_pipeline("mini-sd", LoadOptions()).unet, actions_called(shown["steps_of_it"]), ())
+            self.path.with_name(f"{self.path.stem}_steps.svg").write_text(drawn, encoding="utf-8")

@@ -147,20 +147,22 @@ class Bench:
     def add(self, row: Mapping[str, Any]) -> None:
         """Keep a row; figures among its values are written with their intervals."""
         self.rows.append({key: plain(value) for key, value in row.items()})
-        print(json.dumps(self.rows[-1]), flush=True)
+        print(json.dumps({k: v for k, v in self.rows[-1].items() if not isinstance(v, list)}), flush=True)
 
-    def content(self) -> dict[str, Any]:
-        """The results file."""
+    def head(self) -> dict[str, Any]:
+        """What a results file begins with."""
         return {
             "format": FORMAT,
             "bench": self.name,
             "about": self.about.strip().splitlines()[0],
             "command": shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
             "machine": fingerprint(self.device),
-            "other_load_cores": round(self.meter.others(), 3),
-            **self.facts,
-            "rows": self.rows,
         }
+
+    def content(self) -> dict[str, Any]:
+        """The results file."""
+        load = {"other_load_cores": round(self.meter.others(), 3)}
+        return {**self.head(), **load, **self.facts, "rows": self.rows}
 
 
 def plain(value: Any) -> Any:
@@ -168,6 +170,63 @@ def plain(value: Any) -> Any:
     if isinstance(value, Estimate):
         return {key: plain(part) for key, part in value.model_dump().items()}
     return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+@dataclass(slots=True)
+class Resumable(Bench):
+    """A bench of hours, whose rows are on disk as soon as they are there and which goes on behind them.
+
+    `setting` is what all rows of a file have in common beside the machine: what is there of another setting, machine or
+    format, or is to be begun `fresh`, is put aside under a name with `.old`. Without `writes` no file is read or
+    written.
+    """
+
+    setting: Mapping[str, Any] = field(default_factory=dict)
+    writes: bool = True
+
+    @property
+    def path(self) -> Path:
+        """The results file."""
+        return self.folder / f"{self.name}.json"
+
+    def begin(self, fresh: bool = False) -> Resumable:
+        """Take over what is on disk, or put it aside."""
+        if not self.writes or not self.path.exists():
+            return self
+        if fresh or not self.reload():
+            aside = self.path.with_suffix(".old.json")
+            self.path.replace(aside)
+            print(f"what is there is of another setting or machine, and put aside as {aside.name}", flush=True)
+        return self
+
+    def reload(self) -> bool:
+        """Take over what is on disk, which another process may have added to; False if it is of another kind."""
+        if not self.writes or not self.path.exists():
+            return True
+        before = json.loads(self.path.read_text(encoding="utf-8"))
+        head = json.loads(json.dumps(self.head()))
+        if any(before.get(name) != head[name] for name in ("format", "bench", "machine", *self.setting)):
+            return False
+        self.rows = before.pop("rows")
+        self.facts = {name: value for name, value in before.items() if name not in (*head, "other_load_cores")}
+        return True
+
+    def head(self) -> dict[str, Any]:
+        """Also with the setting."""
+        return {**Bench.head(self), **self.setting}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Keep a row, on disk too."""
+        Bench.add(self, row)
+        self.write()
+
+    def write(self) -> None:
+        """Everything so far, whole or not at all."""
+        if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            aside = self.path.with_suffix(".tmp")
+            aside.write_text(json.dumps(self.content(), indent=1) + "\n", encoding="utf-8")
+            aside.replace(self.path)
 
 
 @contextmanager

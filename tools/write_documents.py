@@ -48,7 +48,7 @@ def written(path: Path) -> str:
         text, older = with_older_weights(known[match["name"]])
         edge = "\n" if match["text"].startswith("\n") else ""
         if older:
-            text += f"\n\n*{OLDER}.*" if edge else f" ({OLDER})"
+            text += f"\n\n*{OLDER.capitalize()}.*" if edge else f" ({OLDER})"
         text = text.replace("{results}", where)
         return f"<!-- results: {match['name']} -->{edge}{text}{edge}<!-- /results -->"
 

@@ -62,7 +62,8 @@ def inheritance_short() -> str:
 def inheritance_setting() -> str:
     """On what it was measured."""
     found = results("inheritance")
-    settings, machine, load = found["settings"], found["machine"], found["other_load_cores"].values()
+    settings, machine = found["settings"], found["machine"]
+    load = found.get("load_by_cell", found["other_load_cores"]).values()
     timed = [row for row in found["rows"] if "wall_share" in row]
     twice = [
         [row["share"] for row in _rows(found, cell) if row["role"].startswith("fewer steps")]
