@@ -48,10 +48,11 @@ def test_a_bench_of_hours_goes_on_where_it_was_and_puts_others_aside(tmp_path):
     assert again.reload()
     assert len(again.rows) == 2
     assert begun(steps=20).rows == []
-    assert json.loads((tmp_path / "long.old.json").read_text())["rows"] == first.rows
+    assert json.loads((tmp_path / "long.1.old.json").read_text())["rows"] == first.rows
     assert not (tmp_path / "long.json").exists()
     begun(steps=20).add({"budget": 0.3})
     assert begun(True, steps=20).rows == []
+    assert (tmp_path / "long.1.old.json").exists() and (tmp_path / "long.2.old.json").exists()
     silent = measuring.Resumable("long", "About.", torch.device("cpu"), tmp_path, writes=False).begin()
     silent.add({"budget": 0.1})
     assert not (tmp_path / "long.json").exists()

@@ -156,7 +156,7 @@ def test_damages_of_slots_are_kept_and_not_fitted_again(unet, mini_profile, cali
     specs = slot_specs("1x1", 4, "timestep", [])
     places = places_of(unet, specs)
     costs = slot_costs(unet, places, ProfileSettings(text_tokens=40, repeats=2), mini_profile)
-    wanted = ("down_blocks.0.attentions.0", "down_blocks.0.layers.1")
+    wanted = ("up_blocks.2.layers.2", "up_blocks.3.layers.2")
     options = [o for o in find_options(unet, mini_profile, places, costs) if o.site in wanted]
     store = tmp_path / "damages.jsonl"
     found = measure_options(unet, options, calibration, store)

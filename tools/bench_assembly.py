@@ -11,7 +11,6 @@ until the file is taken away. Every row says by a hash which code of the search 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ import matplotlib
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from measuring import RESULTS, Resumable, check_alone
+from measuring import RESULTS, Resumable, check_alone, code_hash
 from mini_sd.weights import bundled_weights
 from rival_plans import (
     BK_PATTERNS,
@@ -38,7 +37,6 @@ from rival_plans import (
     without_weights,
 )
 
-import asdm_compress
 from asdm_compress.assembly.calibration import Calibration, record
 from asdm_compress.assembly.damage import compare_predictions, measure_plan, predictions
 from asdm_compress.assembly.in_time import measured_ratio
@@ -111,7 +109,7 @@ class Bench:
         self.judge = Judge(pipeline, prompts, guidance, self.found)
         # The rivals cut and leave it at that: they are given the damages of cuts that nothing makes up for.
         self.damages = {name: damage.total for name, damage in self.found.plain_damages.items()}
-        self.code = code_hash()
+        self.code = code_hash(*OWN)
         self.measuring = self.found.calibration.parts()[1]
 
     @cached_property
@@ -245,15 +243,6 @@ def _fitted_patterns(bench: Bench) -> None:
         bench.keep(None, maker, pattern, assemble(bench.teacher, pattern, weights))
 
 
-def code_hash() -> str:
-    """Of the search and of the plans that it is compared with."""
-    folder = Path(asdm_compress.__file__).parent / "assembly"
-    digest = hashlib.sha256()
-    for path in (*sorted(folder.glob("*.py")), *(Path(__file__).with_name(f"{name}.py") for name in OWN)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
 def _draw(rows: Sequence[Mapping[str, Any]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -272,6 +261,7 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> None:
     axes[1].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(RESULTS / "assembly.svg")
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,12 @@ from typing import Any
 import numpy as np
 from frontier_plots import write_plots
 from inheritance_macs import planned_macs
-from measuring import RESULTS, Resumable, check_alone
+from measuring import RESULTS, Resumable, check_alone, code_hash
 from mini_sd.weights import bundled_weights
 
 from asdm_compress.assembly.store import weights_hash
 from asdm_compress.core.files import cache_folder
+from asdm_compress.core.provenance import content_hash
 from asdm_compress.core.units import parse_budget
 from asdm_compress.evaluation.distances import frechet_distance
 from asdm_compress.evaluation.fidelity import compare_pairs, to_tensor
@@ -255,6 +256,8 @@ def made_students(out: Path, more: Sequence[str]) -> list[str]:
 def measure_budget(search: Search, report: Report, share: float, roles: Sequence[str], longer: Sequence[float]) -> None:
     """The best of every role within a share of the time, on validation prompts, is reported."""
     roles = [role for role in roles if not report.has(role, share)]
+    if not roles:
+        return
     found = [*rivals(search, share, report.arguments), *parts(search, share, roles, report.arguments)]
     if "all together" in roles:
         # The rest of what the search tries are what a user would do instead.
@@ -310,7 +313,8 @@ def main() -> None:
     students = arguments.members
     if students is None:
         kind = "quick" if arguments.quick else "frontier"
-        place = cache_folder() / f"students-{kind}-{bundled_weights()}"
+        made_with = content_hash({"students": STUDENTS, "weights": bundled_weights(), "code": code_hash()})
+        place = cache_folder() / f"students-{kind}-{made_with}"
         students = made_students(place, QUICK if arguments.quick else ())
     pipeline, members = open_members(["mini-sd", *students], LoadOptions(), Silent())
     together = made_together(Path(students[0]))

@@ -158,7 +158,8 @@ class Kept(Resumable):
 
     def add_cell(self, cell: Sequence[Any], rows: Rows, seconds: float, load: float) -> None:
         """Write a cell that is done; `load` is how many cores other processes used meanwhile."""
-        self.reload()
+        if not self.reload():
+            raise SystemExit(f"{self.path} is of another setting by now: another process has begun it anew")
         self.facts.setdefault("cells", []).append(list(cell))
         self.rows += rows
         name = " ".join(map(str, cell))

@@ -13,6 +13,8 @@ put into `bench.facts`, and the rows. A row holds plain values and figures, each
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import platform
@@ -28,6 +30,7 @@ from typing import Any, Final
 import psutil
 import torch
 
+from asdm_compress import assembly
 from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.evaluation import intervals
 from asdm_compress.evaluation.record import Estimate
@@ -57,6 +60,14 @@ def fingerprint(device: torch.device | None = None) -> dict[str, Any]:
         "cuda": torch.version.cuda if on_card else None,
         "versions": versions(),
     }
+
+
+def code_hash(*tools: str) -> str:
+    """Of everything that makes plans, and of these modules beside this one."""
+    digest = hashlib.sha256()
+    for path in (*sorted(Path(assembly.__file__).parent.glob("*.py")), *(RESULTS.with_name(f"{n}.py") for n in tools)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,9 +205,11 @@ class Resumable(Bench):
         if not self.writes or not self.path.exists():
             return self
         if fresh or not self.reload():
-            aside = self.path.with_suffix(".old.json")
+            names = (self.path.with_suffix(f".{number}.old.json") for number in itertools.count(1))
+            aside = next(path for path in names if not path.exists())
             self.path.replace(aside)
-            print(f"what is there is of another setting or machine, and put aside as {aside.name}", flush=True)
+            why = "is begun anew" if fresh else "was of another setting or machine"
+            print(f"{self.path.name} {why}: what is there is put aside as {aside.name}", flush=True)
         return self
 
     def reload(self) -> bool:

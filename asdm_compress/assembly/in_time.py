@@ -116,13 +116,14 @@ def search_in_time(solve: Callable[[Sequence[Limit]], Solution], clock: Clock, i
                 break
             fast = max(fast, asked)
         else:
-            too_slow = min(too_slow, asked)
+            # The plan is the best for all that lies between what was asked for and what it takes.
+            too_slow = min(too_slow, asked, predicted)
         aim = _next(tried, _share(clock.limits, whole))
         if not in_time:
             aim = min(aim, asked * (1 - TIMING_TOLERANCE))
         if not fast < aim < too_slow:
             aim = (fast + too_slow) / 2 if math.isfinite(too_slow) and fast else aim
-        if in_time and aim <= asked * (1 + SLACK / 2):
+        if (in_time and aim <= asked * (1 + SLACK / 2)) or too_slow <= fast * (1 + SLACK / 2):
             break
         inner = _asked(clock.limits, aim)
     if best is None:

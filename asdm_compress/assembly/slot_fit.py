@@ -60,6 +60,10 @@ class BandSums:
         """The sums of a 1 x 1 kernel."""
         return BandSums([s.centre(self.kernel) for s in self.train], [s.centre(self.kernel) for s in self.held_out], 1)
 
+    def gram(self, group: int) -> Tensor:
+        """The patches' Gram matrix of a group, over all prompts."""
+        return self.train[group].gram + self.held_out[group].gram
+
     def together(self, experts: int) -> BandSums:
         """The sums of fewer groups."""
         have = len(self.train)
@@ -176,7 +180,6 @@ class SlotFits:
         if sums.kernel > 1:
             self._sums[1] = sums.centre()
         self._solved: dict[tuple[int, int], list[Tensor]] = {}
-        self._grams: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def state(self, spec: ConvSpec, target: int = 0) -> dict[str, Tensor]:
@@ -193,9 +196,10 @@ class SlotFits:
         channels = (len(solutions[0]) - 1) // spec.kernel**2
         layer = MultiExpertConv2d(channels, solutions[0].shape[1], spec)
         is_dense = spec.rank is None and not spec.separable
+        of_experts = None if is_dense else self._sums[spec.kernel].together(experts)
         shortcut = getattr(self.module, "conv_shortcut", None)
         for expert, solution in enumerate(solutions):
-            kernels, bias = _kernels(solution, spec, channels, self._grams[spec.kernel])
+            kernels, bias = _kernels(solution, spec, channels, of_experts and of_experts.gram(expert % experts))
             if is_dense and shortcut is not None:
                 middle, scale = spec.kernel // 2, self.module.output_scale_factor
                 kernels[0][:, :, middle, middle] += shortcut.weight[:, :, 0, 0].to(bias) / scale
@@ -216,8 +220,6 @@ class SlotFits:
             sums = self._sums[kernel].together(experts)
             check_finite([*sums.train, *sums.held_out])
             towards = self._solve(kernel, 1)[0] if experts > 1 else None
-            if experts == 1:
-                self._grams[kernel] = sums.train[0].gram + sums.held_out[0].gram
             self._solved[kernel, experts] = solve_at_best_ridge(sums.train, sums.held_out, self.targets, towards)
         return self._solved[kernel, experts]
 
@@ -229,14 +231,14 @@ def _sum(parts: Sequence[NormalEquations]) -> NormalEquations:
     return total
 
 
-def _kernels(solution: Tensor, spec: ConvSpec, channels: int, gram: Tensor) -> tuple[list[Tensor], Tensor]:
-    """A solution (F, T) as the kernels of a spec, and its bias.
+def _kernels(solution: Tensor, spec: ConvSpec, channels: int, gram: Tensor | None) -> tuple[list[Tensor], Tensor]:
+    """A solution (F, T) as the kernels of a spec, and its bias; factorised ones by the Gram matrix of its patches.
 
     What a factorised kernel cannot express is left out where the inputs vary least; its mean goes into the bias.
     """
     k, weights, bias = spec.kernel, solution[:-1], solution[-1]
     dense = weights.T.reshape(-1, channels, k, k)
-    if spec.rank is None and not spec.separable:
+    if gram is None:
         return [dense.clone()], bias
     mean = gram[:-1, -1] / gram[-1, -1]
     spread = gram[:-1, :-1] - torch.outer(mean, gram[-1, :-1])

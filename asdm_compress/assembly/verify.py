@@ -348,6 +348,8 @@ def _likely_factor(search: Search, found: Sequence[_Found], pairs: Pairs, plan: 
         if predicted > 0 and other.measured > 0:  # terms of pairs may sum up to less than nothing
             weights.append(likeness(other) ** LIKENESS_POWER)
             logarithms.append(math.log(other.measured / predicted))
+    if not any(weights):  # none is like it: what the prompts differ by is in all of them
+        weights = [1.0] * len(weights)
     total = math.fsum(weights)
     return math.exp(math.fsum(w * x for w, x in zip(weights, logarithms, strict=True)) / total) if total else 1.0
 

@@ -104,6 +104,7 @@ class Run:
         is needed (see `Evaluator.plan_forks`)."""
         twin = self.fork()
         twin.actions, twin._plan = tuple(step.action for step in plan.steps), plan
+        twin._forecast_from = forecast_from(plan, self.first_step)
         twin._kept = {kept: self._kept[kept] for kept in needed_from(plan, self.step)}
         return twin
 

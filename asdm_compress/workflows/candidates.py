@@ -183,8 +183,7 @@ class Search:
             shares = self.shares([way for _, way in ways])
         latest, taken = ways, shares
         for _ in range(TIGHTER):
-            with self.progress.stage("Solving again for what took too much"):
-                latest = self.tighter(latest, taken, share)
+            latest = self.tighter(latest, taken, share)
             latest = [(role, way) for role, way in latest if (role, way.key) not in {(r, w.key) for r, w in ways}]
             if not latest:
                 break
