@@ -199,7 +199,8 @@ class SlotFits:
         of_experts = None if is_dense else self._sums[spec.kernel].together(experts)
         shortcut = getattr(self.module, "conv_shortcut", None)
         for expert, solution in enumerate(solutions):
-            kernels, bias = _kernels(solution, spec, channels, of_experts and of_experts.gram(expert % experts))
+            gram = None if of_experts is None else of_experts.gram(expert % experts)
+            kernels, bias = _kernels(solution, spec, channels, gram)
             if is_dense and shortcut is not None:
                 middle, scale = spec.kernel // 2, self.module.output_scale_factor
                 kernels[0][:, :, middle, middle] += shortcut.weight[:, :, 0, 0].to(bias) / scale
