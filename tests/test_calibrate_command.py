@@ -30,10 +30,9 @@ from asdm_compress.workflows.calibrate import (
     CalibrateSettings,
     find_schedule,
     goal_of,
-    own_splits,
     run_calibrate,
 )
-from asdm_compress.workflows.calibrated import Splits
+from asdm_compress.workflows.calibrated import Splits, own_splits
 from asdm_compress.workflows.generate import GenerateSettings, run_generate
 from asdm_compress.workflows.progress import Silent
 

@@ -33,7 +33,7 @@ from asdm_compress.scheduling.switch_search import small_first, solve
 from asdm_compress.scheduling.switch_times import SKIP, StepTimes
 from asdm_compress.switching.schedules import SwitchingSchedule, noise_of
 from asdm_compress.switching.switched_unet import SwitchedUNet2DConditionModel
-from asdm_compress.workflows.calibrate import CalibrateSettings, find_schedule, keeps_in_time
+from asdm_compress.workflows.calibrate import CalibrateSettings, find_schedule
 from asdm_compress.workflows.calibrate_members import run_calibrate_members
 from asdm_compress.workflows.candidates import LONGER, tried_steps
 from asdm_compress.workflows.members_search import MembersSearch
@@ -226,7 +226,7 @@ def optimized(pipeline, student, cli_in, tmp_path_factory):
 
 def test_optimize_leaves_a_pipeline_that_keeps_the_time(optimized):
     folder, content = optimized
-    assert keeps_in_time(content["best"]["share"], 0.7)
+    assert content["best"]["share"] <= 0.7
     assert 0 < content["reference"]["decoding"] < content["reference"]["outside_the_unet_loop"]
     roles = [entry["role"] for entry in content["tried"]]
     assert set(roles) == {"fewer steps", "a student alone", "joint", "calibrated"}
@@ -240,7 +240,7 @@ def test_optimize_leaves_a_pipeline_that_keeps_the_time(optimized):
     risen = [entry["way"] for i, entry in enumerate(by_share) if all(psnr[i] > before for before in psnr[:i])]
     assert [entry["way"] for entry in content["frontier"]] == risen
     assert content["best"]["validation"]["psnr"] == max(
-        p for p, e in zip(psnr, by_share, strict=True) if keeps_in_time(e["share"], 0.7)
+        p for p, e in zip(psnr, by_share, strict=True) if e["share"] <= 0.7
     )
     assert (folder / "fast/frontier.svg").is_file()
     assert json.loads((folder / "fast/optimize.json").read_text(encoding="utf-8"))["best"] == content["best"]

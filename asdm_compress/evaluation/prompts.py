@@ -50,6 +50,17 @@ class PromptSplit:
     captions: tuple[Caption, ...] | None = None
 
 
+def distinct(prompts: Sequence[str]) -> tuple[str, ...]:
+    """Prompts in order, each once. Raises AsdmError for fewer than two that differ."""
+    found = tuple(dict.fromkeys(prompts))
+    if len(found) < 2:
+        raise AsdmError(
+            "all prompts are the same, and what is reported on has to be others than what chose",
+            "Give two that differ.",
+        )
+    return found
+
+
 def choose_prompts(
     pipeline: StableDiffusionPipeline, own: Sequence[str] | None, calibration: int, held_out: int
 ) -> PromptSplit:
@@ -58,12 +69,7 @@ def choose_prompts(
     Raises AsdmError for fewer than two that differ.
     """
     if own is not None:
-        own = tuple(dict.fromkeys(own))
-        if len(own) < 2:
-            raise AsdmError(
-                "all prompts are the same, and what is reported on has to be others than what chose",
-                "Give two that differ.",
-            )
+        own = distinct(own)
         share = max(1, round(len(own) * calibration / (calibration + held_out)))
         share = min(share, len(own) - 1)
         return PromptSplit(tuple(own[:share][:calibration]), tuple(own[share:][:held_out]))

@@ -43,7 +43,7 @@ from asdm_compress.scheduling.rollouts import Judge
 from asdm_compress.scheduling.search import DynamicProgram, find_front
 from asdm_compress.scheduling.timing import REPEATS, KindTimes, time_kinds, time_runs
 from asdm_compress.scheduling.ways import SOLVERS, Way, cheapest_cache, fewer_steps, uniform_caches
-from asdm_compress.workflows.calibrated import Calibrated, Contestant, Splits, schedule_of, verdict_on
+from asdm_compress.workflows.calibrated import Calibrated, Contestant, Splits, own_splits, schedule_of, verdict_on
 from asdm_compress.workflows.card import PYTHON
 from asdm_compress.workflows.progress import Progress, Silent
 
@@ -252,31 +252,6 @@ def split_prompts(pipeline: StableDiffusionPipeline, settings: CalibrateSettings
     split = choose_prompts(pipeline, None, seen, settings.test_prompts)
     first = settings.calibration_prompts
     return Splits(split.calibration[:first], split.calibration[first:] or split.calibration, split.held_out)
-
-
-def own_splits(prompts: Sequence[str], calibration: int, validation: int, test: int) -> Splits:
-    """A user's own prompts in the given proportions, in order, each once, and none in two splits.
-
-    Where there are few, first each split gets one and then validation a second: one picture has no interval. Of two
-    prompts the first serves calibration and validation, which differ in their seeds. Raises AsdmError where fewer than
-    two differ.
-    """
-    prompts = tuple(dict.fromkeys(prompts))
-    if len(prompts) < 2:
-        raise AsdmError(
-            "all prompts are the same, and what is reported on has to be others than what chose",
-            "Give two that differ.",
-        )
-    count, wanted = len(prompts), calibration + validation + test
-    if count == 2:
-        return Splits(tuple(prompts[:1]), tuple(prompts[:1]), tuple(prompts[1:]))
-    last = min(max(1, round(count * test / wanted)), max(1, count - 3))
-    left = count - last
-    middle = min(max(2, round(left * validation / (calibration + validation))), left - 1)
-    first = left - middle
-    return Splits(
-        tuple(prompts[:first][:calibration]), tuple(prompts[first:left][:validation]), tuple(prompts[left:][:test])
-    )
 
 
 def timed_batch(pipeline: StableDiffusionPipeline, splits: Splits, settings: CalibrateSettings) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 from PIL.Image import Image
 
 from asdm_compress.core.provenance import processor_name, versions
+from asdm_compress.evaluation.prompts import distinct
 from asdm_compress.inheritance.actions import Action
 from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.reporting.calibration import Point, Row
@@ -40,6 +41,26 @@ class Splits:
     calibration: tuple[str, ...]
     validation: tuple[str, ...]
     test: tuple[str, ...]
+
+
+def own_splits(prompts: Sequence[str], calibration: int, validation: int, test: int) -> Splits:
+    """A user's own prompts in the given proportions, in order, each once, and none in two splits.
+
+    Where there are few, first each split gets one and then validation a second: one picture has no interval. Of two
+    prompts the first serves calibration and validation, which differ in their seeds. Raises AsdmError where fewer than
+    two differ.
+    """
+    prompts = distinct(prompts)
+    count, wanted = len(prompts), calibration + validation + test
+    if count == 2:
+        return Splits(tuple(prompts[:1]), tuple(prompts[:1]), tuple(prompts[1:]))
+    last = min(max(1, round(count * test / wanted)), max(1, count - 3))
+    left = count - last
+    middle = min(max(2, round(left * validation / (calibration + validation))), left - 1)
+    first = left - middle
+    return Splits(
+        tuple(prompts[:first][:calibration]), tuple(prompts[first:left][:validation]), tuple(prompts[left:][:test])
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,6 @@ from asdm_compress.workflows.calibrate import (
     TEST_SEED,
     VALIDATION_SEED,
     CalibrateSettings,
-    keeps_in_time,
     prepare,
     split_prompts,
     timed_batch,
@@ -199,7 +198,7 @@ class Search:
         found: dict[tuple[str, str], Way] = {}
         for (role, way), taken in zip(ways, shares, strict=True):
             again = self._again.get((role, way.key))
-            if again is None or keeps_in_time(taken, share) or taken > share * SLIGHTLY:
+            if again is None or not share < taken <= share * SLIGHTLY:
                 continue
             another = again(0.99 * share / taken * (way.seconds + self.outside) - self.outside)
             if another is not None and another.key != way.key:

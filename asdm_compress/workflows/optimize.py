@@ -24,7 +24,7 @@ from asdm_compress.models.source import LoadOptions
 from asdm_compress.reporting.frontier import frontier_svg
 from asdm_compress.sampling.own_steps import save_own_steps
 from asdm_compress.sampling.settings import check_size, check_text_to_image
-from asdm_compress.workflows.calibrate import CalibrateSettings, keeps_in_time, split_prompts
+from asdm_compress.workflows.calibrate import CalibrateSettings, split_prompts
 from asdm_compress.workflows.candidates import LONGER, Candidate, Search, frontier_of
 from asdm_compress.workflows.card import Origin
 from asdm_compress.workflows.plan import PlanSettings, measure
@@ -105,7 +105,7 @@ def run_optimize(
     if share >= 1:
         raise AsdmError("the full run is within this time already", "Ask for less than 1x.")
     tried = search.tried(share)
-    within = [number for number, c in enumerate(tried) if keeps_in_time(c.share, share)]
+    within = [number for number, c in enumerate(tried) if c.share <= share]
     chosen = max(within, key=lambda number: tried[number].validation.mean(), default=None)
     if chosen is None:
         raise AsdmError(
