@@ -55,6 +55,9 @@ def test_students_are_made_take_part_and_leave_their_recipes(tmp_path, monkeypat
     edits = {entry["name"]: entry["edits"] for entry in content["students"]["ladder"]}
     assert {name: recipe.as_edits() for name, recipe in recipes.items()} == {name: edits[name] for name in made}
     fast = load_pipeline(str(tmp_path / "fast"), LoadOptions())
+    # Of those that no step of what is written runs there are no weights.
+    run = {action.member for c in (found.best, *found.frontier) for action in c.way.rule.actions if action.member}
+    assert set(getattr(fast.unet, "member_names", ["mini-sd"])) == run
     assert fast("a small red circle", num_inference_steps=content["best"]["steps"]).images
 
 

@@ -323,6 +323,7 @@ def test_the_command_writes_what_generate_opens(pipeline, students, cli, tmp_pat
         (("mini-sd", "small", "-s", "small-first:30"), 2),
         (("mini-sd", "small", "-s", "nothing"), 2),
         (("mini-sd", "gone", "-s", "small-first:2"), 2),
+        (("mini-sd", "small", "./small", "-s", "small-first:2"), 2),
     ):
         bad = cli("switch", *arguments, "--steps", "4", "--out", "none")
         assert (bad.returncode, "Traceback" in bad.stderr) == (code, False), bad.stderr

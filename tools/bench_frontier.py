@@ -74,7 +74,7 @@ STUDENTS = ("--members", "2", "--budget", "latency=0.7x", "--dtype", "fp32")
 QUICK = (
     *("--steps", "5", "--calibration-prompts", "4", "--calibration-triples", "16", "--bands", "2", "--probes", "1"),
     *("--held-out-prompts", "2", "--slot", "none", "--narrow", "none", "--finest", "unit", "--refit", "none"),
-    *("--repeats", "2", "--neighbours", "0"),
+    *("--repeats", "2"),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from statistics import median
@@ -354,29 +354,35 @@ class Search:
         checked = self.pipeline.config.get("requires_safety_checker", False)
         return type(self.pipeline)(**parts, requires_safety_checker=checked)
 
-    def _switched(self, actions: tuple[Action, ...], pipeline: StableDiffusionPipeline) -> SwitchedUNet2DConditionModel:
+    def _switched(
+        self, actions: tuple[Action, ...], pipeline: StableDiffusionPipeline, names: Collection[str] | None = None
+    ) -> SwitchedUNet2DConditionModel:
+        """The members of these names, by default all, as one UNet that does these actions."""
         timeline = sampler_timeline(pipeline, len(actions))
         schedule = SwitchingSchedule(actions, timeline.timesteps, noise_of(pipeline.scheduler))
-        return SwitchedUNet2DConditionModel.of(self.members, schedule)  # type: ignore[no-any-return]
+        members = {name: unet for name, unet in self.members.items() if names is None or name in names}
+        return SwitchedUNet2DConditionModel.of(members, schedule)  # type: ignore[no-any-return]
 
-    def is_plain(self, candidate: Candidate) -> bool:
-        """Whether every step is the teacher's, as it is without this package."""
-        rule = candidate.way.rule
-        return isinstance(rule, Schedule) and set(rule.actions) == {self.teacher}
+    def used(self, candidates: Sequence[Candidate]) -> frozenset[str]:
+        """The members that the steps of any of these run; none where all are the teacher's, as it is by itself."""
+        actions = {a for c in candidates if isinstance(c.way.rule, Schedule) for a in c.way.rule.actions}
+        if actions == {self.teacher}:
+            return frozenset()
+        return frozenset(action.member for action in actions if action.member is not None)
 
-    def ready(self, candidate: Candidate, switched: bool) -> tuple[StableDiffusionPipeline, Schedule | None]:
-        """A pipeline that samples as a candidate does, and the schedule to inherit by.
+    def ready(self, candidate: Candidate, names: Collection[str]) -> tuple[StableDiffusionPipeline, Schedule | None]:
+        """A pipeline that samples as a candidate does, with the members of these names, and the schedule to inherit by.
 
-        Without `switched`, which is for the teacher's steps alone, it has the teacher's UNet, and there is no schedule.
+        Without any, which is for the teacher's steps alone, it has the teacher's UNet, and there is no schedule.
         """
         way = candidate.way
         pipeline = self._pipeline(way.scheduler)
         assert isinstance(way.rule, Schedule)
         actions = way.rule.actions
-        if not switched:
+        if not names:
             pipeline.register_modules(unet=next(iter(self.members.values())))
             return pipeline, None
-        pipeline.register_modules(unet=self._switched(actions, pipeline))
+        pipeline.register_modules(unet=self._switched(actions, pipeline, names))
         sampling = self.settings.sampling
         timeline = sampler_timeline(pipeline, way.steps)
         size = initial_latents(pipeline, 1, sampling).shape

@@ -185,14 +185,14 @@ def _write(
     What is said of each of the frontier: its steps and sampler, and its folder. They have the same weights, which lie
     there once.
     """
-    switched = not all(map(search.is_plain, (best, *frontier)))
-    _save(search.ready(best, switched), best.way.steps, folder)
+    used = search.used((best, *frontier))  # no weights of others are written
+    _save(search.ready(best, used), best.way.steps, folder)
     found: list[dict[str, str | int | None]] = []
     for number, candidate in enumerate(frontier, start=1):
         way, name = candidate.way, "."
         if way.key != best.way.key:
             name = f"frontier/{number}"
-            _save(search.ready(candidate, switched), way.steps, folder / name)
+            _save(search.ready(candidate, used), way.steps, folder / name)
             link_equal_files(folder / name, folder)
         found.append({"way": way.name, "steps": way.steps, "scheduler": way.scheduler, "folder": name})
     return found

@@ -115,9 +115,16 @@ def open_models(
     for. Of a switched model behind the first these are its members without the first model itself."""
     members: dict[str, UNet2DConditionModel] = {}
     pipeline: StableDiffusionPipeline | None = None
+    opened: dict[Path, str] = {}
     for model in models:
         with progress.stage(f"Opening {model}"):
             source = resolve(model, options)
+            if source.path is not None and source.path.resolve() in opened:
+                raise AsdmError(
+                    f"{model} is given twice, before as {opened[source.path.resolve()]}", "Name every member once."
+                )
+            if source.path is not None:
+                opened[source.path.resolve()] = model
             if pipeline is None:
                 pipeline = open_pipeline(source, options)
                 found = {_name_of(model): pipeline.unet}
