@@ -7,28 +7,26 @@
     python tools/bench_recipes.py --models sd21-base --results tools/results/recipes_sd21.json    # on another machine
 
 For every latency budget it looks for the first rung of `ladder.py` that keeps it. Writes tools/results/recipes.json
-after every measurement; what it has is not measured again, unless `--again`. A file is of one machine; the recipes come
-from all of `tools/results/recipes*.json`.
+after every measurement; what it has is not measured again, unless `--again`. A file is of one machine and one way of
+timing, and one of another is put aside; the recipes come from all of `tools/results/recipes*.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from ladder import BUDGETS, RUNGS, first_within, plan_of
-from measuring import check_alone
+from measuring import Resumable, check_alone
 
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.surgery import assemble, build, specify
-from asdm_compress.core.provenance import processor_name, versions
+from asdm_compress.core.provenance import processor_name
 from asdm_compress.core.recipe import bundled_recipes, load_recipe
 from asdm_compress.models.families import FAMILIES
 from asdm_compress.models.loading import load_unet
@@ -62,11 +60,9 @@ def main() -> None:
         parser.error("--by-steps is for CPUs, without --processor-time")
     if not arguments.processor_time:
         check_alone()
-    file: Path = arguments.results
-    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not arguments.again else {}
     settings = ProfileSettings(text_tokens=TOKENS, repeats=arguments.repeats)
     statistic = BY_STEPS if arguments.by_steps else LEAST if arguments.processor_time else MEDIAN
-    bench = _Bench(settings, arguments.device, statistic, kept, file)
+    bench = _Bench(settings, torch.device(arguments.device), statistic, arguments.results, arguments.again)
     for model in arguments.models:
         bench.open(model)
         guesses = [bench.macs(plan_of(rungs)) / bench.macs({}) for rungs in range(len(RUNGS) + 1)]
@@ -74,9 +70,10 @@ def main() -> None:
         # What is measured later can change what was found before.
         while found != (again := first_within(BUDGETS, guesses, lambda rungs: bench.ratio(plan_of(rungs)))):
             found = again
-        bench.result["budgets"][bench.model] = {str(budget): rungs for budget, rungs in found.items()}
-        bench.write()
-        print(model, bench.result["budgets"][model], flush=True)
+        budgets = {str(budget): rungs for budget, rungs in found.items()}
+        bench.kept.facts.setdefault("budgets", {})[model] = budgets
+        bench.kept.write()
+        print(model, budgets, flush=True)
         for name, path in bundled_recipes().items() if arguments.all else ():
             recipe = load_recipe(path)
             if recipe.base.model == model:
@@ -87,26 +84,18 @@ class _Bench:
     """The teacher of a family beside its students, and what was measured of them."""
 
     def __init__(
-        self, settings: ProfileSettings, device: str, statistic: str, kept: Mapping[str, Any], file: Path
+        self, settings: ProfileSettings, device: torch.device, statistic: str, file: Path, again: bool
     ) -> None:
-        self.settings, self.device, self.file = settings, torch.device(device), file
-        self.statistic = statistic
+        self.settings, self.device, self.statistic = settings, device, statistic
         processor_time = statistic == LEAST
         if processor_time and (torch.get_num_threads() > 1 or self.device.type != "cpu"):
             raise SystemExit("--processor-time is for one CPU thread (OMP_NUM_THREADS=1): others spin while they wait")
         self.model = ""
         self.teacher: UNet2DConditionModel | None = None
         name = processor_name() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
-        where = {"device": name, "threads": torch.get_num_threads(), "dtype": "bf16", "batch": settings.batch,
-                 "clock": "processor time" if processor_time else "time", "statistic": statistic}  # fmt: skip
-        known = {"statistic": MEDIAN, **kept} if kept else {}
-        for part, value in where.items():
-            if known.get(part, value) != value:
-                raise SystemExit(
-                    f"{file} has the {part} {known[part]}, not {value}: give another --results, or --again"
-                )
-        self.result: dict[str, Any] = {**where, "versions": versions()}
-        self.result |= {part: kept.get(part, empty) for part, empty in (("budgets", {}), ("rows", []))}
+        setting = {"device": name, "threads": torch.get_num_threads(), "dtype": "bf16", "batch": settings.batch,
+                   "clock": "processor time" if processor_time else "time", "statistic": statistic}  # fmt: skip
+        self.kept = Resumable(file.stem, __doc__ or "", device, file.parent, setting=setting).begin(again)
 
     def open(self, model: str) -> None:
         self.model = model
@@ -121,11 +110,11 @@ class _Bench:
     def ratio(self, edits: Mapping[str, str], recipe: str | None = None) -> float:
         """The student's time over the teacher's; measured once."""
         assert self.teacher is not None
-        for row in self.result["rows"]:
+        for row in self.kept.rows:
             if row["model"] == self.model and row["edits"] == dict(edits):
                 if recipe and recipe not in row["recipes"]:
                     row["recipes"].append(recipe)
-                    self.write()
+                    self.kept.write()
                 return float(row["latency_ratio"])
         began = time.monotonic()
         student = assemble(self.teacher, Plan(edits))
@@ -151,22 +140,18 @@ class _Bench:
             "edits": dict(edits),
             "seconds": round(time.monotonic() - began, 1),
         }
-        self.result["rows"].append(row)
+        self.kept.add(row)
         if self.statistic == LEAST:
             self._by_least_times()
-        self.write()
-        print(json.dumps({k: v for k, v in row.items() if k != "edits"}), len(edits), "edits", flush=True)
-        return float(row["latency_ratio"])
+            self.kept.write()
+        return float(self.kept.rows[-1]["latency_ratio"])
 
     def _by_least_times(self) -> None:
         """Set the ratios of the model's rows by the least of all the teacher's times so far."""
-        rows = [row for row in self.result["rows"] if row["model"] == self.model]
+        rows = [row for row in self.kept.rows if row["model"] == self.model]
         least = min(min(row["latency_seconds"][1]) for row in rows)
         for row in rows:
             row["latency_ratio"] = round(min(row["latency_seconds"][0]) / least, 4)
-
-    def write(self) -> None:
-        self.file.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
 
 
 def _processor_times(passes: Sequence[ForwardPass], repeats: int) -> list[list[float]]:

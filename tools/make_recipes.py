@@ -23,8 +23,8 @@ from asdm_compress.models.families import FAMILIES, architecture
 from asdm_compress.workflows.recipes import describe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-# One of every machine that families were measured on.
-MEASURED = sorted((Path(__file__).parent / "results").glob("recipes*.json"))
+# One of every machine that families were measured on; none that was put aside.
+MEASURED = sorted(p for p in (Path(__file__).parent / "results").glob("recipes*.json") if p.suffixes == [".json"])
 BASE = {
     **{f"down_blocks.{i}.layers.1": DROP for i in range(3)},
     "down_blocks.3.resnets.1": DROP,

@@ -61,7 +61,7 @@ def _assembled(found: Any) -> str:
 def latency_recipes() -> str:
     """The recipes that ship for Stable Diffusion at shares of its latency."""
     lines, rows = [], {}
-    for path in sorted(RESULTS.glob("recipes*.json")):
+    for path in sorted(p for p in RESULTS.glob("recipes*.json") if p.suffixes == [".json"]):
         measured = results(path.stem)
         rows |= {
             (r["model"], json.dumps(r["edits"], sort_keys=True)): (r, measured["device"]) for r in measured["rows"]
