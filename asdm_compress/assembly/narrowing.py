@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from asdm_compress.assembly.calibration import Calibration
 from asdm_compress.assembly.damage import chunks_of
 from asdm_compress.assembly.regression import NormalEquations, solve_at_best_ridge
-from asdm_compress.assembly.slot_fit import check_finite, samples_of
+from asdm_compress.assembly.slot_fit import band_sample_weights, check_finite, samples_of
 from asdm_compress.models.walk import finish, start, steps_of
 from asdm_compress.models.widths import Inner, inner_of, narrowed, own_names
 
@@ -41,9 +41,10 @@ class InnerSums:
 
     def add(self, calibration: Calibration, first: int, activations: Tensor) -> None:
         """Take in what the projection took in, (R, C, H, W), for the triples from `first` on."""
+        weights = band_sample_weights(calibration)
         for held_out, band, inputs, targets in samples_of(calibration, first, activations, activations[:, :0]):
             part = self.held_out if held_out else self.train
-            part.add(inputs, targets, 1, calibration.band_weights[band])
+            part.add(inputs, targets, 1, weights[band])
 
 
 @contextmanager

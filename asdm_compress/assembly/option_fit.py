@@ -235,7 +235,7 @@ def fit_absorbers(
         return student_steps[option.name].modules[-1]
 
     for group in _within_memory(options, lambda o: Refit.bytes(module_of(o))):
-        sums = {o.name: Refit(module_of(o), "full") for o in group}
+        sums = {o.name: Refit(module_of(o), Refit.kind_for(module_of(o), "full")) for o in group}
         for first, last in chunks_of(calibration):
             states, _ = teacher_pass(unet, teacher, calibration.part(first, last))
             for option in group:

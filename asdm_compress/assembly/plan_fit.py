@@ -164,8 +164,7 @@ class _PlanFit:
         behind = last_absorbed(self.teacher_steps, student, partial(self.placed.edited_path, self.unet), unit)
         if behind == unit and self._is_untouched_up_to(unit):
             return
-        kind = "full" if self.refit == "full" and Refit.bytes(module) <= memory_for_sums(self.unet.device) else "scale"
-        sums = Refit(module, kind)  # type: ignore[arg-type]
+        sums = Refit(module, Refit.kind_for(module, "full" if self.refit == "full" else "scale"))
         for (first, _), lockstep in zip(self.chunks, self.runs, strict=True):
             step, state = lockstep.student_before(there)
             with sums.watching() as taken:

@@ -21,13 +21,14 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from asdm_compress.assembly.calibration import Calibration
-from asdm_compress.assembly.regression import RIDGES, NormalEquations, best_ridges
-from asdm_compress.assembly.slot_fit import check_finite, samples_of
+from asdm_compress.assembly.regression import RIDGES, NormalEquations, best_ridges, memory_for_sums
+from asdm_compress.assembly.slot_fit import band_sample_weights, check_finite, samples_of
 from asdm_compress.models.slots import IdentityResnet, IdentityTransformer, ShortcutResnet
 from asdm_compress.models.walk import Step
 
 RefitKind = Literal["full", "scale"]
 BYTES_PER_BLOCK: Final = 256 * 2**20  # of unfolded activations held at a time
+FACTOR_RIDGE: Final = 1e-4  # share of the mean diagonal, where one factor is found from a product and the other
 
 
 def projections_of(module: nn.Module) -> tuple[str, ...]:
@@ -110,6 +111,12 @@ class Refit:
         features = 1 + sum(_fan_in(part) for part in parts)
         return 2 * 8 * features * (features + len(parts[0].weight))  # type: ignore[arg-type]
 
+    @staticmethod
+    def kind_for(module: nn.Module, refit: RefitKind) -> RefitKind:
+        """What of a refit there is memory for."""
+        fits = Refit.bytes(module) <= memory_for_sums(next(module.parameters()).device)
+        return "full" if refit == "full" and fits else "scale"
+
     def _parts(self) -> list[Any]:
         return [self.module.get_submodule(name) for name in self.names]
 
@@ -189,26 +196,42 @@ class Refit:
             inner = _bias(part).to(constant)
             constant = constant - (weights[0] @ inner if self._is_through else inner)
         if self._is_through:
-            weights[1] = torch.linalg.solve(weights[0], weights[1])
+            weights[1] = self._second_factor(weights[0], weights[1])
         tensors = {_join(self.names[0], "bias"): constant.to(parts[0].bias)}
         for name, part, weight in zip(self.names, parts, weights, strict=True):
             tensors[_join(name, "weight")] = weight.reshape(part.weight.shape).to(part.weight)
         return tensors
 
+    def _second_factor(self, first: Tensor, product: Tensor) -> Tensor:
+        """The second map, of which and of the first the product is given, as near as may be to what it was.
+
+        Along what the first one hardly lets through it stays as it is: there large weights would come to little, and
+        in half precision their rounding to more than what is mended.
+        """
+        old = _flat_weight(self._parts()[1]).to(product)
+        gram = first.T @ first
+        gram += FACTOR_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        found: Tensor = old + torch.linalg.solve(gram, first.T @ (product - first @ old))
+        return found
+
     def _add_full(self, calibration: Calibration, first: int, features: Tensor, target: Tensor) -> None:
+        weights = band_sample_weights(calibration)
         for held_out, band, x, y in samples_of(calibration, first, features, target):
-            sums = self._sums[int(held_out)]
-            sums.add(x[..., None], y[..., None], 1, calibration.band_weights[band])
+            self._sums[int(held_out)].add(x[..., None], y[..., None], 1, weights[band])
 
     def _add_scale(self, calibration: Calibration, first: int, now: Tensor, target: Tensor) -> None:
+        weights = band_sample_weights(calibration)
         for held_out, band, x, y in samples_of(calibration, first, now, target):
             a, b = (v.transpose(0, 1).flatten(1).to(self._channels) for v in (x, y))
             moments = torch.stack([torch.full_like(a[:, 0], a.shape[1]), a.sum(1), b.sum(1), (a * a).sum(1),
                                    (a * b).sum(1)])  # fmt: skip
-            self._channels[int(held_out)] += calibration.band_weights[band] * moments
+            self._channels[int(held_out)] += weights[band] * moments
 
     def solve(self) -> dict[str, Tensor]:
-        """The new tensors of the projections by name; none where held-out prompts say that the old ones are better.
+        """The new tensors of the projections by name; none where other prompts say that the old ones are better.
+
+        A channel's weights go from the old ones towards the new ones only as far as prompts say that they were not
+        fitted to.
 
         Raises AsdmError for activations that are no numbers.
         """
@@ -220,20 +243,23 @@ class Refit:
         both = train.plus(held_out)
         if both.samples == 0:
             return {}
-        told = train.samples > 0 and held_out.samples > 0
-        if told:
-            errors: dict[float, float] = {}
+        if train.samples == 0 or held_out.samples == 0:
+            return self._tensors(both.solve(RIDGES[-1], self._old))
+        solved: dict[float, Tensor] = {}
 
-            def errors_at(ridge: float) -> list[float]:
-                errors[ridge] = float(held_out.error(train.solve(ridge, self._old)).sum())
-                return [errors[ridge]]
+        def errors_at(ridge: float) -> list[float]:
+            solved[ridge] = train.solve(ridge, self._old)
+            return [float(held_out.error(solved[ridge]).sum())]
 
-            ridge = RIDGES[best_ridges(errors_at, 1)[0]]
-            if errors[ridge] >= float(held_out.error(self._old).sum()):
-                return {}
-        else:
-            ridge = RIDGES[-1]
-        return self._tensors(both.solve(ridge, self._old))
+        ridge = RIDGES[best_ridges(errors_at, 1)[0]]
+        # Channels are regressions of their own: a loud one that is easily told must not carry the ridge for quiet ones,
+        # which the next normalisation makes as loud. So each goes as far as the other prompts say, both ways round.
+        way = (
+            _reach(self._old, solved[ridge], held_out) + _reach(self._old, held_out.solve(ridge, self._old), train)
+        ) / 2
+        if not bool((way > 0).any()):
+            return {}
+        return self._tensors(self._old + way * (both.solve(ridge, self._old) - self._old))
 
     def _solve_scale(self) -> dict[str, Tensor]:
         part, name = self._parts()[0], self.names[0]
@@ -253,6 +279,14 @@ class Refit:
         weight = part.weight.to(factor) * factor.reshape(shape)
         # The factor scales what comes without the bias, which the regression has left out.
         return {_join(name, "weight"): weight.to(part.weight), _join(name, "bias"): (part.bias + shift).to(part.bias)}
+
+
+def _reach(old: Tensor, new: Tensor, sums: NormalEquations) -> Tensor:
+    """How far (T,), 0 to 1, each target's weights should go from `old` to `new` (F, T), by errors on other samples."""
+    step = new - old
+    curvature = ((sums.gram @ step) * step).sum(0)
+    slope = ((sums.cross - sums.gram @ old) * step).sum(0)
+    return torch.where(curvature > 0, slope / curvature.clamp_min(1e-300), torch.zeros_like(slope)).clamp(0, 1)
 
 
 def _line(moments: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,17 +14,22 @@ from torch import Tensor
 RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 CONSTANT_RIDGE: Final = 1e-8  # share of the number of samples; keeps a constant without samples solvable
 BYTES_PER_BLOCK: Final = 256 * 2**20  # of unfolded patches held at a time
+SHARE_FOR_SUMS: Final = 0.4  # of the memory
 # Places of an image that are taken as samples: neighbours tell nearly the same, other prompts tell more.
 PLACES: Final = 64
 
 
 def memory_for_sums(device: torch.device) -> int:
-    """The bytes that normal equations of a model on a device may take: half of what is free there, or of the host's."""
+    """The bytes that normal equations of a model on a device may take, of what is free there, or of the host's.
+
+    To solve them takes half as much again as they do, and the rest is for what runs meanwhile.
+    """
     if device.type == "cuda":
         # What torch holds back for its next tensors is free too, though not to the driver.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (torch.cuda.mem_get_info(device)[0] + kept) // 2
-    return int(psutil.virtual_memory().total) // 2
+        return int((torch.cuda.mem_get_info(device)[0] + kept) * SHARE_FOR_SUMS)
+    # Of all there is, not of what is free at the moment: what is fitted should not hang on what else runs.
+    return int(psutil.virtual_memory().total * SHARE_FOR_SUMS)
 
 
 class NormalEquations:
