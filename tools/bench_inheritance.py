@@ -5,11 +5,12 @@
     python tools/bench_inheritance.py --quick                           # whether it runs; writes nothing
     python tools/bench_inheritance.py --full-size                       # Stable Diffusion 1.5 in bfloat16 alone
 
-Rivals: fewer steps of each sampler, and the schedules of `rival_schedules.py`; of each the one that is best on
-validation prompts within the time. DeepCache 0.1.1 itself is timed too where it is installed (`pip install
-asdm-compress[bench]`). Every budget of every sampler and number of steps is written as soon as it is done, to
-tools/results/inheritance.json, and a run that was cut off goes on after the last one. What our schedules hold and
-compute at the size of Stable Diffusion 1.5 comes from the meta device. Pictures: inheritance.svg,
+Rivals: fewer steps of each sampler, the schedules of `rival_schedules.py`, and caches in fewer steps; of each the one
+that is best on validation prompts within the time as predicted (of Block Caching, the least threshold). All of a budget
+are then timed in turns; what two of them have in common is timed once. DeepCache 0.1.1 itself is timed too where it is
+installed (`pip install asdm-compress[bench]`). Every budget of every sampler and number of steps is written as soon as
+it is done, to tools/results/inheritance.json, and a run that was cut off goes on after the last one. What our schedules
+hold and compute at the size of Stable Diffusion 1.5 comes from the meta device. Pictures: inheritance.svg,
 inheritance_steps.svg, inheritance_grid.png; `--full-size` writes inheritance_full_size.json.
 """
 
@@ -20,7 +21,7 @@ import copy
 import importlib.util
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from statistics import median
@@ -32,7 +33,14 @@ from inheritance_macs import macs_share, planned_macs
 from inheritance_results import SLACK, Kept, Rows, shown_row
 from measuring import RESULTS, LoadMeter, check_alone
 from PIL.Image import Image
-from rival_schedules import block_caching_ways, encoder_schedules, gates, power_caches, relative_changes
+from rival_schedules import (
+    block_caching_ways,
+    caches_in_fewer_steps,
+    encoder_schedules,
+    gates,
+    power_caches,
+    relative_changes,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -64,10 +72,11 @@ from asdm_compress.workflows.progress import Silent
 TEST_SEED, IMAGE_SEED = 5_151, 90_000
 MOST_ROUNDS = 2
 SHOWN = 6  # columns of the grid
+FEWER = (0.6, 0.8)  # of the full run's steps, that caches are tried with too
 NEVER = 1e6  # seconds: what is left out of a search is given a time that no budget has
 ABLATIONS = (
-    "forecasts", "dynamic program", "fitted corrections", "guidance reuse", "skipped steps", "the unit level",
-    "the cut level", "variable depth",
+    "forecasts", "dynamic program", "fitted corrections", "guidance reuse", "skipped steps",
+    "denoised latents", "the unit level", "the cut level", "variable depth",
 )  # fmt: skip
 
 
@@ -86,7 +95,8 @@ def without(choosing: Choosing, what: str) -> Choosing:
         name = names.get(light, "")
         gone = (
             (what == "guidance reuse" and conditional)
-            or (what == "skipped steps" and name == "skip")
+            or (what == "skipped steps" and name.startswith("skip"))
+            or (what == "denoised latents" and name == "skip.denoised")
             or (what == "the unit level" and name.endswith("units"))
             or (what == "the cut level" and name.startswith("cut."))
             or (what == "variable depth" and name.startswith("cut.") and light != shallow)
@@ -131,10 +141,28 @@ class Bench:
         self.scores: dict[str, Score] = {}  # of the last budget, by role
         self.shown: dict[str, tuple[float, list[Image]]] = {}  # the last budget's shares and pictures, by role
 
-    def keep(self, budget: float, role: str, way: Way, plan: Plan | None = None) -> None:
-        """Time a way beside the full run, and look at its pictures of the test prompts."""
-        share, wall = self.timed(way)
-        pictures = self.test.pictures_of(way)
+    def keep(self, budget: float, ways: Mapping[str, Way], plan: Plan | None = None) -> None:
+        """Time ways, by role, beside the full run, and look at their pictures of the test prompts.
+
+        `plan` is that of the first.
+        """
+        first = next(iter(ways), None)
+        different = {self.same(way): way for way in ways.values()}
+        shares = dict(zip(different, self.timed(list(different.values())), strict=True))
+        pictures = {same: self.test.pictures_of(way) for same, way in different.items()}
+        for role, way in ways.items():
+            same = self.same(way)
+            self.keep_row(budget, role, way, shares[same], pictures[same], plan if role == first else None)
+
+    def same(self, way: Way) -> tuple[Any, ...]:
+        """What ways have in common that do the same: the pipeline's own sampler may be asked for by its name."""
+        return (way.scheduler or self.sampler, replace(way, scheduler=None).key)
+
+    def keep_row(
+        self, budget: float, role: str, way: Way, shares: tuple[float, float], pictures: list[Image], plan: Plan | None
+    ) -> None:
+        """Write down what a way takes and what its pictures are like."""
+        share, wall = shares
         psnr, ssim = compare_pairs(pictures, self.test.pictures)
         self.scores[role] = Score(tuple(psnr), tuple(ssim))
         right = sum(load_reader().accuracy(to_tensor(pictures), self.captions))
@@ -154,25 +182,27 @@ class Bench:
         self.rows.append(row)
         print(json.dumps(row), flush=True)
 
-    def timed(self, way: Way, turns: int | None = None) -> tuple[float, float]:
-        """A way's share of the full run's time in turns with it: of its thread's processor time, and on the clock.
+    def timed(self, ways: Sequence[Way], turns: int | None = None) -> list[tuple[float, float]]:
+        """Ways' shares of the full run's time in turns with it: of their thread's processor time, and on the clock.
 
         On a machine of one's own the two are the same. With several threads both are what the clock says.
         """
-        ways = (Way("full", self.steps, 0.0), way)
-        loops = [w.loop(self.pipeline, self.one, self.settings.sampling) for w in ways]
+        every = (Way("full", self.steps, 0.0), *ways)
+        loops = [way.loop(self.pipeline, self.one, self.settings.sampling) for way in every]
         alone = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-        taken: list[tuple[float, float]] = []
+        taken: list[list[tuple[float, float]]] = []
         for turn in range((turns or self.settings.repeats) + 1):
             marks = [(alone(), time.perf_counter())]
             for loop in loops:
                 loop()
                 marks.append((alone(), time.perf_counter()))
-            full, own = ([b - a for a, b in zip(*pair, strict=True)] for pair in pairwise(marks))
+            full, *own = ([b - a for a, b in zip(*pair, strict=True)] for pair in pairwise(marks))
             if turn:  # the first one warms up
-                taken.append((own[0] / full[0], own[1] / full[1]))
-        processor, wall = (median(ratios) for ratios in zip(*taken, strict=True))
-        return processor, wall
+                taken.append([(each[0] / full[0], each[1] / full[1]) for each in own])
+        return [
+            (median(processor), median(wall))
+            for processor, wall in (zip(*each, strict=True) for each in zip(*taken, strict=True))
+        ]
 
     def macs(self, schedule: Schedule) -> dict[str, int]:
         """The planned and the executed MACs of a run for one image."""
@@ -193,25 +223,28 @@ class Bench:
         self.scores, self.shown, first = {}, {}, len(self.rows)
         goal = Goal(limit=parse_budget([f"latency={share}x"])[0])
         plan = self.plan(goal, share)
-        self.keep(share, "calibrated", plan.way, plan)
         rivals = {
             "fewer steps": fewer_steps(times, share * SLACK, (None,)),
             "fewer steps, best sampler": fewer_steps(times, share * SLACK, SOLVERS),
             "DeepCache": uniform_caches(choosing.every, times, share * SLACK),
         }
         rivals["DeepCache, not uniform"] = power_caches(choosing, share * SLACK, self.best_cuts(rivals["DeepCache"]))
-        for role, ways in rivals.items():
-            if ways:
-                self.keep(share, role, self.best(ways))
+        rivals["DeepCache in fewer steps"] = [
+            way
+            for part in FEWER
+            for way in caches_in_fewer_steps(choosing.every, times, share * SLACK, round(part * self.steps))
+        ]
+        chosen = {"calibrated": plan.way} | {role: self.best(ways) for role, ways in rivals.items() if ways}
         fixed = [*encoder_schedules(self.pipeline.unet, self.steps), *gates(self.pipeline.unet, self.steps)]
         within = [way for way in fixed if self.share(way) <= share * SLACK]
         for role in ("Faster Diffusion", "T-GATE"):
             ways = [way for way in within if way.name.startswith(role)]
             if ways:
-                self.keep(share, role, self.best(ways))
+                chosen[role] = self.best(ways)
         slowest = self.first_within(list(block_caching_ways(self.changes, self.steps)), share * SLACK)
         if slowest is not None:
-            self.keep(share, "Block Caching", slowest)
+            chosen["Block Caching"] = slowest
+        self.keep(share, chosen, plan)
         own, *others = self.scores
         self.rows[first]["gains"] = {role: gain(self.scores[own], self.scores[role]) for role in others}
 
@@ -219,7 +252,7 @@ class Bench:
         """The schedule for a share of the time; as `calibrate` does, searched again where it takes more when timed."""
         plan = choose_schedule(self.choosing, goal, share)
         for _ in range(MOST_ROUNDS):
-            taken = self.timed(plan.way)[0]
+            taken = self.timed([plan.way])[0][0]
             if taken <= share * SLACK:
                 break
             aim = share * plan.way.seconds / self.choosing.every_times.full_run / taken
@@ -230,7 +263,7 @@ class Bench:
     def share(self, way: Way) -> float:
         """About the time of a way whose time is not predicted; measured once."""
         if way.name not in self.known_shares:
-            self.known_shares[way.name] = self.timed(way, 2)[0]
+            self.known_shares[way.name] = self.timed([way], 2)[0][0]
         return self.known_shares[way.name]
 
     def best_cuts(self, ways: Sequence[Way], count: int = 3) -> list[int]:
@@ -262,7 +295,7 @@ class Bench:
             fitted = choosing.fitted(share, kept)
             kept += [plan for plan in fitted if (plan.choices is None) == (what == "dynamic program")]
             found = choosing.best(kept)
-            self.keep(share, f"search alone, without {what}" if what else "search alone", found.way)
+            self.keep(share, {f"search alone, without {what}" if what else "search alone": found.way})
 
     def deepcache_itself(self, interval: int, branch: int) -> None:
         """DeepCache 0.1.1's own package beside our schedule of the same settings: pictures and seconds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 from diffusers import StableDiffusionPipeline
@@ -40,6 +41,7 @@ def macs_share(pipeline: StableDiffusionPipeline, way: Way, settings: SamplingSe
     """A way's planned MACs over those of the full run."""
     if way.rule is None:
         return way.steps / settings.steps
-    schedule = way.rule if isinstance(way.rule, Schedule) else Schedule(way.rule.actions(settings.steps))
+    schedule = way.rule if isinstance(way.rule, Schedule) else Schedule(way.rule.actions(way.steps))
     full = Schedule((FULL,) * settings.steps)
-    return planned_macs(pipeline, schedule, settings) / planned_macs(pipeline, full, settings)
+    own = planned_macs(pipeline, schedule, replace(settings, steps=way.steps))
+    return own / planned_macs(pipeline, full, settings)

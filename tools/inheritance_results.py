@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from measuring import RESULTS, Resumable
+from measuring import RESULTS, Resumable, code_hash
 from mini_sd.weights import bundled_weights
 
 from asdm_compress.inheritance.actions import FULL, Action, Inherit
@@ -24,11 +24,17 @@ from asdm_compress.reporting.calibration import steps_svg
 from asdm_compress.reporting.plots import as_svg
 
 SLACK: Final = 1.02  # by which a time may be over the budget
-CACHES: Final = ("DeepCache", "DeepCache, not uniform", "Faster Diffusion", "T-GATE", "Block Caching")
+CACHES: Final = (
+    "DeepCache", "DeepCache, not uniform", "DeepCache in fewer steps", "Faster Diffusion", "T-GATE", "Block Caching",
+)  # fmt: skip
+# What rows come from, beside the weights.
+PACKAGES: Final = ("inheritance", "scheduling", "sampling")
+TOOLS: Final = ("bench_inheritance", "inheritance_results", "rival_schedules")
 LINES: Final = {
     "calibrated": ("calibrated (ours)", "#ea580c", "o"),
     "DeepCache": ("DeepCache", "#2563eb", "s"),
     "DeepCache, not uniform": ("DeepCache, not uniform", "#60a5fa", "D"),
+    "DeepCache in fewer steps": ("DeepCache in fewer steps", "#0891b2", "p"),
     "Block Caching": ("Block Caching", "#16a34a", "^"),
     "Faster Diffusion": ("Faster Diffusion", "#a16207", "v"),
     "T-GATE": ("T-GATE", "#9333ea", "P"),
@@ -121,8 +127,10 @@ def _action(name: str) -> Action:
         if where == "conditional":
             found = replace(found, guidance=parse_forecast(how))
             continue
-        thing: Thing = "branch" if where.endswith(".branch") else "output"
-        place = PREDICTION if where == "skip" else where.removesuffix(".branch")
+        things: tuple[Thing, ...] = ("branch", "denoised")
+        thing = next((thing for thing in things if where.endswith(f".{thing}")), "output")
+        place = where.removesuffix(f".{thing}")
+        place = PREDICTION if place == "skip" else place
         entry = Inherit(place, thing, parse_forecast(how), part.endswith("!"))
         found = replace(found, inherits=(*found.inherits, entry))
     return found
@@ -164,6 +172,7 @@ class Kept(Resumable):
         self.rows += rows
         name = " ".join(map(str, cell))
         self.facts.setdefault("seconds", {})[name] = round(seconds, 1)
+        self.facts.setdefault("code_by_cell", {})[name] = code_hash(*TOOLS, packages=PACKAGES)
         self.facts.setdefault("load_by_cell", {})[name] = round(load, 2)
         self.facts["summary"] = summary(self.rows)
         self.write()

@@ -21,7 +21,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from typing import Any, Final
 import psutil
 import torch
 
-from asdm_compress import assembly
+import asdm_compress
 from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.evaluation import intervals
 from asdm_compress.evaluation.record import Estimate
@@ -62,10 +62,11 @@ def fingerprint(device: torch.device | None = None) -> dict[str, Any]:
     }
 
 
-def code_hash(*tools: str) -> str:
-    """Of everything that makes plans, and of these modules beside this one."""
-    digest = hashlib.sha256()
-    for path in (*sorted(Path(assembly.__file__).parent.glob("*.py")), *(RESULTS.with_name(f"{n}.py") for n in tools)):
+def code_hash(*tools: str, packages: Sequence[str] = ("assembly",)) -> str:
+    """Of everything that makes plans, or of other packages of asdm_compress, and of these modules beside this one."""
+    digest, top = hashlib.sha256(), Path(asdm_compress.__file__).parent
+    inside = [path for package in packages for path in sorted((top / package).glob("*.py"))]
+    for path in (*inside, *(RESULTS.with_name(f"{name}.py") for name in tools)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

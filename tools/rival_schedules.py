@@ -9,6 +9,7 @@ T-GATE's gate drops the branch without the prompt; here the difference to it is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,9 @@ from asdm_compress.sampling.run import SamplingRun
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.scheduling.goals import Choosing
 from asdm_compress.scheduling.guided_unet import GuidedUNet
-from asdm_compress.scheduling.menu import light_name
-from asdm_compress.scheduling.ways import Way
+from asdm_compress.scheduling.menu import Menu, light_name
+from asdm_compress.scheduling.timing import KindTimes
+from asdm_compress.scheduling.ways import Way, uniform_caches
 
 THRESHOLDS = tuple(float(x) for x in np.geomspace(0.02, 3.0, 24))
 
@@ -50,6 +52,14 @@ def power_caches(choosing: Choosing, share: float, lights: Sequence[int]) -> lis
                     found.append(Way(rule, times.steps, seconds, parse_mode(rule)))
                     break
     return found
+
+
+def caches_in_fewer_steps(menu: Menu, times: KindTimes, share: float, steps: int) -> list[Way]:
+    """DeepCache's uniform schedule at every cut in fewer steps of the same sampler, as often as the time allows."""
+    fewer = replace(times, steps=steps)
+    left = share * times.full_run / fewer.full_run
+    ways = uniform_caches(menu, fewer, left) if steps > 1 and left < 1 else []
+    return [replace(way, name=f"{way.name}, {steps} steps") for way in ways]
 
 
 def encoder_schedules(unet: Any, steps: int) -> list[Way]:

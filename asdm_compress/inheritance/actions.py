@@ -18,7 +18,8 @@ from asdm_compress.inheritance.program import Program, program_of
 @dataclass(frozen=True, slots=True)
 class Inherit:
     """One place that is inherited: its output or its residual branch, how it is forecast, and whether a fitted
-    correction is added to the forecast (see `corrections`)."""
+    correction is added to the forecast (see `corrections`). Of the whole prediction it may be the denoised latent, from
+    which samplers of several steps extrapolate."""
 
     place: str
     thing: Thing = "output"
@@ -59,7 +60,7 @@ class Action:
         """For tables and files, for example `full`, `cut.0:linear`, `conditional:hold+cut.2:hold`, `full@student`."""
         parts = [] if self.guidance is None else [f"conditional:{self.guidance.name}"]
         for entry in self.inherits:
-            thing = "" if entry.thing == "output" else ".branch"
+            thing = "" if entry.thing == "output" else f".{entry.thing}"
             place = "skip" if entry.place == PREDICTION else entry.place
             parts.append(f"{place}{thing}:{entry.forecast.name}{'+fit' if entry.corrected else ''}")
         return ("+".join(parts) or "full") + ("" if self.member is None else f"@{self.member}")
@@ -83,9 +84,9 @@ def inherit(paths: Iterable[str], thing: Thing = "branch", forecast: Forecast = 
     return Action(tuple(Inherit(path, thing, forecast) for path in paths))
 
 
-def skip(forecast: Forecast = HOLD) -> Action:
-    """Inherit the whole prediction; nothing of the UNet is computed."""
-    return Action((Inherit(PREDICTION, "output", forecast),))
+def skip(forecast: Forecast = HOLD, thing: Thing = "output") -> Action:
+    """Inherit the whole prediction, or the denoised latent that it makes; nothing of the UNet is computed."""
+    return Action((Inherit(PREDICTION, thing, forecast),))
 
 
 def conditional_only(forecast: Forecast = HOLD, also: Action = FULL) -> Action:

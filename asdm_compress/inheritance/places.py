@@ -15,7 +15,8 @@ from asdm_compress.models.sites import Site, find_sites
 from asdm_compress.models.slots import ConvResnet
 
 Level = Literal["block", "layer", "unit", "sub-unit", "cut", "step"]
-Thing = Literal["output", "branch"]
+# `denoised` is of the whole prediction: the latent that it makes of the UNet's input.
+Thing = Literal["output", "branch", "denoised"]
 _SHORTCUT: Final = "conv_shortcut"
 
 
@@ -55,8 +56,11 @@ class Place:
     source: str | None = None
 
     def features(self, thing: Thing) -> tuple[Feature, ...]:
-        """What is carried for inheriting `thing`; raises AsdmError where the place has no residual branch."""
-        found = self.outputs if thing == "output" else self.branches
+        """What is carried for inheriting `thing`; raises AsdmError where the place has no residual branch, and for the
+        denoised latent of anything but the whole prediction."""
+        if thing == "denoised" and self.path != PREDICTION:
+            raise AsdmError(f"{self.path} makes no denoised latent", "Inherit its output.")
+        found = self.branches if thing == "branch" else self.outputs
         if found is None:
             raise AsdmError(
                 f"{self.path} has no residual branch: its input and its output differ in size",

@@ -17,7 +17,17 @@ from asdm_compress.inheritance.forecast import combine
 from asdm_compress.inheritance.passes import NOTHING_GIVEN, Corrected, Given
 from asdm_compress.inheritance.places import Feature
 from asdm_compress.inheritance.program import Program, program_of
-from asdm_compress.inheritance.run_plan import DIFFERENCE, Kept, RunPlan, StepPlan, Use, forecast_from, needed_from
+from asdm_compress.inheritance.run_plan import (
+    DENOISED,
+    DERIVED,
+    DIFFERENCE,
+    Kept,
+    RunPlan,
+    StepPlan,
+    Use,
+    forecast_from,
+    needed_from,
+)
 from asdm_compress.inheritance.timeline import Timeline
 from asdm_compress.models.call import UNetCall
 
@@ -134,14 +144,11 @@ class Run:
         else:
             timestep = self.timeline.timesteps[self.step]
             evaluator = self.evaluator.of(step.action.member)
-            prediction, recorded = evaluator.evaluate(step.program, active, self._given(step), timestep)
+            prediction, recorded = evaluator.evaluate(step.program, active, self._given(step, active), timestep)
         self._keep(step, dict(zip(step.program.recorded, recorded, strict=True)))
         if step.difference is not None:
             prediction = torch.cat((prediction - self._value(step.difference), prediction))
-        for kept in step.keeps:
-            if kept[0] == DIFFERENCE:
-                unconditional, conditional = prediction.chunk(2)
-                self._kept[kept] = conditional - unconditional
+        self._keep_derived(step, call, prediction)
         for kept in step.forgets:
             self._kept.pop(kept, None)
         self.step += 1
@@ -171,7 +178,7 @@ class Run:
         # Corrections look at what the step itself will have there, which is not the truth where the step inherits
         # something before it.
         seen = program_of(graph, step.program.taken, list(sources.values()), step.program.corrections)
-        here = self._recorded(seen, active, self._given(step), member) if sources else {}
+        here = self._recorded(seen, active, self._given(step, active), member) if sources else {}
         found = []
         for use in step.uses:
             source = sources.get(use.feature)
@@ -179,7 +186,8 @@ class Run:
             if source is not None:
                 looked_at = step.sources[use.feature]
                 more = (here[source], self._value(looked_at), self._value(looked_at.last()))
-            found.append(Inspection(use.feature, truth[use.feature], self._value(use), self._value(use.last()), *more))
+            taken = (self._value(use, active), self._value(use.last(), active))
+            found.append(Inspection(use.feature, truth[use.feature], *taken, *more))
         return tuple(found)
 
     def _recorded(
@@ -210,8 +218,8 @@ class Run:
         self._plan = self.evaluator.plan(self.actions[self.step :], self.timeline.since(self.step), guided)
         self._forecast_from = forecast_from(self._plan, self.first_step + self.step)
 
-    def _given(self, step: StepPlan) -> Given:
-        values = [self._value(use) for use in step.uses]
+    def _given(self, step: StepPlan, call: UNetCall) -> Given:
+        values = [self._value(use, call) for use in step.uses]
         needed: dict[Feature, Corrected] = {}
         for use in step.uses:
             correction = self._correction(use.feature) if use.feature in step.sources else None
@@ -229,18 +237,42 @@ class Run:
             return None
         return self.corrections.get(key)
 
-    def _value(self, use: Use) -> Tensor:
-        """A forecast from what is kept, for all groups of rows that the step computes."""
+    def _value(self, use: Use, call: UNetCall | None = None) -> Tensor:
+        """A forecast from what is kept, for all groups of rows that the step computes, which are those of `call`."""
         parts = [combine([self._kept[k] for k in kept], factors) for kept, factors in use.groups]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        value = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if use.denoised is None:
+            return value
+        assert call is not None
+        of_input, of_prediction = use.denoised
+        return ((value - of_input * _latents(call, value)) / of_prediction).to(call.sample.dtype)
 
     def _keep(self, step: StepPlan, recorded: Mapping[Feature, Tensor]) -> None:
         for kept in step.keeps:
             feature, rows, _ = kept
-            if feature == DIFFERENCE:
+            if feature in DERIVED:
                 continue
             tensor = recorded[feature]
             if rows != "all" and not step.conditional_only:
                 # Halves of their own: a view of one would keep the other's memory.
                 tensor = tensor.chunk(2)[0 if rows == "unconditional" else 1].clone()
             self._kept[kept] = tensor
+
+    def _keep_derived(self, step: StepPlan, call: UNetCall, prediction: Tensor) -> None:
+        for kept in step.keeps:
+            feature, rows, _ = kept
+            if feature == DIFFERENCE:
+                unconditional, conditional = prediction.chunk(2)
+                self._kept[kept] = conditional - unconditional
+            elif feature == DENOISED:
+                own, latents = prediction, _latents(call, prediction)
+                if rows != "all":
+                    own, latents = (x.chunk(2)[0 if rows == "unconditional" else 1] for x in (own, latents))
+                of_input, of_prediction = self.timeline.denoised(self.step)
+                # A difference of what may be large: half precision would leave little of it.
+                self._kept[kept] = of_input * latents.float() + of_prediction * own.float()
+
+
+def _latents(call: UNetCall, like: Tensor) -> Tensor:
+    """The latents of a call: its first channels, of which inpainting UNets and their like have more."""
+    return call.sample[:, : like.shape[1]]

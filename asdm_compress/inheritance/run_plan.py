@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
-from asdm_compress.inheritance.actions import Action, correction_sources, features_of
+from asdm_compress.inheritance.actions import Action, Inherit, correction_sources, features_of
 from asdm_compress.inheritance.forecast import Forecast, weights
 from asdm_compress.inheritance.graph import PREDICTION, Graph
 from asdm_compress.inheritance.places import Feature, Place
@@ -22,15 +22,23 @@ Rows = Literal["all", "unconditional", "conditional"]
 BOTH: Final[tuple[Rows, ...]] = ("unconditional", "conditional")
 # The conditional prediction minus the unconditional one.
 DIFFERENCE: Final = Feature("guidance difference")
+# What the prediction makes of the UNet's input.
+DENOISED: Final = Feature("denoised latent")
+DERIVED: Final = (DIFFERENCE, DENOISED)  # found from the prediction, which is no part of any pass
 Kept = tuple[Feature, Rows, int]  # a tensor that a run holds: what, of which rows, from which step
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """A forecast of a feature at a step: for each group of rows the kept tensors, the newest first, and factors."""
+    """A forecast of a feature at a step: for each group of rows the kept tensors, the newest first, and factors.
+
+    Where `denoised` is given, the denoised latent is forecast, and the feature, which is the prediction, is what makes
+    it: `denoised` are a and b of `Timeline.denoised`.
+    """
 
     feature: Feature
     groups: tuple[tuple[tuple[Kept, ...], tuple[float, ...]], ...]
+    denoised: tuple[float, float] | None = None
 
     @property
     def kept(self) -> tuple[Kept, ...]:
@@ -39,7 +47,7 @@ class Use:
 
     def last(self) -> Use:
         """The last computed value in place of the forecast."""
-        return Use(self.feature, tuple((tensors[:1], (1.0,)) for tensors, _ in self.groups))
+        return replace(self, groups=tuple((tensors[:1], (1.0,)) for tensors, _ in self.groups))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +183,11 @@ class _Planner:
             if mine and is_fresh(feature, graph, live, taken):
                 for rows in groups:
                     self.history.setdefault((feature, rows), []).append(i)
-        if self.split and not step.conditional_only and PREDICTION not in taken:
-            self.history.setdefault((DIFFERENCE, "all"), []).append(i)
+        if PREDICTION not in taken:
+            if self.split and not step.conditional_only:
+                self.history.setdefault((DIFFERENCE, "all"), []).append(i)
+            for rows in groups:
+                self.history.setdefault((DENOISED, rows), []).append(i)
         return step
 
     def _possible(self, i: int, action: Action) -> StepPlan | None:
@@ -193,7 +204,7 @@ class _Planner:
             difference = self._use(i, DIFFERENCE, action.guidance, ("all",))
             if difference is None:
                 return None
-        uses = [self._use(i, feature, entries[feature].forecast, groups) for feature in program.taken]
+        uses = [self._taken(i, feature, entries[feature], groups) for feature in program.taken]
         looked_at = {
             f: self._use(i, Feature(source).of(action.member), entries[f].forecast, groups)
             for f, source in program.corrections.items()
@@ -207,6 +218,12 @@ class _Planner:
             {f: use for f, use in looked_at.items() if use is not None},
             difference,
         )
+
+    def _taken(self, i: int, feature: Feature, entry: Inherit, groups: tuple[Rows, ...]) -> Use | None:
+        if entry.thing != "denoised":
+            return self._use(i, feature, entry.forecast, groups)
+        use = self._use(i, DENOISED, entry.forecast, groups)
+        return use and replace(use, feature=feature, denoised=self.timeline.denoised(i))
 
     def _use(self, i: int, feature: Feature, forecast: Forecast, groups: tuple[Rows, ...]) -> Use | None:
         found = []
@@ -236,7 +253,7 @@ class _Planner:
 
     def _finished(self, i: int, step: StepPlan, last_use: Mapping[Kept, int]) -> StepPlan:
         keeps = tuple(kept for kept in last_use if kept[2] == i)
-        recorded = tuple(dict.fromkeys(feature for feature, _, _ in keeps if feature != DIFFERENCE))
+        recorded = tuple(dict.fromkeys(feature for feature, _, _ in keeps if feature not in DERIVED))
         program = self._program(step.action.member, step.program.taken, recorded, step.program.corrections)
         forgets = tuple(kept for kept, last in last_use.items() if last == i)
         return replace(step, program=program, keeps=keeps, forgets=forgets)

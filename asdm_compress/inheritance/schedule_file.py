@@ -14,6 +14,7 @@ from asdm_compress.inheritance.actions import FULL, Action, Inherit
 from asdm_compress.inheritance.corrections_file import load_corrections, save_corrections
 from asdm_compress.inheritance.forecast import Forecast, parse_forecast
 from asdm_compress.inheritance.modes import MODE_GRAMMAR, parse_mode
+from asdm_compress.inheritance.places import Thing
 from asdm_compress.inheritance.schedule import Rule, Schedule
 from asdm_compress.inheritance.validity import ModelMark, Validity
 
@@ -32,7 +33,7 @@ class InheritEntry(Strict):
     """One inherited place; see `actions.Inherit`."""
 
     place: str = Field(min_length=1)
-    thing: Literal["output", "branch"] = "output"
+    thing: Thing = "output"
     forecast: str = "hold"
     corrected: bool = False
 

@@ -16,21 +16,20 @@ from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import CACHE_HINT, output_file
 from asdm_compress.core.provenance import content_hash
 from asdm_compress.inheritance.costs import program_macs
-from asdm_compress.inheritance.evaluator import Evaluator
 from asdm_compress.inheritance.program import program_of
 from asdm_compress.inheritance.timeline import Timeline, timeline_of
 from asdm_compress.profiling.counting import count
 from asdm_compress.sampling.run import check_one_evaluation_per_step
 from asdm_compress.sampling.settings import SamplingSettings, encode, initial_latents
 from asdm_compress.scheduling.gains import measure_gains
-from asdm_compress.scheduling.menu import WHOLE, Kind, Menu, default_forecasts, default_lights, menu_of
+from asdm_compress.scheduling.menu import WHOLE, Kind, Menu, default_forecasts, default_lights, light_name, menu_of
 from asdm_compress.scheduling.responses import REACH, SHARE, Responses, measure_responses
 from asdm_compress.scheduling.surrogate import Surrogate
 
 # To be raised when the meaning of a kept measurement changes.
-VERSION: Final = 1
+VERSION: Final = 2
 LARGEST_SHARE: Final = 0.8  # of the MACs: what saves less is not measured
-SMALLEST_GAP: Final = 0.04  # between two light actions' shares of the MACs
+SMALLEST_GAP: Final = 0.04  # between two cuts' shares of the MACs
 GAIN_PROMPTS: Final = 4
 
 Progress = Callable[[int, int], None]
@@ -68,7 +67,7 @@ class Menus:
 def find_menus(pipeline: StableDiffusionPipeline, settings: SamplingSettings, timeline: Timeline) -> Menus:
     """A model's light actions: all, and a few of different costs; the choice depends on counts alone, not on time."""
     unet, guided = pipeline.unet, settings.guidance > 1
-    every = menu_of(unet, default_lights(unet), default_forecasts(timeline), guided)
+    every = menu_of(unet, default_lights(unet, timeline), default_forecasts(timeline), guided)
     latents = initial_latents(pipeline, 1, settings)
     tokens = int(pipeline.tokenizer.model_max_length)
     counts = count(unet, 2 if guided else 1, latents.shape[2], latents.shape[3], tokens)
@@ -76,10 +75,15 @@ def find_menus(pipeline: StableDiffusionPipeline, settings: SamplingSettings, ti
     shares = tuple(program_macs(program, counts) / whole for program in every.programs)
     chosen: list[int] = []
     for light in sorted(range(len(shares)), key=lambda i: shares[i]):
-        near = [shares[light] - shares[other] for other in chosen]
+        # Of cuts the next one does nearly the same; other actions are of another kind.
+        near = [shares[light] - shares[other] for other in chosen if _are_cuts(every, light, other)]
         if shares[light] <= LARGEST_SHARE and all(gap >= SMALLEST_GAP for gap in near):
             chosen.append(light)
     return Menus(every, shares, tuple(sorted(chosen)))
+
+
+def _are_cuts(menu: Menu, *lights: int) -> bool:
+    return all(light_name(menu, light).startswith("cut.") for light in lights)
 
 
 def measure_surrogate(
@@ -95,9 +99,7 @@ def measure_surrogate(
     """The surrogate of a menu on a model's own trajectories. What is in `folder` already is not measured again."""
     lights = [action.name for action in menu.lights]
     place = folder / content_hash({"version": VERSION, "lights": lights, "reach": REACH, "share": SHARE})
-    responses: Responses = measure_responses(
-        pipeline, Evaluator(pipeline.unet), menu, prompts, settings, place, batch, progress
-    )
+    responses: Responses = measure_responses(pipeline, menu, timeline, prompts, settings, place, batch, progress)
     gains = _kept_gains(place / "gains.json", pipeline, prompts[:GAIN_PROMPTS], settings, progress)
     return Surrogate(menu, responses, gains, timeline, settings.guidance)
 

@@ -82,6 +82,10 @@ class Menu:
         """Everything that differs in time."""
         return tuple(dict.fromkeys(choice.kind for choice in self.choices()))
 
+    def denoises(self, light: int) -> bool:
+        """Whether a light action inherits the denoised latent."""
+        return any(entry.thing == "denoised" for entry in self.lights[light].inherits)
+
     def computes(self, light: int) -> bool:
         """Whether a light action computes anything; a skipped step does not."""
         return light == WHOLE or self.programs[light].computes
@@ -102,13 +106,17 @@ class Menu:
         )
 
 
-def default_lights(unet: UNet2DConditionModel) -> tuple[Action, ...]:
-    """What schedules are made of: the whole prediction, every cut, and all transformers' residual branches together."""
+def default_lights(unet: UNet2DConditionModel, timeline: Timeline) -> tuple[Action, ...]:
+    """What schedules are made of: the whole prediction, every cut, and all transformers' residual branches together.
+
+    Of the whole prediction also the denoised latent, where the sampler tells it.
+    """
     places = find_places(unet)
     cuts = [cut(int(p.path.removeprefix("cut."))) for p in places.values() if p.level == "cut"]
     units = [p.path for p in places.values() if p.level == "unit" and "attentions" in p.path and p.branches]
     transformers = [Action(tuple(Inherit(path, "branch") for path in units))] if units else []
-    return (skip(), *cuts, *transformers)
+    skips = (skip(), skip(thing="denoised")) if timeline.tells_denoised else (skip(),)
+    return (*skips, *cuts, *transformers)
 
 
 def default_forecasts(timeline: Timeline) -> tuple[Forecast, ...]:
@@ -167,13 +175,15 @@ def cut_sources(unet: UNet2DConditionModel) -> dict[str, str]:
 
 
 def light_name(menu: Menu, light: int) -> str:
-    """For tables and plots, for example `cut.2`, `skip`, `16 places`."""
+    """For tables and plots, for example `cut.2`, `skip`, `16 units`."""
     if light == WHOLE:
         return "everything"
-    paths = [entry.place for entry in menu.lights[light].inherits]
-    if len(paths) > 1:
-        return f"{len(paths)} units"
-    return "skip" if paths[0] == PREDICTION else paths[0]
+    first, *others = menu.lights[light].inherits
+    if others:
+        return f"{1 + len(others)} units"
+    if first.place == PREDICTION:
+        return "skip" if first.thing == "output" else f"skip.{first.thing}"
+    return first.place
 
 
 def _refreshed(graph: Graph, program: Program, others: Sequence[Program]) -> tuple[bool, ...]:

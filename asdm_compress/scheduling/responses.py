@@ -2,8 +2,9 @@
 
 With f_i the features that an action takes at step i, v_ik is what the prediction changes by when f_(i-k) stands in for
 f_i, to first order: the difference quotient along f_(i-k) - f_i. Any forecast is Σ c_k f_(i-k) with Σ c_k = 1, so that
-the error it makes in the prediction is Σ c_k v_ik: one measurement prices every forecast, order and abscissa. What is
-kept is a random sketch of every v_ik, whose scalar products say what errors do together.
+the error it makes in the prediction is Σ c_k v_ik: one measurement prices every forecast, order and abscissa. Of the
+denoised latent v_ik is known without a pass, since the prediction is an affine map of it. What is kept is a random
+sketch of every v_ik, whose scalar products say what errors do together.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from asdm_compress.inheritance.evaluator import Evaluator
 from asdm_compress.inheritance.passes import Given
 from asdm_compress.inheritance.places import Feature
 from asdm_compress.inheritance.program import program_of
+from asdm_compress.inheritance.run_plan import DENOISED
+from asdm_compress.inheritance.timeline import Timeline
 from asdm_compress.models.call import UNetCall
 from asdm_compress.sampling.run import SamplingRun
 from asdm_compress.sampling.settings import SamplingSettings, encode
@@ -64,8 +67,8 @@ class Responses:
 @torch.no_grad()
 def measure_responses(
     pipeline: StableDiffusionPipeline,
-    evaluator: Evaluator,
     menu: Menu,
+    timeline: Timeline,
     prompts: Sequence[str],
     settings: SamplingSettings,
     folder: Path | None = None,
@@ -77,7 +80,7 @@ def measure_responses(
     Every batch of prompts is a file of its own in `folder`, so that a run that was cut off goes on where it was; a file
     that cannot be read is measured again. Held in memory at a time are the features of `REACH` steps of one batch.
     """
-    texts = encode(pipeline, prompts, settings.guidance)
+    texts, evaluator = encode(pipeline, prompts, settings.guidance), Evaluator(pipeline.unet)
     parts: list[Responses] = []
     total = len(prompts) * settings.steps
     for first in range(0, len(prompts), batch):
@@ -91,7 +94,7 @@ def measure_responses(
         found = _read(path)
         if found is None:
             here = replace(settings, seed=settings.seed + first)
-            found = _measure(pipeline, evaluator, menu, texts[rows], here, step_done)
+            found = _measure(pipeline, evaluator, menu, timeline, texts[rows], here, step_done)
             _write(path, found)
         step_done(settings.steps)
         parts.append(found)
@@ -102,6 +105,7 @@ def _measure(
     pipeline: StableDiffusionPipeline,
     evaluator: Evaluator,
     menu: Menu,
+    timeline: Timeline,
     texts: Tensor,
     settings: SamplingSettings,
     step_done: Callable[[int], None],
@@ -120,8 +124,16 @@ def _measure(
         step, timestep = run.step, float(run.timesteps[run.step])
         prediction, recorded = evaluator.evaluate(whole, call, timestep=timestep)
         now = dict(zip(whole.recorded, recorded, strict=True))
+        of_prediction = 1.0
+        if any(map(menu.denoises, range(len(menu.lights)))):
+            of_input, of_prediction = timeline.denoised(step)
+            latents = call.sample[:, : prediction.shape[1]].float()
+            now[DENOISED] = of_input * latents + of_prediction * prediction.float()
         for number, program in enumerate(menu.programs):
             for back, then in enumerate(reversed(older)):
+                if menu.denoises(number):
+                    errors[number, step, back] = rows_of((then[DENOISED] - now[DENOISED]) / of_prediction)
+                    continue
                 values = [torch.lerp(now[feature], then[feature], SHARE) for feature in program.taken]
                 changed, _ = evaluator.evaluate(program, call, Given(values), timestep)
                 errors[number, step, back] = rows_of((changed - prediction).float() / SHARE)

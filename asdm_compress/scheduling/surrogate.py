@@ -96,8 +96,14 @@ class Surrogate:
         found = self.feature_error(step, choice.light, row, steps, factors)
         if not self.menu.computes(choice.light):
             for then, factor in zip(steps, factors, strict=True):
-                found += factor * of_rows[then, row]
+                found += factor * self._share(step, then, choice.light) * of_rows[then, row]
         return found
+
+    def _share(self, step: int, then: int, light: int) -> float:
+        """How much of an earlier prediction's error is in one that is inherited, or made of its denoised latent."""
+        if not self.menu.denoises(light):
+            return 1.0
+        return self.timeline.denoised(then)[1] / self.timeline.denoised(step)[1]
 
     def taken(self, step: int, pair: Pair, forecast: Forecast) -> tuple[list[int], tuple[float, ...]]:
         """The steps that a forecast takes, the newest first, and their factors."""

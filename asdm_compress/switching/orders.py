@@ -16,7 +16,7 @@ from typing import Final
 
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.inheritance.actions import Action, skip
-from asdm_compress.inheritance.forecast import LINEAR, parse_forecast
+from asdm_compress.inheritance.forecast import HOLD, LINEAR, parse_forecast
 
 ORDER_GRAMMAR: Final = "small-first:10, large-first:10, interleaved:3, explicit:teacher*5/student*10/skip/teacher"
 _TIMES: Final = re.compile(r"(?P<what>.+?)(?:\*(?P<count>\d+))?")
@@ -72,6 +72,8 @@ def _action(word: str, members: Sequence[str]) -> Action:
     kind, colon, forecast = word.partition(":")
     if kind == "skip":
         return skip(parse_forecast(forecast) if colon else LINEAR)
+    if kind == "skip.denoised":
+        return skip(parse_forecast(forecast) if colon else HOLD, "denoised")
     if word not in members:
         raise AsdmError(f"there is no member {word!r}", f"There are {', '.join(members)}, and skip.")
     return Action(member=word)

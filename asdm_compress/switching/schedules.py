@@ -17,9 +17,10 @@ from asdm_compress.inheritance.carrying import remap
 from asdm_compress.inheritance.forecast import parse_forecast
 from asdm_compress.inheritance.timeline import Timeline, timeline_at
 
-# What of a scheduler's config says how much noise there is at a timestep.
+# What of a scheduler's config says how much noise there is at a timestep, and what of that is predicted.
 _NOISE: Final = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
+    "prediction_type",
 )  # fmt: skip
 _SAME_SIGMA: Final = 1e-3
 
@@ -66,7 +67,7 @@ class SwitchingSchedule:
 
     def timeline_of(self, timesteps: Sequence[float]) -> Timeline:
         """The evaluations at these timesteps of the same model."""
-        return timeline_at(timesteps, self.alphas)
+        return timeline_at(timesteps, self.alphas, str(self.noise.get("prediction_type", "epsilon")))
 
     def fits(self, timeline: Timeline) -> bool:
         """Whether these are the evaluations that it was made for."""
