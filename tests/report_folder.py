@@ -127,8 +127,8 @@ def _add_schedule(folder):
     place.mkdir()
     save_schedule(Schedule(actions, {}, None), place / "inheritance.yaml")
     steps = [
-        {"action": a.name, "predicted_error": 0.01 * i, "measured_error": 0.012 * i, "predicted_seconds": 0.01,
-         "measured_seconds": 0.011} for i, a in enumerate(actions)
+        {"action": a.name, "predicted_error": None if i == 1 else 0.01 * i, "measured_error": 0.012 * i,
+         "predicted_seconds": 0.01, "measured_seconds": 0.011} for i, a in enumerate(actions)
     ]  # fmt: skip
     score = {"pairs": 4, "psnr": 40.0, "psnr_interval": 0.5, "ssim": 0.99, "ssim_interval": 0.001}
     ours = {"role": "schedule", "way": "found", "share": 0.61, "validation": score, "test": score}

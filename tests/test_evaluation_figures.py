@@ -65,13 +65,18 @@ def test_intervals_cover_what_they_should():
     assert 0.9 <= np.mean([one.low <= 0.2 <= one.high for one in shares]) <= 0.99
 
 
-@pytest.mark.parametrize("few", [2, 4, 9])
+@pytest.mark.parametrize("few", [2, 4, 5, 8])
 def test_intervals_of_a_handful_cover_what_they_should(few):
     """A bootstrap's would hold the mean of two values every second time."""
     rng = np.random.default_rng(few)
     means = [intervals.mean(rng.normal(20, 3, size=few)) for _ in range(400)]
     assert {one.method for one in means} == {"t"}
     assert 0.92 <= np.mean([one.low <= 20 <= one.high for one in means]) <= 0.98
+    medians = [intervals.median(rng.normal(20, 3, size=few + 1)) for _ in range(400)]
+    assert {one.method for one in medians} == {
+        "t" if few + 1 < 6 else "order" if few + 1 < 10 else "bootstrap-percentile"
+    }
+    assert np.mean([one.low <= 20 <= one.high for one in medians]) >= 0.91
 
 
 def test_intervals_of_too_little_and_of_nothing_new():

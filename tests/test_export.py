@@ -22,6 +22,7 @@ from asdm_compress.assembly.surgery import assemble, build, specify
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.recipe import find_recipe, load_recipe
 from asdm_compress.models.collapse import collapse_experts
+from asdm_compress.models.expert_conv import Moment
 from asdm_compress.models.families import FAMILIES
 from asdm_compress.models.ldm import UNET_PREFIX, text_encoder_to_ldm, unet_to_ldm, vae_to_ldm
 from asdm_compress.models.loading import load_pipeline
@@ -271,6 +272,32 @@ def test_a_kernel_per_step_changes_nothing_at_these_steps(routed, inputs):
         with torch.no_grad():
             one, other = (u(inputs[0], timestep, inputs[2]).sample for u in (routed, twin))
         assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_steps_that_lie_close_do_not_reach_into_one_another(routed, inputs):
+    timesteps = [float(t) for t in range(995, 0, -5)]
+    twin = collapse_experts(routed, timesteps, per_step=True)
+    for timestep in timesteps[3::40]:
+        with torch.no_grad():
+            one, other = (u(inputs[0], timestep, inputs[2]).sample for u in (routed, twin))
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("edit", ["separable3x3*2@timestep", "conv3x3-rank8*2@timestep"])
+def test_factors_are_not_averaged_one_by_one(unet, edit):
+    """Of two experts that do the same by opposite factors, the one kernel does the same too."""
+    student = assemble(unet, Plan({"mid_block.resnets.0": edit}))
+    slot = student.get_submodule("mid_block.resnets.0.slot")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in slot.weights:
+            weight[0].copy_(0.1 * torch.randn(weight[0].shape, generator=generator))
+            weight[1].copy_(-weight[0])
+        slot.bias.copy_(0.1 * torch.ones_like(slot.bias))
+        single = collapse_experts(student, [950, 20], per_step=False)
+        hidden, moment = torch.randn(2, slot.in_channels, 8, 8, generator=generator), Moment(torch.tensor([950.0, 950.0]))
+        expected, found = slot(hidden, moment), single.get_submodule("mid_block.resnets.0.slot")(hidden, moment)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_one_kernel_is_the_mean_of_the_steps_kernels(routed, inputs, tmp_path):

@@ -184,6 +184,24 @@ def test_a_timestep_that_stands_alone_is_served_by_its_noise(unet, students, swi
         assert torch.allclose(mixed[1:], students["tiny"](sample[1:], 3, text[1:]).sample, atol=1e-5)
 
 
+def test_guidance_branches_in_calls_of_their_own_do_not_meet(pipeline, unet, members, inputs):
+    """One call of the UNet per branch: what the first has kept is not the second's, which is computed."""
+    actions = (Action(member="teacher"), skip(), Action(member="teacher"), Action(member="tiny"))
+    made = SwitchedUNet2DConditionModel.of(members, schedule_of(pipeline, actions))
+    scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(4)
+    latents, texts = inputs[0][:1], [torch.randn(1, *inputs[2].shape[1:]) for _ in range(2)]
+    found = []
+    with torch.no_grad(), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for timestep in scheduler.timesteps:
+            found.append([made(latents, timestep, text).sample for text in texts])
+        assert torch.equal(found[1][0], found[0][0]), "the first call's own run goes by the schedule"
+        assert torch.equal(found[1][1], unet(latents, scheduler.timesteps[1], texts[1]).sample)
+        assert torch.equal(found[3][1], members["tiny"](latents, scheduler.timesteps[3], texts[1]).sample)
+    assert any("twice" in str(one.message) for one in told)
+
+
 def test_inheritance_works_on_top_of_switching(pipeline, unet, students, switch):
     def inherited(unet, rule):
         pipe = pipe_of(pipeline, unet)

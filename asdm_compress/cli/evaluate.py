@@ -53,7 +53,9 @@ def evaluate(
         str | None, typer.Option(help="Sampler of the model where it is not the teacher's: ddim, dpm++, euler, …")
     ] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; own: 5.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the first pair; each has the next.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**62, help="Seed of the first pair; each has the next.")
+    ] = None,
     scheduler: o.Scheduler = None,
     image_size: o.ImageSize = None,
     resize: Annotated[

@@ -96,7 +96,7 @@ def frontier(
         hint = "Give the model that it was made of, or leave the option out."
         o.refuse_given(context, sorted(set(context.params) - _OF_A_FOLDER), why, hint)
         place = Path(model) if out is None else out
-        found = of_folder(Path(model), place, wanted, output)
+        found = of_folder(Path(model), place, wanted, output, overwrite)
     else:
         place = Path("frontier") if out is None else out
         check_output(place, overwrite)

@@ -54,8 +54,9 @@ def read_checked(path: Path, schema: type[ModelT], what: str, hint: str) -> Chec
         raise AsdmError(f"{line}: no valid YAML: {getattr(error, 'problem', error)}") from error
     _refuse_duplicates(node, path)
     if not isinstance(content, Mapping):
-        keys = [name for name, key in schema.model_fields.items() if key.is_required()]
-        raise AsdmError(f"{path}:1: a {what} is a mapping with the keys {', '.join(keys[:-1])} and {keys[-1]}")
+        required = [name for name, key in schema.model_fields.items() if key.is_required()]
+        keys = required or list(schema.model_fields)
+        raise AsdmError(f"{path}:1: a {what} is a mapping with keys such as {', '.join(keys)}")
     try:
         return Checked(schema.model_validate(content), path, node)
     except ValidationError as error:

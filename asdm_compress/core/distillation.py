@@ -61,10 +61,11 @@ class Losses(Strict):
 
 
 class Optimiser(Strict):
-    """AdamW and its schedule; `schedule` is one of diffusers' (constant, cosine, linear, …), after `warmup_steps`."""
+    """AdamW and its schedule; `schedule` is one of diffusers' (constant, cosine, linear, …), after `warmup_steps`, or
+    half of a phase where that is less."""
 
     name: OptimiserName = "adamw"
-    learning_rate: float = Field(default=5e-5, gt=0)
+    learning_rate: float = Field(default=5e-5, gt=0, allow_inf_nan=False)
     schedule: str = "constant"
     warmup_steps: int = Field(default=0, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -27,6 +28,17 @@ class ExpertUse:
         """By slot, every expert's mean share of the rows, of this process; slots that have not run are left out."""
         return {path: slot.mean() for path, slot in self._slots.items() if slot.rows}
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Look away, while the student runs on what it is not trained on."""
+        for slot in self._slots.values():
+            slot.watches = False
+        try:
+            yield
+        finally:
+            for slot in self._slots.values():
+                slot.watches = True
+
     def release(self) -> None:
         """Watch no longer."""
         for slot in self._slots.values():
@@ -47,7 +59,7 @@ class _Slot:
     """The sum of one slot's shares."""
 
     def __init__(self, module: MultiExpertConv2d) -> None:
-        self.spec, self.rows = module.spec, 0
+        self.spec, self.rows, self.watches = module.spec, 0, True
         self._total: Tensor | None = None
         self._of_time: Tensor | None = None
         routers = [router for router in (module.time_router, module.feature_router) if router is not None]
@@ -67,6 +79,9 @@ class _Slot:
 
     @torch.no_grad()
     def _add(self, module: nn.Module, inputs: Any, logits: Tensor) -> None:
+        if not self.watches:
+            self._of_time = None
+            return
         logits = logits.detach().float()
         if self._of_time is not None:
             logits, self._of_time = logits + self._of_time, None

@@ -27,6 +27,7 @@ class TrainingState:
     smoothed: float | None = None
     lowest: float = math.inf
     best_damage: float = math.inf
+    best_error: float = math.inf  # the latent error there
     best_step: int | None = None
     first: tuple[float, float] | None = None
 

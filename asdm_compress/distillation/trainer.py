@@ -73,12 +73,14 @@ class Subjects:
 class Outcome:
     """How a training ended: the steps taken, the first, the last and the best probe, and the seconds of this call.
 
-    `expert_use` is by slot the last share of the rows that each of several experts was given.
+    The weights are those of the best. `expert_use` is by slot the last share of the rows that each of several experts
+    was given.
     """
 
     steps: int
     first: ProbeResult | None
     last: ProbeResult | None
+    best: ProbeResult | None
     best_step: int | None
     seconds: float
     expert_use: Mapping[str, Sequence[float]] = field(default_factory=dict)
@@ -151,20 +153,18 @@ class Trainer:
                 self._run_phase(phase, resumed if resumed == self.state.step else None)
         self._finish()
         seconds = time.monotonic() - self.started
-        first = None if self.state.first is None else ProbeResult(*self.state.first)
-        return Outcome(self.state.step, first, self.last, self.state.best_step, seconds, self._use)
+        state = self.state
+        first = None if state.first is None else ProbeResult(*state.first)
+        best = None if state.best_step is None else ProbeResult(state.best_error, state.best_damage)
+        return Outcome(state.step, first, self.last, best, state.best_step, seconds, self._use)
 
     def _run_phase(self, phase: Phase, resumed: int | None) -> None:
         accelerator, loop = self.accelerator, self.loop
         named = choose_parameters(self.subjects.student, phase.trains, self.subjects.around)
         parameters = [parameter for _, parameter in named]
         plain = make_optimiser(parameters, self.settings.optimiser)
-        rates = get_scheduler(
-            self.settings.optimiser.schedule,
-            plain,
-            num_warmup_steps=self.settings.optimiser.warmup_steps,
-            num_training_steps=phase.last - phase.first,
-        )
+        name, warmup = _warming(self.settings.optimiser.schedule, self.settings.optimiser.warmup_steps, phase)
+        rates = get_scheduler(name, plain, num_warmup_steps=warmup, num_training_steps=phase.last - phase.first)
         model, optimiser = self.engine.prepare(self.wrapped, plain, loop.compile)
         if resumed is not None and phase.first <= resumed:
             with _readable(self.checkpoints.path(resumed)):
@@ -250,7 +250,7 @@ class Trainer:
         The best are those of least damage: it is a mean over far more than the latents that a few prompts end at.
         """
         error = torch.zeros(2, device=self.accelerator.device, dtype=torch.float64)
-        with self.engine.averaged(self.subjects.student, self.ema) as student:
+        with self.engine.averaged(self.subjects.student, self.ema) as student, self.experts.paused():
             if self.accelerator.is_main_process:
                 assert self.probe is not None
                 found = self.probe.measure(student)
@@ -264,6 +264,7 @@ class Trainer:
         result = ProbeResult(float(error[0]), float(error[1]))
         if result.damage < self.state.best_damage:
             self.state.best_damage, self.state.best_step = result.damage, self.state.step
+            self.state.best_error = result.latent_error
         self.last = result
         return result
 
@@ -353,6 +354,15 @@ def _resume_rates(rates: Any, optimiser: torch.optim.Optimizer, kept: dict[str, 
     for group in optimiser.param_groups:
         group["initial_lr"] = highest
         group["lr"] = rates.get_last_lr()[0]
+
+
+def _warming(schedule: str, warmup: int, phase: Phase) -> tuple[str, int]:
+    """The schedule that diffusers knows by a name, and its warm-up steps: at most half of a phase's.
+
+    What it calls constant never warms up.
+    """
+    warmup = min(warmup, (phase.last - phase.first) // 2)
+    return "constant_with_warmup" if schedule == "constant" and warmup else schedule, warmup
 
 
 def _read_state(folder: Path) -> TrainingState:

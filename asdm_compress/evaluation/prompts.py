@@ -19,6 +19,7 @@ from asdm_compress.scenes.captions import Caption, sample_captions
 CALIBRATION_SEED: Final = 1
 HELD_OUT_SEED: Final = 2
 EVALUATION_SEED: Final = 3
+PROBE_SEED: Final = 7
 
 _SUBJECTS: Final = (
     "an old fisherman", "a red bicycle", "a bowl of ripe apricots", "two dogs", "a wooden chair", "a steam locomotive",
@@ -78,9 +79,15 @@ def choose_prompts(
         unseen = sample_captions(held_out, HELD_OUT_SEED, held_out=True)
         return PromptSplit(tuple(c.text for c in seen), tuple(c.text for c in unseen), unseen)
     return PromptSplit(
-        _general_prompts(_SUBJECTS, calibration, CALIBRATION_SEED),
-        _general_prompts(_HELD_OUT_SUBJECTS, held_out, HELD_OUT_SEED),
+        _general_prompts(_SUBJECTS, calibration, CALIBRATION_SEED), _held_out_prompts(held_out, HELD_OUT_SEED)
     )
+
+
+def probe_prompts(pipeline: StableDiffusionPipeline, count: int) -> tuple[str, ...]:
+    """Prompts that a training is probed on, and its best step chosen by; neither reports nor evaluations use them."""
+    if understands_scenes(pipeline):
+        return tuple(caption.text for caption in sample_captions(count, PROBE_SEED, held_out=True))
+    return _held_out_prompts(count, PROBE_SEED)
 
 
 def evaluation_prompts(pipeline: StableDiffusionPipeline, count: int) -> tuple[tuple[str, ...], tuple[Caption, ...]]:
@@ -89,10 +96,17 @@ def evaluation_prompts(pipeline: StableDiffusionPipeline, count: int) -> tuple[t
     Those name one, two and three objects in turn, and all have a combination never seen in training.
     """
     if not understands_scenes(pipeline):
-        return _general_prompts(_HELD_OUT_SUBJECTS, count, EVALUATION_SEED), ()
+        return _held_out_prompts(count, EVALUATION_SEED), ()
     sets = [sample_captions(-(-count // 3), EVALUATION_SEED + n, n, held_out=True) for n in (1, 2, 3)]
     captions = tuple(sets[i % 3][i // 3] for i in range(count))
     return tuple(caption.text for caption in captions), captions
+
+
+def _held_out_prompts(count: int, use: int) -> tuple[str, ...]:
+    """So many of the prompts that no search sees, or all that there are; each use begins with others."""
+    everything = _general_prompts(_HELD_OUT_SUBJECTS, len(_HELD_OUT_SUBJECTS) * len(_PLACES) * len(_STYLES), 0)
+    first = {HELD_OUT_SEED: 0, PROBE_SEED: len(everything) // 4, EVALUATION_SEED: len(everything) // 2}[use]
+    return (everything[first:] + everything[:first])[:count]
 
 
 def _general_prompts(subjects: Sequence[str], count: int, seed: int) -> tuple[str, ...]:

@@ -61,6 +61,8 @@ _ALWAYS: Final = {
         "generator on the GPU for all images in a row",
         "Inception sees images resized as in TensorFlow and torch-fidelity; the published FID resizes with pytorch-fid",
         "precision is that of this run; published is fp16",
+        "prompts are the first captions of the file that is given, one per image; published is the fixed list in "
+        "BK-SDM's data/mscoco_val2014_30k/metadata.csv, which --prompts takes",
     )
 }
 _CLIP_G: Final = 1408  # the width of the published ViT-g/14

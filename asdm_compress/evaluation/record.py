@@ -24,7 +24,9 @@ BUILT_IN: Final = (WORLD_PROMPTS, GENERAL_PROMPTS)
 Group = Literal["pairs", "content", "distances", "speed", "memory", "size"]
 Change = Literal["difference", "ratio"]
 # How an interval was found. `exact` figures are counted and have none: low and high are the value itself.
-IntervalMethod = Literal["exact", "bootstrap-bca", "bootstrap-percentile", "bootstrap-centred", "wilson", "t", "none"]
+IntervalMethod = Literal[
+    "exact", "bootstrap-bca", "bootstrap-percentile", "bootstrap-centred", "wilson", "t", "order", "none"
+]
 
 
 class _Record(BaseModel):

@@ -119,8 +119,8 @@ def protocol_card(evaluation: Evaluation) -> str:
         lines += [f"Departures from the published protocol `{protocol.name}`:", ""]
         lines += [f"- {departure}" for departure in protocol.departures] + [""]
     intervals = (
-        "Intervals are 95 %: of means and medians by bootstrap over images or turns, of means of few Student's, of "
-        "shares after Wilson; of set "
-        "distances the spread of resampled images around the figure, the reference held fixed."
+        "Intervals are 95 %: of means and medians by bootstrap over images or turns, of few by Student or between two "
+        "of them, of shares after Wilson; of set distances the spread of resampled images around the figure, the "
+        "reference held fixed."
     )
     return "\n".join([*lines, intervals, "", "```bash", evaluation.command, "```", ""])

@@ -113,7 +113,7 @@ class Blanks:
 
 def report_of(stages: Stages, blanks: Blanks) -> Report:
     """The report. Sections whose files are not there are left out, and named with the command that makes them."""
-    place = shlex.quote(stages.name)
+    place = shlex.quote(stages.place)
     # Folders that are no student's lack these for good, and a trained one must not be made again.
     of_student = stages.recipe is not None
     assembled = "asdm-compress assemble MODEL --budget latency=0.7x" if of_student and not stages.is_trained else ""
@@ -124,7 +124,11 @@ def report_of(stages: Stages, blanks: Blanks) -> Report:
         (predictions_section(stages), "Predicted against measured", assembled),
         (damage_section(stages), "Damage by timestep band", assembled),
         (frontier_section(stages), "Frontier", f"asdm-compress frontier {place}" if of_student else ""),
-        (evaluation_section(stages), "Evaluation", f"asdm-compress evaluate {place} --against TEACHER"),
+        (
+            evaluation_section(stages),
+            "Evaluation",
+            f"asdm-compress evaluate {place} --against TEACHER --out {place}/evaluation",
+        ),
         (
             schedule_section(stages, blanks.student),
             "Inheritance schedule",
@@ -278,9 +282,9 @@ def _commands(stages: Stages) -> Iterator[Command]:
         if line and line.startswith("asdm-compress") and line not in seen:
             seen.add(line)
             yield Command(what, line)
-    place = shlex.quote(stages.name)
+    place = shlex.quote(stages.place)
     if stages.recipe is not None:
-        recipe, teacher = shlex.quote(f"{stages.name}/recipe.yaml"), shlex.quote(stages.recipe.base.model)
+        recipe, teacher = shlex.quote(f"{stages.place}/recipe.yaml"), shlex.quote(stages.recipe.base.model)
         yield Command("The same plan on another checkpoint", f"asdm-compress apply {recipe} MODEL --out student")
         yield Command("Images beside the teacher's", f'asdm-compress generate {place} "PROMPT" --compare {teacher}')
     yield Command("This report", f"asdm-compress report {place}")

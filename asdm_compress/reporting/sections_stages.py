@@ -160,18 +160,17 @@ def _contestants(contestants: Sequence[Any]) -> Table:
 
 
 def _errors(steps: Sequence[Any]) -> str:
-    series = {
-        "predicted": [(float(i), s.predicted_error) for i, s in enumerate(steps)],
-        "measured": [(float(i), s.measured_error) for i, s in enumerate(steps)],
-    }
+    predicted = [(float(i), s.predicted_error) for i, s in enumerate(steps) if s.predicted_error is not None]
+    series = {"predicted": predicted} if predicted else {}
+    series["measured"] = [(float(i), s.measured_error) for i, s in enumerate(steps)]
     return lines_chart(series, "Error of every step", "step", "error of the prediction (RMS)", log=False)
 
 
 def _step_table(steps: Sequence[Any]) -> Table:
     rows = tuple(
         (
-            whole(i), words(s.action), plain(s.predicted_error), plain(s.measured_error), seconds(s.predicted_seconds),
-            seconds(s.measured_seconds),
+            whole(i), words(s.action), nothing() if s.predicted_error is None else plain(s.predicted_error),
+            plain(s.measured_error), seconds(s.predicted_seconds), seconds(s.measured_seconds),
         )
         for i, s in enumerate(steps)
     )  # fmt: skip
@@ -213,7 +212,9 @@ def training_section(stages: Stages) -> Section | None:
             "damage": [(float(p["step"]), float(p["damage"])) for p in training.probes if "damage" in p],
         }
         series = {name: points for name, points in series.items() if points}
-        drawings.append(("probes", lines_chart(series, "Probes on held-out prompts", "step", "on held-out prompts")))
+        drawings.append(
+            ("probes", lines_chart(series, "Probes, whose best step was kept", "step", "on the probes' prompts"))
+        )
         rows = tuple(
             (whole(p["step"]), plain(p["latent_error"]), plain(p["damage"]) if "damage" in p else nothing())
             for p in training.probes

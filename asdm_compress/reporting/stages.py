@@ -33,6 +33,7 @@ SCHEDULE: Final = "inheritance.yaml"
 SWITCHING: Final = "switching.yaml"
 OPTIMIZED: Final = "optimize.json"
 CALIBRATION: Final = "calibration.json"
+RUN: Final = ".run"  # ends the name of a folder that a command is still at work in
 FILES: Final = (
     RECIPE, PROFILE, assembly_file.FILE_NAME, frontier_file.FILE_NAME, evaluation_file.FILE_NAME, SCHEDULE, SWITCHING,
     OPTIMIZED, METRICS,
@@ -51,7 +52,7 @@ class StepFacts(_Loose):
     """One step of a calibrated schedule: its error and its seconds, as predicted and as measured."""
 
     action: str
-    predicted_error: float
+    predicted_error: float | None  # where the search has measured what the step inherits
     measured_error: float
     predicted_seconds: float
     measured_seconds: float
@@ -186,10 +187,14 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """Everything that was found, None where a stage has left nothing. `found` has the files by their names."""
+    """Everything that was found, None where a stage has left nothing. `found` has the files by their names.
+
+    `place` is what commands call the folder.
+    """
 
     folder: Path
     name: str
+    place: str
     recipe: Recipe | None = None
     profile: Profile | None = None
     assembly: Assembly | None = None
@@ -241,6 +246,7 @@ def read_stages(folder: Path, name: str | None = None) -> Stages:
     return Stages(
         folder=folder,
         name=name or folder.resolve().name,
+        place=name or (folder.name if folder.is_absolute() else str(folder)),  # a page is sent to others
         recipe=recipe,
         profile=load_profile(found[PROFILE]) if PROFILE in found else None,
         assembly=load_assembly(path) if (path := found.get(assembly_file.FILE_NAME)) else None,
@@ -264,7 +270,10 @@ def _find(folder: Path, file: str) -> Path | None:
     """
     if (folder / file).is_file():
         return folder / file
+    if file == METRICS:
+        return None  # below it is of a training that begins with this student
     found = [path for path in sorted(folder.glob(f"*/{file}")) if not path.parent.name.startswith(".")]
+    found = [path for path in found if path.parent.suffix != RUN]
     if len(found) > 1:
         raise AsdmError(f"{folder} has several {file}: {', '.join(p.parent.name for p in found)}", "Name one of them.")
     return found[0] if found else None

@@ -99,6 +99,6 @@ def _training_words(stages: Stages) -> str:
     kept = stages.training.kept
     first, best = probes[0]["latent_error"], kept["latent_error"]
     return (
-        f"distilled for {steps:,} steps: latent error on held-out prompts {first:.3g} before, {best:.3g} with the "
-        f"weights of step {kept['step']:,}, which were kept"
+        f"distilled for {steps:,} steps: latent error on the prompts of its probes {first:.3g} before, {best:.3g} with "
+        f"the weights of step {kept['step']:,}, which were kept"
     )

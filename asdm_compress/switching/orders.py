@@ -60,7 +60,7 @@ def _explicit(text: str, rest: str, members: Sequence[str], steps: int) -> tuple
         match = _TIMES.fullmatch(word.strip())
         if match is None:
             raise AsdmError(f"{text!r} has an empty step", f"Orders are written like {ORDER_GRAMMAR}.")
-        found += [_action(match["what"], members)] * int(match["count"] or 1)
+        found += [_action(match["what"], members)] * min(_count(match["count"] or "1", text), steps + 1)
     if len(found) != steps:
         raise AsdmError(f"{text!r} says what {len(found)} steps do, and a run has {steps}")
     if not found[0].is_whole:
@@ -80,6 +80,6 @@ def _action(word: str, members: Sequence[str]) -> Action:
 
 
 def _count(word: str, text: str) -> int:
-    if not word.strip().isdigit():
+    if not (word.strip().isdecimal() and len(word.strip()) < 10):
         raise AsdmError(f"{word!r} in {text!r} is no number", f"Orders are written like {ORDER_GRAMMAR}.")
     return int(word)

@@ -37,7 +37,8 @@ class InRun:
 
 @dataclass(slots=True)
 class RunUnderWay:
-    """A run under way; it began with evaluation `first` of its sampler.
+    """A run under way; it began with evaluation `first` of its sampler. `guided` says that its calls' rows are two
+    halves, without and with the prompt.
 
     Its timesteps are not held: once nobody has them, nobody can call for its next step, and another run may have its
     timesteps in the same memory.
@@ -47,6 +48,7 @@ class RunUnderWay:
     timesteps: StorageWeakRef
     first: int
     run: Run
+    guided: bool = False
 
     @classmethod
     def at(cls, place: InRun, run: Run) -> RunUnderWay:
@@ -75,6 +77,11 @@ class OpenRuns(threading.local):
         """The run of a place, if it is under way."""
         self._forget_what_is_over()
         return self._by_place.get(place.key)
+
+    def has_made(self, place: InRun) -> bool:
+        """Whether the last step of a run under way was this very one."""
+        opened = self.of(place)
+        return opened is not None and place.number == opened.next - 1
 
     def keep(self, opened: RunUnderWay) -> None:
         """Remember a run, and forget it once it is over; of too many the oldest is forgotten."""

@@ -182,12 +182,17 @@ class SwitchedUNet2DConditionModel(AssembledUNet2DConditionModel):
             return body_prediction(self, call.arguments())
         self._check_residuals(call)
         place = place_of(call.timestep)
+        if place is not None and self._runs.has_made(place):
+            # Guidance branches in calls of their own, or a preview: what one of them keeps is not the other's.
+            return self._by_noise(call, "one step's timestep twice")
         opened = None if place is None else self._run_at(place)
         if opened is None:
-            return self._by_noise(call)
-        # Looked for at every call, since only the pipeline knows; a run begins anew where it turns out otherwise.
-        guided = self.schedule.reuses_guidance and call.has_both_branches
-        prediction = opened.run.evaluate(call, guided)
+            return self._by_noise(call, "a timestep that is no part of a sampler's timesteps")
+        # Looked for at two calls, since only the pipeline knows: other halves may begin with the same noise, and then a
+        # run begins anew. Not at more, since that waits for the device.
+        if opened.run.step < 2:
+            opened.guided = self.schedule.reuses_guidance and call.has_both_branches
+        prediction = opened.run.evaluate(call, opened.guided)
         self._runs.keep(opened)
         return prediction
 
@@ -220,13 +225,10 @@ class SwitchedUNet2DConditionModel(AssembledUNet2DConditionModel):
         since = timeline.since(place.number)
         return RunUnderWay.at(place, Run(self._evaluator, actions, since, plain=plain))
 
-    def _by_noise(self, call: UNetCall) -> Tensor:
+    def _by_noise(self, call: UNetCall, what: str) -> Tensor:
         """The prediction of a call that stands alone: every row by the member that computes at its noise level."""
         if not self.schedule.is_whole:
-            self._tell(
-                "the UNet was called with a timestep that is no part of a sampler's timesteps, so that no step is "
-                "skipped and nothing is inherited"
-            )
+            self._tell(f"the UNet was called with {what}: nothing is skipped or inherited there")
         given = torch.as_tensor(call.timestep).reshape(-1).tolist()
         sigmas = self.schedule.timeline_of([float(t) for t in given]).sigmas
         assert sigmas is not None

@@ -137,7 +137,11 @@ def _assemble(
         student = assemble(teacher, plan, weights)
     with progress.stage("Writing"), output_folder(writing.out, writing.overwrite) as aside:
         _save(pipeline, student, aside, writing.layout)
-        done = recipe if start.start == "fit" else recipe.model_copy(update={"refit": "none"})
+        done = recipe
+        if start.start != "fit":
+            # Where the student was measured, its training section goes by that damage, which is not this student's.
+            section = None if recipe.evidence is not None else recipe.distillation
+            done = recipe.model_copy(update={"refit": "none", "distillation": section})
         _tell(aside, writing, done, source, teacher, student)
     slots = len({unit for unit, _ in spec.slot_map.values()})
     return ApplyResult(len(spec.weight_map), len(removed_tensors(teacher, spec)), slots, spec.is_stock)

@@ -273,8 +273,8 @@ class Search:
         that it leads to, the nearest to the reference; none where it has none for so little time.
         """
         full = self.times.full(steps)
-        if budget >= full:
-            return []  # for all of its steps in full, which are tried as such
+        if not 0 < budget < full:
+            return []  # for all of its steps in full, which are tried as such, or for none
         here = self._pipeline(solver)
         here.register_modules(unet=next(iter(self.members.values())))
         settings = replace(

@@ -31,7 +31,7 @@ from asdm_compress.distillation.rehearsal import Forecast, rehearse
 from asdm_compress.distillation.selection import add_lora, fold_lora, phases_of, units_around_cuts
 from asdm_compress.distillation.sources import CaptionSource, Source
 from asdm_compress.distillation.trainer import Outcome, Subjects, Trainer
-from asdm_compress.evaluation.prompts import choose_prompts, understands_scenes
+from asdm_compress.evaluation.prompts import probe_prompts, understands_scenes
 from asdm_compress.models.quiet import quiet_libraries
 from asdm_compress.models.saving import copy_rest
 from asdm_compress.models.source import LoadOptions
@@ -79,12 +79,13 @@ class DistillResult:
             return [f"{self.items:,} items of data. {self.forecast.text()}"]
         found = self.outcome
         lines: list[str] = []
-        if found.first and found.last:
-            lines.append(
-                f"Latent error on held-out prompts: {found.first.latent_error:.4g} before, "
-                f"{found.last.latent_error:.4g} after {found.steps} steps (damage {found.first.damage:.4g}, then "
-                f"{found.last.damage:.4g})."
-            )
+        if found.first and found.last and found.best:
+            probes = {f"after {found.steps} steps": found.last}
+            if found.best_step != found.steps:
+                probes = {f"at step {found.best_step}": found.best, **probes} if found.best_step else probes
+            told = ", ".join(f"{p.latent_error:.4g} (damage {p.damage:.4g}) {when}" for when, p in probes.items())
+            first = f"{found.first.latent_error:.4g} (damage {found.first.damage:.4g}) before"
+            lines.append(f"Latent error on the probe's prompts: {first}, {told}.")
         if found.best_step == 0:
             lines.append("The weights are those from before the training: no probe has seen better ones.")
         elif found.best_step is not None:
@@ -258,7 +259,7 @@ def _data(
 
 
 def _probe(teacher: StableDiffusionPipeline, training: Distillation) -> Probe:
-    prompts = choose_prompts(teacher, None, 1, training.probe_prompts).held_out
+    prompts = probe_prompts(teacher, training.probe_prompts)
     return Probe(teacher, prompts, SamplingSettings(_PROBE_STEPS, training.data.guidance))
 
 
@@ -272,8 +273,12 @@ def _paint(teacher: StableDiffusionPipeline, probe: Probe, run: Path, step: int)
         (name, decode(teacher, latents[:_SHOWN].to(teacher.device, teacher.vae.dtype)))
         for name, latents in (("teacher", probe.wanted), (f"student\nstep {step}", probe.found))
     ]
-    with output_file(run / _SAMPLES / f"step-{step:08d}.png") as aside:
+    with output_file(_picture(run, step)) as aside:
         labelled_grid(rows, probe.prompts[:_SHOWN]).save(aside)
+
+
+def _picture(run: Path, step: int) -> Path:
+    return run / _SAMPLES / f"step-{step:08d}.png"
 
 
 def _write(
@@ -312,9 +317,10 @@ def _write(
         }
     )
     (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
-    grids = sorted((run / _SAMPLES).glob("*.png"))
-    if grids:
-        shutil.copyfile(grids[-1], folder / "grid.png")
+    # Pictures of the weights that are here, not of the last ones.
+    grid = _picture(run, result.outcome.best_step or 0)
+    if grid.is_file():
+        shutil.copyfile(grid, folder / "grid.png")
     if (run / METRICS).is_file():
         shutil.copyfile(run / METRICS, folder / METRICS)
     origin = Origin(opened.teacher_source, settings.command)

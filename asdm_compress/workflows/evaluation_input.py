@@ -124,7 +124,7 @@ def find_all_weights(rules: Rules, settings: EvaluateSettings) -> Weights:
     for what, given in (("prompts", settings.prompts), ("reference", settings.reference)):
         if what in rules.needs and given is None:
             hint = {
-                "prompts": "Give COCO's captions with --prompts, for example captions_val2014.json.",
+                "prompts": "Give COCO's captions with --prompts: BK-SDM's metadata.csv, or captions_val2014.json.",
                 "reference": "Give the folder of COCO's 2014 validation images, or their statistics, with --reference.",
             }[what]
             raise AsdmError(f"the protocol {rules.name} needs {what}", hint)

@@ -19,6 +19,7 @@ from asdm_compress.assembly.frontier import (
     Menu,
     Question,
     frontier_of,
+    load_frontier,
     parse_shares_of,
 )
 from asdm_compress.assembly.in_time import measured_ratio
@@ -70,10 +71,11 @@ def is_assembly(model: str) -> bool:
     return (Path(model) / ASSEMBLY).is_file()
 
 
-def of_folder(folder: Path, out: Path, wanted: Wanted, progress: Progress) -> Frontier:
+def of_folder(folder: Path, out: Path, wanted: Wanted, progress: Progress, overwrite: bool = False) -> Frontier:
     """The frontier of what an assembly has measured, written to `out`, which may be the folder itself.
 
     Only edits that the assembly had to choose from are there: those that save something of what its budget limited.
+    Raises AsdmError where another frontier lies in `out`: of another model, or one whose plans were measured.
     """
     if wanted.images:
         raise AsdmError(
@@ -81,6 +83,13 @@ def of_folder(folder: Path, out: Path, wanted: Wanted, progress: Progress) -> Fr
             f"Give the model itself, with --profile {folder}/profile.json, for --images.",
         )
     record = load_assembly(folder / ASSEMBLY)
+    if (out / FILE_NAME).is_file() and not overwrite:
+        there = load_frontier(out / FILE_NAME)
+        if there.model != record.model or any(point.measured_damage is not None for point in there.points):
+            raise AsdmError(
+                f"{out / FILE_NAME} is of {there.model}, with what was measured of its plans",
+                "Choose another --out, or replace it with --overwrite.",
+            )
     costs = load_profile(folder / "profile.json")
     options = [option.as_option() for option in record.options]
     damages = {option.name: option.damage for option in record.options}
