@@ -44,6 +44,7 @@ MISTAKES = [
     (["apply", "typo.yaml"], 2, "typo.yaml:3: bugdet: unknown key"),
     (["generate", "mini-sd", "a red circle", "--scheduler", "magic"], 2, "unknown scheduler"),
     (["generate", "mini-sd", "a red circle", "--image-size", "100"], 2, "no multiple of 64"),
+    (["generate", "mini-sd", "a red circle", "--negative-prompt", "blue", "--guidance", "1"], 2, "without guidance"),
 ]
 
 

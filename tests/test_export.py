@@ -295,7 +295,10 @@ def test_factors_are_not_averaged_one_by_one(unet, edit):
             weight[1].copy_(-weight[0])
         slot.bias.copy_(0.1 * torch.ones_like(slot.bias))
         single = collapse_experts(student, [950, 20], per_step=False)
-        hidden, moment = torch.randn(2, slot.in_channels, 8, 8, generator=generator), Moment(torch.tensor([950.0, 950.0]))
+        hidden, moment = (
+            torch.randn(2, slot.in_channels, 8, 8, generator=generator),
+            Moment(torch.tensor([950.0, 950.0])),
+        )
         expected, found = slot(hidden, moment), single.get_submodule("mid_block.resnets.0.slot")(hidden, moment)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 

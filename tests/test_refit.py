@@ -17,8 +17,8 @@ from asdm_compress.assembly.option_fit import absorber, measure_options
 from asdm_compress.assembly.options import find_options
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.plan_fit import fit_plan
-from asdm_compress.assembly.refit import Refit, projections_of
-from asdm_compress.assembly.regression import RIDGES
+from asdm_compress.assembly.refit import Refit, _reach, projections_of
+from asdm_compress.assembly.regression import RIDGES, NormalEquations
 from asdm_compress.assembly.surgery import assemble, specify
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.scenes.captions import sample_captions
@@ -47,8 +47,11 @@ def run_once(refit, module, arguments):
 
 
 @pytest.mark.parametrize("path", ["up_blocks.2.resnets.0", "down_blocks.1.downsamplers.0", "mid_block.resnets.0"])
-def test_a_full_refit_is_an_independent_solvers_least_squares(unet, calibration, path):
-    """Oracle: all taps and a constant as columns, rows weighted by their band, the old weights as further rows."""
+def test_a_full_refit_goes_towards_an_independent_solvers_least_squares(unet, calibration, path):
+    """Oracle: all taps and a constant as columns, rows weighted by their band, the old weights as further rows.
+
+    Every channel goes a share of the way there.
+    """
     torch.manual_seed(0)
     module = unet.get_submodule(path)
     one = calibration.only(torch.arange(len(calibration)) < 4)
@@ -82,7 +85,38 @@ def test_a_full_refit_is_an_independent_solvers_least_squares(unet, calibration,
     if not found:  # held-out prompts were against every ridge
         return
     new = torch.cat([found[f"{name}.weight"].flatten(1).T for name in projections_of(module)]).double()
-    assert min(float((new - c[:-1]).abs().max()) for c in candidates) < 1e-4
+    off = []
+    for candidate in candidates:
+        step, taken = candidate[:-1] - old[:-1], new - old[:-1]
+        share = (step * taken).sum(0) / step.square().sum(0)
+        if bool(((share > -1e-6) & (share < 1 + 1e-6)).all()) and bool((share > 0).any()):
+            off.append(float((taken - share * step).abs().max()))
+    assert min(off) < 1e-4
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 1000), noise=st.floats(0.01, 3))
+def test_a_channel_goes_as_far_as_other_samples_say(seed, noise):
+    """No other share of the way has a smaller error on them, and a channel without anything to tell stays."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def sums(inputs, targets):
+        found = NormalEquations(5, 3, torch.device("cpu"))
+        found.add(inputs.T[None, :, :, None], targets.T[None, :, :, None], 1)
+        return found
+
+    inputs = [torch.randn(30, 4, generator=generator) for _ in range(2)]
+    true = torch.randn(4, 3, generator=generator)
+    true[:, 2] = 0
+    targets = [x @ true + noise * torch.randn(30, 3, generator=generator) for x in inputs]
+    here, there = (sums(x, y) for x, y in zip(inputs, targets, strict=True))
+    old = torch.zeros(5, 3, dtype=torch.float64)
+    new = here.solve(1e-3, old)
+    reach = _reach(old, new, there)
+    assert bool(((reach >= 0) & (reach <= 1)).all())
+    best = there.error(old + reach * (new - old))
+    for share in torch.linspace(0, 1, 21):
+        assert bool((best <= there.error(old + share * (new - old)) + 1e-6).all())
 
 
 def test_a_transformers_last_feed_forward_is_solved_through_its_projection(unet, calibration):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from asdm_compress.core.errors import AsdmError
+from asdm_compress.evaluation import prompts
 from asdm_compress.evaluation.distances import frechet_distance
 from asdm_compress.evaluation.fidelity import compare
 from asdm_compress.evaluation.prompts import choose_prompts, read_prompts, understands_scenes
@@ -55,6 +58,29 @@ def test_a_seed_draws_what_it_draws_in_diffusers(pipeline, scheduler):
     finally:
         pipeline.scheduler = own
     torch.testing.assert_close(found.latents, wanted)
+
+
+def test_a_negative_prompt_is_diffusers(pipeline):
+    found = sample(pipeline, PROMPTS, SETTINGS, batch=2, negative="a large red circle")
+    wanted = pipeline(
+        PROMPTS, negative_prompt=["a large red circle"] * 3, num_inference_steps=3, guidance_scale=4.0,
+        generator=[torch.Generator().manual_seed(11 + i) for i in range(3)], output_type="latent",
+    ).images  # fmt: skip
+    torch.testing.assert_close(found.latents, wanted, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(found.latents, sample(pipeline, PROMPTS, SETTINGS).latents, atol=0.1)
+
+
+def test_the_prompts_of_probes_reports_and_evaluations_are_others(pipeline, monkeypatch):
+    """Those of the bundled world, and general ones, of which there are only so many."""
+    for understood in (True, False):
+        monkeypatch.setattr(prompts, "understands_scenes", lambda _, understood=understood: understood)
+        sets = [
+            set(choose_prompts(pipeline, None, 4, 24).held_out),
+            set(prompts.probe_prompts(pipeline, 24)),
+            set(prompts.evaluation_prompts(pipeline, 60)[0]),
+        ]
+        assert all(len(one) >= 23 for one in sets)
+        assert not any(one & other for one, other in combinations(sets, 2))
 
 
 def test_unknown_schedulers_and_zero_steps_are_refused(pipeline):

@@ -34,6 +34,9 @@ def generate(
         ),
     ] = None,
     guidance: o.Guidance = GUIDANCE,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What guidance leads away from, in place of the empty prompt; for all images.")
+    ] = None,
     scheduler: o.Scheduler = None,
     image_size: o.ImageSize = None,
     device: o.Device = "auto",
@@ -56,8 +59,9 @@ def generate(
 
     sampling = SamplingSettings(STEPS if steps is None else steps, guidance, seed, image_size)
     settings = GenerateSettings(
-        sampling, tuple(prompt), images, scheduler, compare, inherit, own_steps=steps is None and scheduler is None
-    )
+        sampling, tuple(prompt), images, scheduler, compare, inherit, own_steps=steps is None and scheduler is None,
+        negative_prompt=negative_prompt,
+    )  # fmt: skip
     result = run_generate(model, out, load, settings, output, overwrite)
     for line in result.lines():
         output.show(line)

@@ -38,11 +38,12 @@ def sample(
     settings: SamplingSettings,
     batch: int = 8,
     progress: Callable[[int, int], None] | None = None,
+    negative: str | None = None,
 ) -> Samples:
     """One image per prompt; image i starts from seed `settings.seed + i` whatever the batch size.
 
-    The clock starts after one pass that warms the machine up. Raises AsdmError for settings that the sampler cannot
-    take.
+    Guidance leads away from `negative`, or from the empty prompt. The clock starts after one pass that warms the
+    machine up. Raises AsdmError for settings that the sampler cannot take.
     """
     if settings.steps < 1:
         raise AsdmError(f"{settings.steps} sampling steps make no image", "Use at least 1.")
@@ -57,6 +58,7 @@ def sample(
         rows = range(first, min(first + batch, len(prompts)))
         output = pipeline(
             [prompts[i] for i in rows],
+            negative_prompt=None if negative is None else [negative] * len(rows),
             latents=noise[first : rows.stop],
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,

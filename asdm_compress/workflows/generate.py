@@ -35,7 +35,7 @@ class GenerateSettings:
 
     `inherit` is a sampling mode, the path of a schedule, or `calibrated` for the schedule in the model's own folder; it
     is for the model and not for what it is compared with. With `own_steps` a model that was made for a number of steps,
-    as an optimized one is, is sampled in these.
+    as an optimized one is, is sampled in these. Raises AsdmError for a negative prompt without guidance.
     """
 
     sampling: SamplingSettings
@@ -45,6 +45,13 @@ class GenerateSettings:
     compare: str | None = None
     inherit: str | None = None
     own_steps: bool = False
+    negative_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.negative_prompt is not None and self.sampling.guidance <= 1:
+            raise AsdmError(
+                "a negative prompt does nothing without guidance", "Use --guidance above 1, or leave it out."
+            )
 
     def sampling_of(self, source: Source, scheduler: Any) -> SamplingSettings:
         """How a model is sampled."""
@@ -104,7 +111,7 @@ def run_generate(
             # The teacher that is compared with computes everything.
             rule = rule_for(settings.inherit, source) if number == len(names) - 1 else None
             with inheriting(pipeline, rule) if rule else nullcontext(), noting(progress):
-                runs.append(sample(pipeline, prompts, sampling, progress=bar))
+                runs.append(sample(pipeline, prompts, sampling, progress=bar, negative=settings.negative_prompt))
     if len({run.latents.shape for run in runs}) > 1:
         raise AsdmError("the two models make images of different sizes", "Give both one --image-size.")
     if settings.inherit:
