@@ -221,8 +221,18 @@ def _rows(found: Any, cell: Any) -> Sequence[dict[str, Any]]:
 
 
 def _measured(found: Any) -> str:
-    count = len(found["summary"])
-    return f"The bench goes through {CELLS} combinations of sampler, steps and time; measured so far: {count}."
+    cells = found["summary"]
+    nearest = [c for c in cells if min(c.get("over_best_cache", 0.0), c.get("over_fewer_steps", 0.0)) >= 0]
+    lost = [c for c in cells if c not in nearest]
+    who = "".join(
+        f"; at {c['sampler']}, {c['steps']} steps, {c['budget']}x "
+        f"{'fewer steps' if c.get('over_fewer_steps', 0.0) < 0 else c['best_cache']} came nearer"
+        for c in lost
+    )
+    return (
+        f"The bench goes through {CELLS} combinations of sampler, steps and time; measured so far: {len(cells)}, of "
+        f"which the calibrated schedule came nearest in {len(nearest)}{who}."
+    )
 
 
 def _reached(row: Any) -> str:
