@@ -17,7 +17,9 @@ _PRECISIONS = {"auto": None, "fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def distill(
-    student: Annotated[str, typer.Argument(help="The folder that `assemble` or `apply` wrote.")],
+    student: Annotated[
+        str, typer.Argument(help="The folder that `assemble` or `apply` wrote, or with --recipe a published student.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the trained student.")] = Path("distilled"),
     teacher: Annotated[
         str | None, typer.Option(help="The model that it was made of; by default what its recipe names.")
@@ -25,6 +27,12 @@ def distill(
     preset: Annotated[
         str | None,
         typer.Option(help="asdm, mini-sd, bk-sdm-v1, bk-sdm-v2, segmind, laptop, koala, or a file; else the recipe's."),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="What STUDENT was made by, where its folder does not say: of a published one such as bk-sdm-small-v1."
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -174,6 +182,7 @@ def distill(
     }
     settings = DistillSettings(
         teacher,
+        recipe,
         preset,
         changes,
         LoopSettings(micro_batch, gradient_checkpointing, compile_student, save_every, keep, log_every, shard),

@@ -127,7 +127,7 @@ def run_distill(
         progress.note("one process has nothing to share out, so the student is whole")
         settings = replace(settings, loop=replace(settings.loop, sharded=False))
     accelerator.wait_for_everyone()  # nobody makes anything before all have looked
-    opened = _open(student, settings.teacher, options, accelerator, progress)
+    opened = _open(student, settings, options, accelerator, progress)
     training = choose_training(opened.recipe, opened.teacher, settings.preset, settings.changes)
     teacher = opened.teacher.unet
     check_training(out, training, settings, accelerator.num_processes)
@@ -173,11 +173,11 @@ def run_distill(
 
 
 def _open(
-    student: str, teacher: str | None, options: LoadOptions, accelerator: Accelerator, progress: Progress
+    student: str, settings: DistillSettings, options: LoadOptions, accelerator: Accelerator, progress: Progress
 ) -> StudentAndTeacher:
     """Student and teacher, the teacher on this process's device and in the precision that it runs in."""
     with progress.stage("Opening student and teacher"):
-        opened = open_student(student, teacher, options)
+        opened = open_student(student, settings.teacher, options, settings.recipe)
         opened.teacher.to(accelerator.device)
         if str(accelerator.mixed_precision) in _HALF:
             with quiet_libraries():

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.store import weights_hash
 from asdm_compress.core.errors import AsdmError
-from asdm_compress.core.recipe import Recipe, load_recipe
+from asdm_compress.core.recipe import Recipe, find_recipe, load_recipe
 from asdm_compress.distillation.pairs import check_student
 from asdm_compress.models.files import stored_dtype
 from asdm_compress.models.loading import open_pipeline, open_unet
@@ -44,20 +44,19 @@ class StudentAndTeacher:
         return notes
 
 
-def open_student(student: str, teacher: str | None, options: LoadOptions) -> StudentAndTeacher:
+def open_student(
+    student: str, teacher: str | None, options: LoadOptions, recipe_of: str | None = None
+) -> StudentAndTeacher:
     """Open a student's folder and its teacher, by default the model that its recipe names, on the CPU.
 
-    Raises AsdmError for a folder without a recipe, a teacher that is not there or no whole pipeline, one of another
+    A folder without a recipe, as those of published students, takes the one that `recipe_of` names. Raises AsdmError
+    where neither has one, and where both do, for a teacher that is not there or no whole pipeline, one of another
     architecture, and a student that is not what its recipe makes of the teacher.
     """
     exact = replace(options, dtype=torch.float32, device=torch.device("cpu"))
     source = resolve(student, exact)
-    if source.path is None or source.unet_folder is None or not (source.path / RECIPE).is_file():
-        raise AsdmError(
-            f"{student} is no student: it has no {RECIPE}",
-            "Give a folder that `asdm-compress assemble` or `apply` wrote.",
-        )
-    recipe = load_recipe(source.path / RECIPE)
+    recipe = _recipe_of(student, source, recipe_of)
+    assert source.unet_folder is not None
     reference = teacher or recipe.base.model
     teacher_source = _teacher(reference, exact, asked=teacher is not None)
     pipeline = open_pipeline(teacher_source, exact)
@@ -68,6 +67,20 @@ def open_student(student: str, teacher: str | None, options: LoadOptions) -> Stu
     hashes = (weights_hash(unet), weights_hash(pipeline.unet))
     stored = stored_dtype(source.unet_folder)
     return StudentAndTeacher(source, recipe, plan, unet, stored, teacher_source, pipeline, hashes)
+
+
+def _recipe_of(student: str, source: Source, named: str | None) -> Recipe:
+    if source.path is None or source.unet_folder is None:
+        raise AsdmError(f"{student} is no folder of a student", "Give a pipeline's folder, or a UNet's.")
+    own = source.path / RECIPE
+    if not own.is_file() and named is None:
+        raise AsdmError(
+            f"{student} is no student: it has no {RECIPE}",
+            "Give a folder that `asdm-compress assemble` or `apply` wrote, or say by --recipe what it was made by.",
+        )
+    if own.is_file() and named is not None:
+        raise AsdmError(f"{student} has a {RECIPE} of its own", "Leave --recipe out.")
+    return load_recipe(own if named is None else find_recipe(named))
 
 
 def _teacher(reference: str, options: LoadOptions, asked: bool) -> Source:

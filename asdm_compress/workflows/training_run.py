@@ -36,11 +36,13 @@ _MAY_CHANGE: Final = ("learning_rate:", "clip:")  # in a training that goes on
 class DistillSettings:
     """What a user asks for: `changes` are values of the training by dotted names, which go before preset and recipe.
 
+    `recipe` is the file, folder or name of the one that the student was made by, where its folder has none.
     `mixed_precision` is accelerate's: no, bf16, fp16, or None for what the launcher says. `trackers` are accelerate's,
     by name.
     """
 
     teacher: str | None = None
+    recipe: str | None = None
     preset: str | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
     loop: LoopSettings = field(default_factory=LoopSettings)
