@@ -54,6 +54,20 @@ def rivals() -> str:
     return table(titles, lines)
 
 
+def rivals_nearest() -> str:
+    """For every budget who came nearest to the full run, and who next."""
+    rows = [row for row in results("rivals")["rows"] if row["budget"] is not None and "psnr" in row]
+    said = []
+    for budget in dict.fromkeys(row["budget"] for row in rows):
+        first, second = sorted((r for r in rows if r["budget"] == budget), key=lambda row: -value(row["psnr"]))[:2]
+        nearest, next_one = (
+            f"{'the ' if row['rival'] == _OURS else ''}{_name(row)} ({decibels(value(row['psnr']))})"
+            for row in (first, second)
+        )
+        said.append(f"at {budget:g}x {nearest} came nearest, then {next_one}")
+    return "; ".join(said)
+
+
 def rivals_caches() -> str:
     """What diffusers' own caches do on a UNet."""
     lines = []
