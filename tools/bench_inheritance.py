@@ -28,7 +28,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from inheritance_full_size import full_size, on_paper
+from inheritance_full_size import add_full_size, on_paper
 from inheritance_macs import macs_share, planned_macs
 from inheritance_results import SLACK, Kept, Rows, shown_row
 from measuring import RESULTS, LoadMeter, check_alone
@@ -328,13 +328,6 @@ class Bench:
                 share, pictures = self.shown[role]
                 rows.append((f"{name}\n{share:.2f}x, {self.scores[role].mean():.1f} dB", pictures))
         return labelled_grid(rows, [c.text for c in self.captions[:SHOWN]])
-
-
-def add_full_size(repeats: int) -> None:
-    """Measure at the size of Stable Diffusion 1.5, and write it."""
-    found = full_size(repeats)
-    print(json.dumps(found), flush=True)
-    (RESULTS / "inheritance_full_size.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def _arguments() -> argparse.Namespace:

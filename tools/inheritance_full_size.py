@@ -4,13 +4,14 @@ and as measured."""
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from measuring import fingerprint
+from measuring import RESULTS, fingerprint
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -97,3 +98,10 @@ def full_size(repeats: int, steps: int = 8) -> dict[str, Any]:
         "full_seconds": sorted(full)[len(full) // 2],
         "rows": rows,
     }
+
+
+def add_full_size(repeats: int) -> None:
+    """Measure at the size of Stable Diffusion 1.5, and write it."""
+    found = full_size(repeats)
+    print(json.dumps(found), flush=True)
+    (RESULTS / "inheritance_full_size.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -76,7 +76,7 @@ def inheritance_setting() -> str:
         f"{machine['threads']} thread of {machine['device']}, each time the median ratio of the thread's processor "
         f"time in {settings['repeats']} runs in turns with the full run; other processes used up to "
         f"{max(load):.1f} cores meanwhile. On the clock the ratios differ by {percent(clock)} in the median; how sure "
-        f"they are is told by as many full steps of two samplers, which came out up to {percent(apart)} apart "
+        f"they are is told by the same number of full steps timed twice, which came out up to {percent(apart)} apart "
         f"({source(*BENCH)})"
     )
 
