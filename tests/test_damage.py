@@ -61,18 +61,29 @@ def test_triples_are_one_moment_per_prompt_and_band(calibration):
     assert all(w > 0 for w in calibration.band_weights)
 
 
+@pytest.mark.parametrize("weights", [(0.25, 0.25, 0.25, 0.25), (0.15, 0.05, 0.1, 0.7)])
 @pytest.mark.parametrize(("prompts", "moments"), [(256, 512), (32, 64), (18, 36), (9, 27)])
-def test_every_band_is_measured_on_alike(prompts, moments):
-    """Among the prompts that are kept out of fits too, which are few."""
-    picks = _pick_steps(prompts, SamplingSettings(25), 4, moments)
+def test_half_of_the_moments_go_by_what_bands_weigh(prompts, moments, weights):
+    """Among the prompts that are kept out of fits too, which are few, and of those that a fit is thinned to."""
+    picks = _pick_steps(prompts, SamplingSettings(25), weights, moments)
     bands, who = (picks >= 0).nonzero(as_tuple=True)
     inputs = GuidedInputs(torch.zeros(len(who), 1), torch.zeros(len(who)), torch.zeros(len(who), 1), 1.0)
-    whole = Calibration(inputs, bands, who, (0.25,) * 4, ())
-    for part in (*whole.parts(), *whole.for_plans()):
+    whole = Calibration(inputs, bands, who, weights, ())
+    for part in (whole, *whole.parts(), *whole.for_plans()):
         counts = torch.bincount(part.bands, minlength=4)
-        assert counts.min() >= 1
-        assert counts.max() - counts.min() <= 0.25 * len(part) / 4 + 3
+        most = len(set(part.prompts.tolist()))  # one per prompt and band
+        for count, weight in zip(counts.tolist(), weights, strict=True):
+            fair = min(most, len(part) * (0.5 * weight + 0.125))
+            assert count >= 1
+            assert 0.75 * fair - 2 <= count <= 1.25 * fair + 2
         assert part.bands_without_moments() == []
+    thinned = whole.thinned(prompts)
+    assert len(thinned) == prompts
+    last = (thinned.bands == 3).float().mean().item()
+    assert last == pytest.approx(0.5 * weights[3] + 0.125, abs=1.5 / prompts)
+    few = whole.thinned(prompts // 3)
+    assert len(few) == len(set(few.prompts.tolist())) == prompts // 3
+    assert whole.thinned(len(whole)) is whole
     assert whole.only(bands < 3).bands_without_moments() == [3]
 
 

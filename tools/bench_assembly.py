@@ -3,9 +3,10 @@
     python tools/bench_assembly.py                          # alone on the machine
     python tools/bench_assembly.py --budgets 0.6 --extras   # a part of it
 
-Every row is measured on held-out prompts and seeds. Writes tools/results/assembly.json and assembly.svg. Rows that lie
-there and are of the same prompts, machine and versions stay until they are measured anew; with those of others it ends,
-until the file is taken away. Every row says by a hash which code of the search it was measured with.
+Every row is measured on held-out prompts and seeds: pictures on the first of those that damage is measured on, since
+the damage of a few prompts is mostly that of one or two of them. Writes tools/results/assembly.json and assembly.svg.
+Rows that lie there and are of the same prompts, machine and versions stay until they are measured anew; with those of
+others it ends, until the file is taken away. Every row says by a hash which code of the search it was measured with.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ from rival_plans import (
     without_weights,
 )
 
-from asdm_compress.assembly.calibration import Calibration, record
+from asdm_compress.assembly.calibration import Calibration, Effort, record
 from asdm_compress.assembly.damage import compare_predictions, measure_plan, predictions
 from asdm_compress.assembly.in_time import measured_ratio
 from asdm_compress.assembly.options import Option
@@ -69,16 +71,27 @@ EXTRAS = ("cuts", "patterns")  # that search; BK-SDM's removals, as they are and
 OWN = ("bench_assembly", "rival_plans")
 
 
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many held-out prompts pictures are made of, and damages are measured on."""
+
+    pictures: int
+    damages: int
+
+
 class Judge:
     """Held-out prompts, and the teacher's pictures of them."""
 
-    def __init__(self, pipeline: StableDiffusionPipeline, count: int, guidance: float, found: Measured) -> None:
+    def __init__(self, pipeline: StableDiffusionPipeline, counts: Counts, guidance: float, found: Measured) -> None:
         self.pipeline, self.teacher = pipeline, pipeline.unet
-        self.captions = sample_captions(count, HELD_OUT_SEED)
+        captions = sample_captions(max(counts.pictures, counts.damages), HELD_OUT_SEED)
+        self.captions = captions[: counts.pictures]
         self.prompts = [c.text for c in self.captions]
         self.settings = SamplingSettings(25, guidance, IMAGE_SEED)
-        weights = found.calibration.band_weights
-        self.unseen: Calibration = record(pipeline, self.prompts, self.settings, band_weights=weights)
+        weights, texts = found.calibration.band_weights, [c.text for c in captions[: counts.damages]]
+        effort = Effort(moments=2 * counts.damages)
+        self.unseen: Calibration = record(pipeline, texts, self.settings, band_weights=weights, effort=effort)
+        self.reference = predictions(self.teacher, self.unseen)
         self.pictures: Samples = sample(pipeline, self.prompts, self.settings)
         self.features: np.ndarray = scene_features(to_tensor(self.pictures.images))
 
@@ -87,7 +100,7 @@ class Judge:
         pictures = sample(with_unet(self.pipeline, student), self.prompts, self.settings)
         quality = assess(self.pictures, pictures, self.captions)
         return {
-            "damage": compare_predictions(self.teacher, student, self.unseen).total,
+            "damage": compare_predictions(self.teacher, student, self.unseen, self.reference).total,
             **quality.as_json(),
             "frechet_to_teacher": frechet_distance(scene_features(to_tensor(pictures.images)), self.features),
             "parameters": sum(p.numel() for p in student.parameters()),
@@ -97,8 +110,11 @@ class Judge:
 class Bench:
     """The rows so far, and what they are measured with."""
 
-    def __init__(self, prompts: int, guidance: float) -> None:
-        setting = {"prompts": prompts, "guidance": guidance, "mini_sd": bundled_weights()}
+    def __init__(self, counts: Counts, guidance: float) -> None:
+        setting = {
+            "prompts": counts.pictures, "damage_prompts": counts.damages, "guidance": guidance,
+            "mini_sd": bundled_weights(),
+        }  # fmt: skip
         self.results = Resumable("assembly", __doc__ or "", torch.device("cpu"), setting=setting).begin()
         pipeline = load_pipeline("mini-sd", LoadOptions())
         pipeline.set_progress_bar_config(disable=True)
@@ -106,11 +122,11 @@ class Bench:
         settings = PlanSettings(ProfileSettings(repeats=15), SamplingSettings(25, guidance))
         limits = [Limit("latency", SHOWN, True)]  # whose number says nothing, only that it is time
         self.found, self.refit = measure(pipeline, limits, settings, Silent(), "mini-sd"), settings.refit
-        self.judge = Judge(pipeline, prompts, guidance, self.found)
+        self.judge = Judge(pipeline, counts, guidance, self.found)
         # The rivals cut and leave it at that: they are given the damages of cuts that nothing makes up for.
         self.damages = {name: damage.total for name, damage in self.found.plain_damages.items()}
         self.code = code_hash(*OWN)
-        self.measuring = self.found.calibration.parts()[1]
+        self.measuring = self.found.calibration.for_options()[1]
 
     @cached_property
     def pruned(self) -> dict[float, float]:
@@ -206,13 +222,14 @@ class Bench:
 def main() -> None:
     """Measure every maker of plans at every budget."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=24, help="held-out prompts")
+    parser.add_argument("--prompts", type=int, default=48, help="held-out prompts that pictures are made of")
+    parser.add_argument("--damage-prompts", type=int, default=256, help="held-out prompts that damage is measured on")
     parser.add_argument("--guidance", type=float, default=SamplingSettings().guidance)
     parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS)
     parser.add_argument("--extras", nargs="*", choices=EXTRAS, default=EXTRAS)
     arguments = parser.parse_args()
     check_alone()
-    bench = Bench(arguments.prompts, arguments.guidance)
+    bench = Bench(Counts(arguments.prompts, arguments.damage_prompts), arguments.guidance)
     bench.keep(1.0, "teacher", Plan({}), bench.teacher)
     for budget in arguments.budgets:
         bench.search(budget, "ours", bench.found.options)

@@ -23,6 +23,10 @@ ONE_IN: Final = 6  # prompts is kept out of fits
 FEW: Final = 12  # prompts, of fewer of which it is one in three
 ONE_IN_FEW: Final = 3
 TOGETHER: Final = 16  # prompts that are sampled at once: bounds the memory
+# Moments that every option is fitted and measured on, and every plan that is tried; the chosen plan is fitted to all.
+OPTION_FITTED: Final = 192
+OPTION_MEASURED: Final = 96
+PLAN_MOMENTS: Final = 256
 
 Progress = Callable[[int, int], None]
 
@@ -72,13 +76,19 @@ class Calibration:
         """
         return self._without_one_in(ONE_IN)
 
+    def for_options(self) -> tuple[Calibration, Calibration]:
+        """The same for single edits, of which there are many: thinned."""
+        fitted, measured = self.parts()
+        return fitted.thinned(OPTION_FITTED), measured.thinned(OPTION_MEASURED)
+
     def for_plans(self) -> tuple[Calibration, Calibration]:
         """The same for whole plans, of which the best is picked: of many prompts every second is measured on.
 
         A few prompts make up most of a damage, and the least of many damages on few prompts is too good to be true,
-        while a fit loses little by having half of the moments.
+        while a fit loses little by having fewer moments, if they are of as many prompts. Both are thinned.
         """
-        return self._without_one_in(2)
+        fitted, measured = self._without_one_in(2)
+        return fitted.thinned(PLAN_MOMENTS), measured.thinned(PLAN_MOMENTS)
 
     def _without_one_in(self, share: int) -> tuple[Calibration, Calibration]:
         if not self.held_out:
@@ -95,14 +105,20 @@ class Calibration:
         return [band for band in range(len(self.band_weights)) if band not in there]
 
     def thinned(self, moments: int) -> Calibration:
-        """About so many of the moments, evenly over prompts and bands, at least one of every prompt."""
+        """At most about so many of the moments: evenly over prompts, and over bands as all are.
+
+        Of more prompts than that one moment each of some, evenly spaced.
+        """
         prompts = int(self.prompts.max()) + 1
+        if len(self) <= moments:
+            return self
+        some = sorted({i * prompts // moments for i in range(moments)}) if prompts > moments else range(prompts)
         keep = max(1, round(moments / prompts))
         chosen = torch.zeros(len(self), dtype=torch.bool)
-        taken = torch.zeros(len(self.band_weights))
-        for prompt in range(prompts):
+        taken, shares = torch.zeros(len(self.band_weights)), _shares(self.band_weights)
+        for prompt in some:
             rows = (self.prompts == prompt).nonzero()[:, 0]
-            for row in sorted(rows.tolist(), key=lambda row: float(taken[self.bands[row]]))[:keep]:
+            for row in sorted(rows.tolist(), key=lambda row: float((taken / shares)[self.bands[row]]))[:keep]:
                 chosen[row] = True
                 taken[self.bands[row]] += 1
         return self.only(chosen)
@@ -156,7 +172,13 @@ def record(
     starts = processes.share(range(0, len(prompts), TOGETHER))
     total = len(starts) * settings.steps + probe_steps
     texts = encode(pipeline, prompts, settings.guidance)
-    picks = _pick_steps(len(prompts), settings, bands, effort.moments)
+    if band_weights is None:
+
+        def probing(taken: int, _: int) -> None:
+            report(taken, total)
+
+        band_weights = measure_band_weights(pipeline, texts[: effort.probes], settings, bands, probing, processes)
+    picks = _pick_steps(len(prompts), settings, band_weights, effort.moments)
     kept: dict[int, list[tuple[Tensor, ...]]] = {}
     for number, start in enumerate(starts):
         here = slice(start, start + TOGETHER)
@@ -168,7 +190,7 @@ def record(
             at = torch.full((len(rows),), step)
             moments = (model_input[rows].clone(), when, texts[here][rows], at, start + rows)
             kept.setdefault(start, []).append(moments if processes.count == 1 else tuple(x.cpu() for x in moments))
-            report(number * settings.steps + step + 1, total)
+            report(probe_steps + number * settings.steps + step + 1, total)
     everything = {start: parts for share in processes.gather(kept) for start, parts in share.items()}
     in_order = [part for start in sorted(everything) for part in everything[start]]
     samples, timesteps, kept_texts, steps, kept_prompts = (torch.cat(parts) for parts in zip(*in_order, strict=True))
@@ -178,13 +200,6 @@ def record(
         x[order.to(x.device)] for x in (samples, timesteps, kept_texts, kept_prompts)
     )
     kept_bands = steps[order] * bands // settings.steps
-    if band_weights is None:
-        done = len(starts) * settings.steps
-
-        def probing(taken: int, _: int) -> None:
-            report(done + taken, total)
-
-        band_weights = measure_band_weights(pipeline, texts[: effort.probes], settings, bands, probing, processes)
     inputs = GuidedInputs(samples, timesteps, kept_texts, settings.guidance)
     schedule = SamplingRun(pipeline, texts[:1], settings).timesteps
     found = Calibration(inputs, kept_bands, kept_prompts, band_weights, _boundaries(schedule, bands))
@@ -252,24 +267,32 @@ def _middles(steps: int, bands: int) -> list[int]:
     return [members[len(members) // 2] for members in in_band]
 
 
-def _pick_steps(count: int, settings: SamplingSettings, bands: int, moments: int) -> Tensor:
+def _pick_steps(count: int, settings: SamplingSettings, weights: Sequence[float], moments: int) -> Tensor:
     """For every band and prompt a random step of the band, or -1 where the prompt has no moment in it, (bands, count).
 
     Few moments of many prompts tell more than many moments of few: those of one run look alike. They are spread over
-    the bands among the prompts that are kept out of fits too (see `Calibration.parts`).
+    the bands (see `_shares`) among the prompts that are kept out of fits too (see `Calibration.parts`).
     """
     generator = torch.Generator().manual_seed(settings.seed + 1)
-    picks = []
+    bands, picks = len(weights), []
     for band in range(bands):
         members = torch.tensor([i for i in range(settings.steps) if i * bands // settings.steps == band])
         picks.append(members[torch.randint(len(members), (count,), generator=generator)])
     steps = torch.stack(picks)
     each = min(bands, -(-moments // count))
-    apart = ONE_IN if count >= FEW else ONE_IN_FEW
+    apart, shares = ONE_IN if count >= FEW else ONE_IN_FEW, _shares(weights)
     taken_by = torch.zeros(apart, bands)
     for prompt in range(count):
         taken = taken_by[prompt % apart]
-        order = (taken + torch.rand(bands, generator=generator) / 2).argsort()  # the least taken first
+        order = ((taken + torch.rand(bands, generator=generator) / 2) / shares).argsort()  # the least taken first
         taken[order[:each]] += 1
         steps[order[each:], prompt] = -1
     return steps
+
+
+def _shares(weights: Sequence[float]) -> Tensor:
+    """The share of the moments that every band is given, (bands,): half of them evenly, half as errors there matter.
+
+    What a total damage is off by, and what a fit for it is, goes mostly by the moments of the bands that weigh most.
+    """
+    return (torch.tensor(weights) + 1 / len(weights)) / 2

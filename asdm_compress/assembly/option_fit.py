@@ -30,7 +30,6 @@ from asdm_compress.profiling.slot_costs import as_run
 
 Progress = Callable[[int, int], None]
 ItemT = TypeVar("ItemT")
-OPTION_MOMENTS: Final = 128  # that every option is fitted on; a plan's own fit has all of them
 SUMS_BYTES: Final = 3 * 2**30  # of normal equations held at a time
 
 
@@ -72,14 +71,13 @@ def measure_options(
 
     With `refit`, the module before a dropped one, and one that has lost a part, are solved anew for what was there.
 
-    They are fitted on one part of the prompts and all damages measured on the other (see `Calibration.parts`),
+    They are fitted on one part of the prompts and all damages measured on the other (see `Calibration.for_options`),
     so that a fit to its own samples does not count as less damage. What the `store` knows is neither fitted nor
     measured again. Several processes share the options, never an option's samples, and each has the whole result: that
     of one process, to the last bit where their processors are alike.
     """
     report = progress or (lambda done, total: None)
-    fitting, measuring_on = calibration.parts()
-    fitting = fitting.thinned(OPTION_MOMENTS)
+    fitting, measuring_on = calibration.for_options()
     damages = processes.on_main(lambda: known_damages(store, options, measuring_on))
     unknown = _dealt(unet, [o for o in options if o.name not in damages], processes)
     done, total = len(damages), len(damages) + len(unknown)

@@ -95,7 +95,6 @@ class Refit:
         if kind == "full":
             features = 1 + sum(_fan_in(part) for part in parts)
             self._sums = [NormalEquations(features, outputs, device) for _ in range(2)]
-            self._old = self._solution()
         else:
             self._channels = torch.zeros(2, 5, outputs, dtype=torch.float64, device=self.device_of_sums(device))
 
@@ -156,9 +155,8 @@ class Refit:
             missing = factor * (wanted[rows].float() - output[rows].float()).flatten(2)
             inputs = [x[rows] for x in taken]
             if self.kind == "full":
-                features = torch.cat(self._features(inputs), 1)
-                old = self._old.to(features)
-                self._add_full(calibration, first + start, features, missing + old[:-1].T @ features + old[-1][:, None])
+                # What is missing, not the whole: of small differences float32 would leave little.
+                self._add_full(calibration, first + start, torch.cat(self._features(inputs), 1), missing)
             else:
                 now = _flat_weight(parts[0]).float() @ _unfolded(inputs[0], parts[0])
                 self._add_scale(calibration, first + start, now, missing + now)
@@ -243,23 +241,22 @@ class Refit:
         both = train.plus(held_out)
         if both.samples == 0:
             return {}
+        old = self._solution()
         if train.samples == 0 or held_out.samples == 0:
-            return self._tensors(both.solve(RIDGES[-1], self._old))
+            return self._tensors(old + both.solve(RIDGES[-1]))
         solved: dict[float, Tensor] = {}
 
         def errors_at(ridge: float) -> list[float]:
-            solved[ridge] = train.solve(ridge, self._old)
+            solved[ridge] = train.solve(ridge)
             return [float(held_out.error(solved[ridge]).sum())]
 
         ridge = RIDGES[best_ridges(errors_at, 1)[0]]
         # Channels are regressions of their own: a loud one that is easily told must not carry the ridge for quiet ones,
         # which the next normalisation makes as loud. So each goes as far as the other prompts say, both ways round.
-        way = (
-            _reach(self._old, solved[ridge], held_out) + _reach(self._old, held_out.solve(ridge, self._old), train)
-        ) / 2
+        way = (_reach(solved[ridge], held_out) + _reach(held_out.solve(ridge), train)) / 2
         if not bool((way > 0).any()):
             return {}
-        return self._tensors(self._old + way * (both.solve(ridge, self._old) - self._old))
+        return self._tensors(old + way * both.solve(ridge))
 
     def _solve_scale(self) -> dict[str, Tensor]:
         part, name = self._parts()[0], self.names[0]
@@ -281,11 +278,10 @@ class Refit:
         return {_join(name, "weight"): weight.to(part.weight), _join(name, "bias"): (part.bias + shift).to(part.bias)}
 
 
-def _reach(old: Tensor, new: Tensor, sums: NormalEquations) -> Tensor:
-    """How far (T,), 0 to 1, each target's weights should go from `old` to `new` (F, T), by errors on other samples."""
-    step = new - old
+def _reach(step: Tensor, sums: NormalEquations) -> Tensor:
+    """How far (T,), 0 to 1, each target's weights should go by a step (F, T), by errors on other samples."""
     curvature = ((sums.gram @ step) * step).sum(0)
-    slope = ((sums.cross - sums.gram @ old) * step).sum(0)
+    slope = (sums.cross * step).sum(0)
     return torch.where(curvature > 0, slope / curvature.clamp_min(1e-300), torch.zeros_like(slope)).clamp(0, 1)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from asdm_compress.assembly.calibration import Calibration
 from asdm_compress.assembly.damage import Damage, measure_plan, predictions
 from asdm_compress.assembly.in_time import Clock, InTime, search_in_time
-from asdm_compress.assembly.option_fit import OPTION_MOMENTS, absorber
+from asdm_compress.assembly.option_fit import absorber
 from asdm_compress.assembly.options import Finest, Option, is_coarse_enough, teacher_costs
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.plan_fit import RefitChoice, fit_plan
@@ -267,7 +267,7 @@ def _attempts(
         settled |= number >= LEAST_ATTEMPTS and abs(measured - predicted) <= DAMAGE_TOLERANCE * predicted
         if attempt.with_weights and not settled and number < len(ATTEMPTS):
             # On the prompts that single edits were measured on: what a pair adds is a difference of the two.
-            as_single = _Moments.of(search.teacher, search.calibration.parts())
+            as_single = _Moments.of(search.teacher, search.calibration.for_options())
             pairs |= _measure_pairs(search, solution.options, pairs, as_single)
     return found, refused
 
@@ -372,14 +372,13 @@ def _measure_pairs(
     candidates = [(a, b) for a, b in combinations(options, 2) if frozenset((a.name, b.name)) not in known]
     candidates.sort(key=lambda pair: abs(damages[pair[0].name].interaction(damages[pair[1].name])), reverse=True)
     found = {}
-    fitting = moments.fitting.thinned(OPTION_MOMENTS)  # as single edits are
     for a, b in candidates[:PAIRS_PER_ROUND]:
         both = Plan({a.site: a.edit, b.site: b.edit})
         # Refitted as single edits are: where something is only taken out, and in full or not at all.
         plain = [o for o in (a, b) if not has_weights(o.edit)]
         units = [unit for unit, _ in filter(None, (absorber(search.teacher, o) for o in plain))]
         refit: RefitChoice = "full" if search.refit == "full" else "none"
-        weights = fit_plan(search.teacher, both, fitting, refit=refit, refit_at=units)
+        weights = fit_plan(search.teacher, both, moments.fitting, refit=refit, refit_at=units)
         together = measure_plan(search.teacher, both, moments.measuring, weights, moments.reference).total
         one, other = damages[a.name].total, damages[b.name].total
         # The later fit can make up for the earlier edit, but not for more than there is: many such terms would else sum

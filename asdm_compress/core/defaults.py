@@ -6,8 +6,8 @@ from typing import Final
 
 STEPS: Final = 25
 GUIDANCE: Final = 5.0
-CALIBRATION_PROMPTS: Final = 256
-MOMENTS: Final = 512  # of their runs, that are kept
+CALIBRATION_PROMPTS: Final = 512
+MOMENTS: Final = 1024  # of their runs, that are kept
 BANDS: Final = 8  # of timesteps
 PROBES: Final = 8  # runs whose response is measured
 HELD_OUT_PROMPTS: Final = 16

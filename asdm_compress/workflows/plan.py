@@ -189,7 +189,7 @@ def measure(
             processes,
         ).to(pipeline.device)
     calibration = replace(calibration, held_out=is_fitted)
-    if (empty := calibration.parts()[1].bands_without_moments()) and processes.is_main:
+    if (empty := calibration.for_options()[1].bands_without_moments()) and processes.is_main:
         progress.note(
             f"{len(empty)} of {settings.bands} timestep bands have no moments to measure damage on, and count "
             "as the others do; more --calibration-prompts or --calibration-triples, or fewer --bands, mend that"
