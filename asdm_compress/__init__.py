@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from asdm_compress.profiling.profile import Profile, ProfileSettings, load_profile, profile
     from asdm_compress.switching.switched_unet import SwitchedUNet2DConditionModel
     from asdm_compress.workflows.calibrate import calibrate
+    from asdm_compress.workflows.distill import distill
+    from asdm_compress.workflows.evaluate import evaluate
     from asdm_compress.workflows.plan import plan
+    from asdm_compress.workflows.report import write_report
 
 # Everything that needs torch is imported on first use, so that `--help` and this import stay fast.
 _LAZY = {
@@ -34,7 +37,10 @@ _LAZY = {
     "SwitchedUNet2DConditionModel": "asdm_compress.switching.switched_unet",
     "assemble": "asdm_compress.assembly.surgery",
     "calibrate": "asdm_compress.workflows.calibrate",
+    "distill": "asdm_compress.workflows.distill",
+    "evaluate": "asdm_compress.workflows.evaluate",
     "inheriting": "asdm_compress.inheritance.attach",
+    "write_report": "asdm_compress.workflows.report",
     "controlnet_from": "asdm_compress.assembly.controlnet",
     "plan": "asdm_compress.workflows.plan",
     "load_pipeline": "asdm_compress.models.loading",
@@ -57,6 +63,8 @@ __all__ = [
     "assemble",
     "calibrate",
     "controlnet_from",
+    "distill",
+    "evaluate",
     "inheriting",
     "load_pipeline",
     "load_profile",
@@ -65,6 +73,7 @@ __all__ = [
     "remap_controlnet",
     "remap_ip_adapter",
     "remap_lora",
+    "write_report",
 ]
 
 

@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 from write_documents import TOP
 
+import asdm_compress
+from asdm_compress.core.recipe import Base, EditEntry, Recipe, dump_recipe
 from asdm_compress.models.assembled_unet import AssembledUNet2DConditionModel
+from asdm_compress.models.families import architecture
 from asdm_compress.profiling.profile import ProfileSettings
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.scheduling.goals import Goal
 from asdm_compress.workflows.calibrate import CalibrateSettings
+from asdm_compress.workflows.distill import DistillSettings
+from asdm_compress.workflows.evaluate import EvaluateSettings
 from asdm_compress.workflows.plan import PlanSettings
 
 EXAMPLES = sorted((TOP / "tools" / "examples").glob("*.py"))
@@ -71,5 +76,21 @@ def test_inherit(tmp_path):
     assert (tmp_path / "inheritance.yaml").is_file()
 
 
+@pytest.mark.slow
+def test_train(tmp_path, capsys):
+    teacher = asdm_compress.load_pipeline("mini-sd")
+    example("cut").cut(teacher, {"mid_block": "drop"}).save_pretrained(tmp_path / "student")
+    base = Base(model="mini-sd", architecture=architecture(teacher.unet))
+    recipe = Recipe(asdm_recipe=1, base=base, edits=[EditEntry(site="mid_block", edit="drop")])
+    (tmp_path / "student" / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    training = DistillSettings(changes={"data.size": 24, "steps": 2, "batch": 4, "probe_prompts": 2})
+    evaluation = EvaluateSettings(changes={"images": 3, "steps": 2}, repeats=0)
+    report = example("train").main(tmp_path / "student", tmp_path / "trained", training, evaluation)
+    text = report.read_text(encoding="utf-8")
+    assert "Distillation" in text
+    assert "dB from the teacher's images" in capsys.readouterr().out
+    assert (tmp_path / "trained" / "evaluation" / "eval.json").is_file()
+
+
 def test_every_example_is_run_here():
-    assert {path.stem for path in EXAMPLES} == {"measure", "cut", "budget", "inherit"}
+    assert {path.stem for path in EXAMPLES} == {"measure", "cut", "budget", "inherit", "train"}

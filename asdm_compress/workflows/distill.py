@@ -41,7 +41,7 @@ from asdm_compress.sampling.images import decode
 from asdm_compress.sampling.schedulers import evaluations, make_scheduler
 from asdm_compress.sampling.settings import SamplingSettings, check_text_to_image
 from asdm_compress.workflows.card import Origin, write_card
-from asdm_compress.workflows.progress import Progress
+from asdm_compress.workflows.progress import Progress, Silent
 from asdm_compress.workflows.student import RECIPE, StudentAndTeacher, open_student
 from asdm_compress.workflows.training_run import (
     DistillSettings,
@@ -107,6 +107,14 @@ class DistillResult:
             "skipped": [list(pair) for pair in self.skipped],
             "outcome": None if self.outcome is None else asdict(self.outcome),
         }
+
+
+def distill(student: str | Path, out: str | Path, settings: DistillSettings | None = None) -> DistillResult:
+    """Train the student in a folder as its recipe says, unless `settings` change that, and write it to `out`.
+
+    On the device and in the precision that the command `distill` would take. Raises AsdmError, see `run_distill`.
+    """
+    return run_distill(str(student), Path(out), LoadOptions(), settings or DistillSettings(), Silent())
 
 
 def run_distill(

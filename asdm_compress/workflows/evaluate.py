@@ -64,10 +64,21 @@ from asdm_compress.workflows.evaluation_run import (
     run_key,
 )
 from asdm_compress.workflows.generate import noting
-from asdm_compress.workflows.progress import Progress
+from asdm_compress.workflows.progress import Progress, Silent
 
 CARD: Final = "protocol.md"
 _RUN: Final = ".run"
+
+
+def evaluate(model: str | Path, out: str | Path, settings: EvaluateSettings | None = None) -> Evaluation:
+    """A model's figures beside its teacher's, on prompts that no search has seen; `eval.json` and images lie in `out`.
+
+    The teacher is the one that the model's recipe names, unless the settings name another (`against`). Raises
+    AsdmError, see `run_evaluate`.
+    """
+    found = run_evaluate(str(model), Path(out), LoadOptions(), settings or EvaluateSettings(), Silent())
+    assert found is not None  # of one process
+    return found
 
 
 def run_evaluate(

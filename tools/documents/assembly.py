@@ -87,8 +87,9 @@ def plans_setting() -> str:
     found = results("assembly")
     teacher = next(r for r in found["rows"] if r["maker"] == "teacher")
     return (
-        f"{found['prompts']} held-out captions and seeds ({source('assembly', 'bench_assembly')}), of which the "
-        f"teacher itself gets {teacher['teacher_right']} wholly right"
+        f"damage on {found.get('damage_prompts', found['prompts'])} held-out captions and seeds, pictures of "
+        f"{found['prompts']} of them ({source('assembly', 'bench_assembly')}), of which the teacher itself gets "
+        f"{teacher['teacher_right']} wholly right"
     )
 
 

@@ -28,5 +28,10 @@ def example_inherit() -> str:
     return _code("inherit")
 
 
+def example_train() -> str:
+    """Training, figures and report."""
+    return _code("train")
+
+
 def _code(name: str) -> str:
     return f"```python\n{(_EXAMPLES / f'{name}.py').read_text(encoding='utf-8').strip()}\n```"
