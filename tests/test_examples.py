@@ -16,9 +16,9 @@ from asdm_compress.profiling.profile import ProfileSettings
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.scheduling.goals import Goal
 from asdm_compress.workflows.calibrate import CalibrateSettings
-from asdm_compress.workflows.distill import DistillSettings
-from asdm_compress.workflows.evaluate import EvaluateSettings
+from asdm_compress.workflows.evaluation_input import EvaluateSettings
 from asdm_compress.workflows.plan import PlanSettings
+from asdm_compress.workflows.training_run import DistillSettings
 
 EXAMPLES = sorted((TOP / "tools" / "examples").glob("*.py"))
 

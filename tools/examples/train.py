@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import asdm_compress
-from asdm_compress.workflows.distill import DistillSettings
-from asdm_compress.workflows.evaluate import EvaluateSettings
+from asdm_compress.workflows.evaluation_input import EvaluateSettings
+from asdm_compress.workflows.training_run import DistillSettings
 
 
 def main(
@@ -18,7 +18,7 @@ def main(
     print(*trained.lines(), sep="\n")
     figures = asdm_compress.evaluate(out, out / "evaluation", evaluation)  # beside the teacher that the recipe names
     psnr = figures.find("psnr")
-    if psnr is not None:
+    if psnr is not None and psnr.model is not None:
         print(f"{psnr.model.value:.1f} dB from the teacher's images, {psnr.model.low:.1f} to {psnr.model.high:.1f}")
     return asdm_compress.write_report(out).out / "report.html"
 
