@@ -18,7 +18,7 @@ from asdm_compress.assembly.options import Option, find_options
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.polish import Problem, polish
 from asdm_compress.assembly.search import Solution, check_reachable, solve
-from asdm_compress.assembly.verify import PLAIN_ATTEMPTS, Attempt, Search, _Found, _likely_factor, search_verified
+from asdm_compress.assembly.verify import PLAIN_ATTEMPTS, Attempt, Search, _Found, _likely_factor, _off, search_verified
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.units import Limit
 from asdm_compress.profiling.profile import ProfileSettings
@@ -269,13 +269,17 @@ def test_a_plan_is_expected_to_be_off_by_what_the_one_most_like_it_is(unet, mini
     interaction = search.predicted(options[:3], {}) / 0.3  # of sums that have no sketches
     near, far = found(options[:3], 0.5 * interaction), found(options[4:], 2.0)
     plan = Plan({o.site: o.edit for o in options[:4]})
-    assert _likely_factor(search, [], {}, plan) == 1.0
-    assert _likely_factor(search, [far, near], {}, plan) == pytest.approx(0.5)
+
+    def likely(plans, pairs=None):
+        return _likely_factor([(f, _off(search, f, pairs or {})) for f in plans], plan)
+
+    assert likely([]) == 1.0
+    assert likely([far, near]) == pytest.approx(0.5)
     # The more alike of two that are both like it counts for more; one that was predicted to do nothing tells nothing.
     other = found(options[2:4], 1.0)
-    assert 0.5 < _likely_factor(search, [other, near], {}, plan) < 0.6
+    assert 0.5 < likely([other, near]) < 0.6
     nothing = dict.fromkeys((frozenset(o.name for o in pair) for pair in combinations(options[:3], 2)), -0.2)
-    assert _likely_factor(search, [near], nothing, plan) == 1.0
+    assert likely([near], nothing) == 1.0
 
 
 def test_limits_that_another_search_has_tightened_are_loosened_again(unet, mini_profile):

@@ -183,7 +183,7 @@ class Bench:
             measured_damage=ours.measured_damage,
             proven=ours.solution.proven,
             pairs_of_edits=ours.pairs,
-            predicted_latency_ratio=round(ours.solution.costs["latency"] / self.found.profile.latency, 4),
+            predicted_latency_ratio=round(ours.predicted_latency_ratio, 4),
             seconds=round(time.monotonic() - began, 1),
         )  # fmt: skip
 

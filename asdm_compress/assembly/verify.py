@@ -87,14 +87,16 @@ class Verified:
     measured slower or faster than predicted, and for the plans and damages of the `attempt` that led to it. Its damage
     holds the terms of pairs, of which `pairs` were looked at.
     `predicted_damage` is the sum of damages and pair terms times the factor by which those of the plans most like it
-    were measured to be off, and `measured_damage` that of the whole plan on prompts that were kept out of its fit. The
-    student and `slot_weights` are fitted to all prompts.
+    were measured to be off, and `measured_damage` that of the whole plan on prompts that were kept out of its fit;
+    `predicted_latency_ratio` is to `latency_ratio` what the two are to each other. The student and `slot_weights` are
+    fitted to all prompts.
     """
 
     solution: Solution
     student: UNet2DConditionModel
     costs: Mapping[Resource, float]
     latency_ratio: float
+    predicted_latency_ratio: float
     solved_for: tuple[Limit, ...]
     rounds: int
     slot_weights: SlotWeights
@@ -217,13 +219,16 @@ def search_verified(search: Search) -> Verified:
     _neighbours(search, clock, found, pairs, moments)
     best = min(found, key=lambda f: f.measured)
     solution = _among_all_edits(search, best, pairs)
-    off = _likely_factor(search, [f for f in found if f is not best], pairs, solution.plan)
+    others = [f for f in found if f is not best]
+    off = _likely_factor([(f, _off(search, f, pairs)) for f in others], solution.plan)
+    slower = _likely_factor([(f, f.in_time.slower) for f in others], solution.plan)
     weights = search.fit(solution.plan, search.calibration)
     return Verified(
         solution=solution,
         student=assemble(search.teacher, solution.plan, weights),
         costs=best.in_time.costs,
         latency_ratio=best.in_time.latency_ratio,
+        predicted_latency_ratio=slower * solution.costs["latency"] / search.profile.latency,
         solved_for=best.in_time.solved_for,
         rounds=best.in_time.rounds,
         slot_weights=weights,
@@ -261,7 +266,7 @@ def _attempts(
             continue
         measured, seconds = _fitted_damage(search, solution.plan, moments)
         # Which also takes in what these prompts differ by from those that single edits were measured on.
-        off = _likely_factor(search, found, pairs, solution.plan)
+        off = _likely_factor([(f, _off(search, f, pairs)) for f in found], solution.plan)
         predicted = search.predicted(solution.options, pairs) * off
         found.append(_Found(attempt, in_time, measured, seconds))
         settled |= number >= LEAST_ATTEMPTS and abs(measured - predicted) <= DAMAGE_TOLERANCE * predicted
@@ -331,10 +336,17 @@ def _fitted_damage(search: Search, plan: Plan, moments: _Moments) -> tuple[float
     return damage, time.monotonic() - began
 
 
-def _likely_factor(search: Search, found: Sequence[_Found], pairs: Pairs, plan: Plan) -> float:
-    """What the sum for a plan will be off by: as much as those for the plans found that are like it, 1 for the first.
+def _off(search: Search, found: _Found, pairs: Pairs) -> float:
+    """How many times its sum a plan damages as measured; 0 where terms of pairs sum up to nothing or less."""
+    predicted = search.predicted(found.in_time.solution.options, pairs)
+    return found.measured / predicted if predicted > 0 else 0.0
 
-    Plans that share most of their edits err alike, where one by damages before any refit and one by those after do not.
+
+def _likely_factor(known: Sequence[tuple[_Found, float]], plan: Plan) -> float:
+    """What a sum for a plan will be off by: as much as those for the plans found that are like it, 1 for the first.
+
+    `known` are plans found with the factors that theirs were off by; those of 0 say nothing. Plans that share most of
+    their edits err alike, where one by damages before any refit and one by those after do not.
     """
     edits = set(plan.edits.items())
 
@@ -342,16 +354,14 @@ def _likely_factor(search: Search, found: Sequence[_Found], pairs: Pairs, plan: 
         theirs = set(other.in_time.solution.plan.edits.items())
         return len(edits & theirs) / max(len(edits | theirs), 1)
 
-    weights, logarithms = [], []
-    for other in found:
-        predicted = search.predicted(other.in_time.solution.options, pairs)
-        if predicted > 0 and other.measured > 0:  # terms of pairs may sum up to less than nothing
-            weights.append(likeness(other) ** LIKENESS_POWER)
-            logarithms.append(math.log(other.measured / predicted))
+    told = [(other, factor) for other, factor in known if factor > 0]
+    weights = [likeness(other) ** LIKENESS_POWER for other, _ in told]
     if not any(weights):  # none is like it: what the prompts differ by is in all of them
-        weights = [1.0] * len(weights)
-    total = math.fsum(weights)
-    return math.exp(math.fsum(w * x for w, x in zip(weights, logarithms, strict=True)) / total) if total else 1.0
+        weights = [1.0] * len(told)
+    if not told:
+        return 1.0
+    logarithms = math.fsum(w * math.log(factor) for w, (_, factor) in zip(weights, told, strict=True))
+    return math.exp(logarithms / math.fsum(weights))
 
 
 def _solver(

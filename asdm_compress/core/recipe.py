@@ -52,8 +52,8 @@ class Evidence(Strict):
 
     Damages are weighted relative squared errors of the noise prediction; `held_out` ones are from prompts and seeds
     that the search has not seen. `summed` is what the search minimised and `damage_bound` bounds, `predicted` that
-    times what the other plans searched were off by. `solved_for` is what the proof of optimality holds for: the budget
-    itself, or a tighter one where a first plan measured slower than predicted.
+    times what the other plans searched were off by, as is the latency in `predicted`. `solved_for` is what the proof of
+    optimality holds for: the budget itself, or a tighter one where a first plan measured slower than predicted.
     """
 
     teacher: Costs

@@ -233,7 +233,7 @@ def _note_timing(found: PlanResult, progress: Progress) -> None:
     """Say so where a student was timed far from what was predicted."""
     if not found.verified.solution.plan.edits:
         progress.note("the teacher keeps this budget as it is: nothing is cut")
-    measured, predicted = found.verified.latency_ratio, found.verified.solution.costs["latency"] / found.profile.latency
+    measured, predicted = found.verified.latency_ratio, found.verified.predicted_latency_ratio
     if abs(measured / predicted - 1) > FAR_OFF:
         progress.note(
             f"the student was timed at {measured:.3f}x and predicted to take {predicted:.3f}x: something else may have "
@@ -263,9 +263,10 @@ def _student_in_stored_precision(
 
 def _evidence(profile: Profile, verified: Verified, held_out_damage: float) -> Evidence:
     predicted, costs = verified.solution.costs, verified.costs
+    seconds = verified.predicted_latency_ratio * profile.latency
     return Evidence(
         teacher=Costs(latency=profile.latency, macs=profile.macs, params=profile.parameters),
-        predicted=Costs(latency=predicted["latency"], macs=round(predicted["macs"]), params=round(predicted["params"])),
+        predicted=Costs(latency=seconds, macs=round(predicted["macs"]), params=round(predicted["params"])),
         measured=Costs(latency=costs["latency"], macs=int(costs["macs"]), params=int(costs["params"])),
         measured_latency_ratio=round(verified.latency_ratio, 4),
         solved_for=[str(limit) for limit in verified.solved_for],
