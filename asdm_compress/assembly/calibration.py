@@ -105,18 +105,15 @@ class Calibration:
         return [band for band in range(len(self.band_weights)) if band not in there]
 
     def thinned(self, moments: int) -> Calibration:
-        """At most about so many of the moments: evenly over prompts, and over bands as all are.
-
-        Of more prompts than that one moment each of some, evenly spaced.
-        """
-        prompts = int(self.prompts.max()) + 1
+        """At most so many of the moments: evenly over prompts, of some none where there are more, and over bands as all
+        are."""
         if len(self) <= moments:
             return self
-        some = sorted({i * prompts // moments for i in range(moments)}) if prompts > moments else range(prompts)
-        keep = max(1, round(moments / prompts))
+        prompts = int(self.prompts.max()) + 1
         chosen = torch.zeros(len(self), dtype=torch.bool)
         taken, shares = torch.zeros(len(self.band_weights)), _shares(self.band_weights)
-        for prompt in some:
+        for prompt in range(prompts):
+            keep = (prompt + 1) * moments // prompts - prompt * moments // prompts
             rows = (self.prompts == prompt).nonzero()[:, 0]
             for row in sorted(rows.tolist(), key=lambda row: float((taken / shares)[self.bands[row]]))[:keep]:
                 chosen[row] = True

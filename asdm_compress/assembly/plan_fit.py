@@ -16,9 +16,9 @@ from asdm_compress.assembly.narrowing import InnerSums, collecting, narrowed_sta
 from asdm_compress.assembly.option_fit import slot_widths
 from asdm_compress.assembly.plan import PlacedEdits, Plan, place
 from asdm_compress.assembly.refit import Refit, last_absorbed, projections_of
-from asdm_compress.assembly.regression import memory_for_sums
+from asdm_compress.assembly.regression import memory_for_sums, memory_of
 from asdm_compress.assembly.slot_fit import BandSums, SlotFits, check_fits, groups_of, slot_activations
-from asdm_compress.core.edits import conv_spec, has_weights, kept_share
+from asdm_compress.core.edits import ConvSpec, conv_spec, has_weights, kept_share
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.edits import SlotWeights, edited_copy, put_tensors
 from asdm_compress.models.walk import State, Step, shared_prefix, start, steps_of, take
@@ -27,6 +27,7 @@ from asdm_compress.models.widths import inner_widths
 Progress = Callable[[int, int], None]
 RefitChoice = Literal["full", "scale", "none"]
 REFITS: Final = ("full", "scale", "none")
+SHARE_FOR_STATES: Final = 0.15  # of the memory, that the activations of a plan's fit may take
 
 
 def check_refit(name: str) -> None:
@@ -50,15 +51,18 @@ def fit_plan(
     behind the modules that it stands for, and so makes up for what was damaged before it. A narrowed module is fitted
     to do on the student's activations what the whole one would. With `refit`, every kept module behind the first edit
     is then solved anew for what the teacher has behind it (see `Refit`), and behind the dropped modules that follow it;
-    or only those at `refit_at`.
-    Raises AsdmError for convolutions that have no fit (see `check_fits`).
+    or only those at `refit_at`. Of more moments than there is memory for some are left out (see `for_memory`).
+    Raises AsdmError for convolutions that have no fit (see `check_fits`) and those whose sums do not fit into memory,
+    before anything is fitted.
     """
     placed = place(unet, plan)
-    specs = [spec for spec in (conv_spec(edit) for edit in placed.units.values()) if spec is not None]
-    check_fits(specs, len(calibration.band_weights))
+    specs = {path: spec for path, edit in placed.units.items() if (spec := conv_spec(edit)) is not None}
+    check_fits(list(specs.values()), len(calibration.band_weights))
+    for path, spec in specs.items():
+        _check_memory(unet, path, spec)
     if not plan.edits or (refit == "none" and not any(has_weights(edit) for edit in placed.units.values())):
         return {}
-    fit = _PlanFit(unet, placed, calibration, refit, refit_at)
+    fit = _PlanFit(unet, placed, for_memory(unet, calibration), refit, refit_at)
     units = fit.units_to_fit()
     for number, unit in enumerate(units):
         fit.fit_unit(unit)
@@ -72,6 +76,31 @@ def scaled_for_memory(unet: UNet2DConditionModel) -> tuple[str, ...]:
     most = memory_for_sums(unet.device)
     steps = {step.path: step.modules[-1] for step in steps_of(unet) if step.modules}
     return tuple(p for p, module in steps.items() if projections_of(module) and Refit.bytes(module) > most)
+
+
+def _check_memory(unet: UNet2DConditionModel, path: str, spec: ConvSpec) -> None:
+    """Raise AsdmError for a convolution whose fit does not fit into memory."""
+    needed = BandSums.bytes(groups_of(spec), *slot_widths(unet, path), spec.kernel)
+    if needed > memory_for_sums(unet.device):
+        raise AsdmError(
+            f"the fit of {spec.name} at {path} would take {needed / 2**30:.1f} GiB",
+            "Use fewer experts there, a 1x1 kernel, or a machine with more memory.",
+        )
+
+
+@torch.no_grad()
+def for_memory(unet: UNet2DConditionModel, calibration: Calibration, share: float = SHARE_FOR_STATES) -> Calibration:
+    """The moments that a plan's fit can take in: it holds the activations of teacher and student of all of them.
+
+    They may take a share of the memory; one moment is taken in any case.
+    """
+    state = start(unet, *calibration.part(0, 1).rows())
+    most = 0
+    for step in steps_of(unet):
+        state = take(step, state)
+        held = {id(x): x for x in (state.hidden, *state.skips)}
+        most = max(most, sum(x.nbytes for x in held.values()))
+    return calibration.thinned(max(1, int(share * memory_of(unet.device) / (2 * most))))
 
 
 class _PlanFit:
@@ -131,12 +160,6 @@ class _PlanFit:
         spec, module = conv_spec(self.placed.units[path]), self.unet.get_submodule(path)
         assert spec is not None
         inputs, outputs = slot_widths(self.unet, path)
-        needed = BandSums.bytes(groups_of(spec), inputs, outputs, spec.kernel)
-        if needed > memory_for_sums(self.unet.device):
-            raise AsdmError(
-                f"the fit of {spec.name} at {path} would take {needed / 2**30:.1f} GiB",
-                "Use fewer experts there, a 1x1 kernel, or a machine with more memory.",
-            )
         sums = BandSums.empty(groups_of(spec), inputs, outputs, spec.kernel, self.unet.device)
         there, behind = self.placed.edited_path(self.unet, path), self.placed.replaced[path][-1]
         for (first, _), lockstep in zip(self.chunks, self.runs, strict=True):

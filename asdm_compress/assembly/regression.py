@@ -20,17 +20,22 @@ SHARE_FOR_SUMS: Final = 0.4  # of the memory
 PLACES: Final = 64
 
 
+def memory_of(device: torch.device) -> int:
+    """The bytes that a device has, or the host for what is not CUDA.
+
+    All there is, not what is free at the moment: what is fitted, and whether, should not hang on what else runs.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
 def memory_for_sums(device: torch.device) -> int:
-    """The bytes that normal equations of a model on a device may take, of what is free there, or of the host's.
+    """The bytes that normal equations of a model on a device may take.
 
     To solve them takes half as much again as they do, and the rest is for what runs meanwhile.
     """
-    if device.type == "cuda":
-        # What torch holds back for its next tensors is free too, though not to the driver.
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int((torch.cuda.mem_get_info(device)[0] + kept) * SHARE_FOR_SUMS)
-    # Of all there is, not of what is free at the moment: what is fitted should not hang on what else runs.
-    return int(psutil.virtual_memory().total * SHARE_FOR_SUMS)
+    return int(memory_of(device) * SHARE_FOR_SUMS)
 
 
 class NormalEquations:

@@ -24,7 +24,7 @@ from asdm_compress.assembly.options import (
     useful_options,
 )
 from asdm_compress.assembly.plan import check_teacher
-from asdm_compress.assembly.plan_fit import RefitChoice, check_refit, scaled_for_memory
+from asdm_compress.assembly.plan_fit import RefitChoice, check_refit, for_memory, scaled_for_memory
 from asdm_compress.assembly.search import check_reachable
 from asdm_compress.assembly.slot_fit import check_fits, check_prompts
 from asdm_compress.assembly.store import measurement_folder, recorded
@@ -197,6 +197,10 @@ def measure(
     refit = settings.refit == "full"
     if refit and (scaled := scaled_for_memory(teacher)) and processes.is_main:
         progress.note(f"{len(scaled)} modules are too wide for the memory here and are refitted by scales alone")
+    if is_fitted and (held := len(for_memory(teacher, calibration))) < len(calibration) and processes.is_main:
+        progress.note(
+            f"a plan is fitted to {held} of the {len(calibration)} triples: more do not fit into the memory here"
+        )
     with progress.bar("Fitting and measuring the damage of every edit") as bar:
         plain_store = folder / ("damages.jsonl" if is_fitted else "damages_unfitted.jsonl")
         store = folder / "damages_refitted.jsonl" if refit else plain_store
