@@ -11,18 +11,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from asdm_compress.assembly.calibration import Calibration
+from asdm_compress.assembly.calibration import Calibration, Effort, record
 from asdm_compress.assembly.damage import Damage
 from asdm_compress.assembly.in_time import SLACK, TIMING_TOLERANCE, Clock, InTime, search_in_time
 from asdm_compress.assembly.options import Option, find_options
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.polish import Problem, polish
 from asdm_compress.assembly.search import Solution, check_reachable, solve
-from asdm_compress.assembly.verify import PLAIN_ATTEMPTS, Attempt, Search, _Found, _likely_factor, _off, search_verified
+from asdm_compress.assembly.verify import (
+    PLAIN_ATTEMPTS,
+    Attempt,
+    Search,
+    _Found,
+    _likely_factor,
+    _off,
+    _play_off,
+    search_verified,
+)
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.units import Limit
 from asdm_compress.profiling.profile import ProfileSettings
 from asdm_compress.sampling.run import GuidedInputs
+from asdm_compress.sampling.settings import SamplingSettings
+from asdm_compress.scenes.captions import sample_captions
 
 TEACHER = {"latency": 1.0, "macs": 10_000.0, "params": 1_000.0}
 
@@ -280,6 +291,28 @@ def test_a_plan_is_expected_to_be_off_by_what_the_one_most_like_it_is(unet, mini
     assert 0.5 < likely([other, near]) < 0.6
     nothing = dict.fromkeys((frozenset(o.name for o in pair) for pair in combinations(options[:3], 2)), -0.2)
     assert likely([near], nothing) == 1.0
+
+
+def test_plans_alike_on_one_half_of_the_prompts_are_measured_on_the_other_too(pipeline, unet, mini_profile):
+    prompts = [caption.text for caption in sample_captions(12, 4)]
+    settings = SamplingSettings(4)
+    calibration = record(pipeline, prompts, settings, 2, band_weights=(0.5, 0.5), effort=Effort(moments=12))
+    search = Search(unet, mini_profile, (), {}, [Limit("latency", 0.9, True)], ProfileSettings(), calibration)
+
+    def found(site, measured):
+        solution = Solution(Plan({site: "drop"}), (), 0.1, 0.1, True, {}, 0)
+        return _Found(Attempt(1.0), InTime(solution, {}, 0.9, (), 1, 1.0), measured, 1.0)
+
+    halves = calibration.for_plans()
+    assert [len(half) for half in halves] == [6, 6]
+    lucky, better = found("up_blocks.3.layers.1", 1e-9), found("mid_block", 1.2e-9)
+    best = _play_off(search, [lucky, better], halves)
+    assert best.in_time is better.in_time
+    assert best.measured > better.measured  # the mean with what the other half says
+    assert _play_off(search, [lucky, found("mid_block", 1e-8)], halves) is lucky  # they are not alike
+    assert _play_off(replace(search, neighbours_seconds=0), [lucky, better], halves) is lucky
+    alone = replace(search, calibration=replace(calibration, held_out=False))
+    assert _play_off(alone, [lucky, better], halves) is lucky
 
 
 def test_limits_that_another_search_has_tightened_are_loosened_again(unet, mini_profile):

@@ -77,6 +77,8 @@ PLAIN_ATTEMPTS: Final = (
 )
 LEAST_ATTEMPTS: Final = 2
 NEIGHBOUR_PATIENCE: Final = 2.0  # seconds of a search for one of them
+PLAYED_OFF: Final = 3  # plans at most
+ALIKE: Final = 1.5  # times the least measured damage: by so much the prompts of one half may mistake a plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ class Verified:
     measured slower or faster than predicted, and for the plans and damages of the `attempt` that led to it. Its damage
     holds the terms of pairs, of which `pairs` were looked at.
     `predicted_damage` is the sum of damages and pair terms times the factor by which those of the plans most like it
-    were measured to be off, and `measured_damage` that of the whole plan on prompts that were kept out of its fit;
+    were measured to be off, and `measured_damage` that of the whole plan on prompts that were kept out of its fits;
     `predicted_latency_ratio` is to `latency_ratio` what the two are to each other. The student and `slot_weights` are
     fitted to all prompts.
     """
@@ -209,7 +211,8 @@ def search_verified(search: Search) -> Verified:
     damage is returned, fitted anew to all prompts. Raises AsdmError with exit code 3 when no plan meets the limits, or
     none is measured to within the rounds of `search_in_time`.
     """
-    moments = _Moments.of(search.teacher, search.calibration.for_plans())
+    halves = search.calibration.for_plans()
+    moments = _Moments.of(search.teacher, halves)
     clock = Clock(search.teacher, search.profile, search.limits, search.settings)
     pairs: dict[frozenset[str], float] = {}
     found, refused = _attempts(search, clock, pairs, moments)
@@ -217,9 +220,9 @@ def search_verified(search: Search) -> Verified:
         assert refused is not None
         raise refused
     _neighbours(search, clock, found, pairs, moments)
-    best = min(found, key=lambda f: f.measured)
+    best = _play_off(search, found, halves)
     solution = _among_all_edits(search, best, pairs)
-    others = [f for f in found if f is not best]
+    others = [f for f in found if f.in_time is not best.in_time]
     off = _likely_factor([(f, _off(search, f, pairs)) for f in others], solution.plan)
     slower = _likely_factor([(f, f.in_time.slower) for f in others], solution.plan)
     weights = search.fit(solution.plan, search.calibration)
@@ -316,6 +319,26 @@ def _neighbours(
             continue
         found.append(_Found(best.attempt, in_time, *_fitted_damage(search, solution.plan, moments), without=without))
         longest = max(longest, time.monotonic() - since)
+
+
+def _play_off(search: Search, found: Sequence[_Found], halves: tuple[Calibration, Calibration]) -> _Found:
+    """The plan of least measured damage, where those of several are alike the mean of both ways round.
+
+    A few prompts make up most of a damage, so that either half of them alone may take a worse plan for the best. These
+    plans are fitted to the half that they were measured on, and measured on the one that they were fitted to, where
+    there are halves and that takes no longer than neighbours may.
+    """
+    best, *others = sorted(found, key=lambda f: f.measured)[:PLAYED_OFF]
+    alike = [best, *(f for f in others if f.measured <= ALIKE * best.measured)]
+    even = search.calibration.held_out and abs(len(halves[0]) - len(halves[1])) <= len(halves[0]) / 4
+    if len(alike) == 1 or not even or sum(f.seconds for f in alike) > search.neighbours_seconds:
+        return best
+    turned = _Moments.of(search.teacher, (halves[1], halves[0]))
+    both = []
+    for one in alike:
+        measured, _ = _fitted_damage(search, one.in_time.solution.plan, turned)
+        both.append(replace(one, measured=(one.measured + measured) / 2))
+    return min(both, key=lambda f: f.measured)
 
 
 def _among_all_edits(search: Search, found: _Found, pairs: Pairs) -> Solution:
