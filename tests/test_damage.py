@@ -84,6 +84,10 @@ def test_half_of_the_moments_go_by_what_bands_weigh(prompts, moments, weights):
     few = whole.thinned(prompts // 3)
     assert len(few) == len(set(few.prompts.tolist())) == prompts // 3
     assert whole.thinned(len(whole)) is whole
+    for thin in (thinned, whole.thinned(len(whole) // 2)):  # those that choose a fit's ridge have all of its bands
+        chooses = thin.prompts % 4 == 3
+        if chooses.sum() >= 8:
+            assert set(thin.bands[chooses].tolist()) == set(thin.bands[~chooses].tolist()) == {0, 1, 2, 3}
     assert whole.only(bands < 3).bands_without_moments() == [3]
 
 

@@ -22,8 +22,9 @@ PERTURBATION: Final = 0.05  # of the noise prediction's norm, when the sampler's
 ONE_IN: Final = 6  # prompts is kept out of fits
 FEW: Final = 12  # prompts, of fewer of which it is one in three
 ONE_IN_FEW: Final = 3
+HELD_OUT_EVERY: Final = 4  # every fourth prompt of a fit chooses its ridge
 TOGETHER: Final = 16  # prompts that are sampled at once: bounds the memory
-# Moments that every option is fitted and measured on, and every plan that is tried; the chosen plan is fitted to all.
+# Moments that every option is fitted and measured on, and every plan that is tried, where something is fitted.
 OPTION_FITTED: Final = 192
 OPTION_MEASURED: Final = 96
 PLAN_MOMENTS: Final = 256
@@ -79,6 +80,8 @@ class Calibration:
     def for_options(self) -> tuple[Calibration, Calibration]:
         """The same for single edits, of which there are many: thinned."""
         fitted, measured = self.parts()
+        if fitted is measured:
+            return self, self
         return fitted.thinned(OPTION_FITTED), measured.thinned(OPTION_MEASURED)
 
     def for_plans(self) -> tuple[Calibration, Calibration]:
@@ -88,6 +91,8 @@ class Calibration:
         while a fit loses little by having fewer moments, if they are of as many prompts. Both are thinned.
         """
         fitted, measured = self._without_one_in(2)
+        if fitted is measured:
+            return self, self
         return fitted.thinned(PLAN_MOMENTS), measured.thinned(PLAN_MOMENTS)
 
     def _without_one_in(self, share: int) -> tuple[Calibration, Calibration]:
@@ -106,18 +111,23 @@ class Calibration:
 
     def thinned(self, moments: int) -> Calibration:
         """At most so many of the moments: evenly over prompts, of some none where there are more, and over bands as all
-        are."""
+        are, among the prompts that choose a fit's ridge too.
+        """
         if len(self) <= moments:
             return self
         prompts = int(self.prompts.max()) + 1
         chosen = torch.zeros(len(self), dtype=torch.bool)
-        taken, shares = torch.zeros(len(self.band_weights)), _shares(self.band_weights)
+        generator, shares, number = torch.Generator().manual_seed(0), _shares(self.band_weights), 0
+        taken_by = torch.zeros(HELD_OUT_EVERY, len(shares))
         for prompt in range(prompts):
             keep = (prompt + 1) * moments // prompts - prompt * moments // prompts
-            rows = (self.prompts == prompt).nonzero()[:, 0]
-            for row in sorted(rows.tolist(), key=lambda row: float((taken / shares)[self.bands[row]]))[:keep]:
-                chosen[row] = True
-                taken[self.bands[row]] += 1
+            rows, taken = (self.prompts == prompt).nonzero()[:, 0], taken_by[number % HELD_OUT_EVERY]
+            # At random between bands alike: in turns they would go with the prompts' own.
+            order = ((taken + torch.rand(len(shares), generator=generator) / 2) / shares)[self.bands[rows]].argsort()
+            kept = rows[order[:keep]]
+            chosen[kept] = True
+            taken += self.bands[kept].bincount(minlength=len(shares))
+            number += keep > 0
         return self.only(chosen)
 
     def only(self, chosen: Tensor) -> Calibration:
@@ -165,7 +175,7 @@ def record(
     check_text_to_image(pipeline)
     report = progress or (lambda done, total: None)
     probed = processes.share(_middles(settings.steps, bands))
-    probe_steps = 0 if band_weights else settings.steps + sum(settings.steps - step for step in probed)
+    probe_steps = 0 if band_weights is not None else settings.steps + sum(settings.steps - step for step in probed)
     starts = processes.share(range(0, len(prompts), TOGETHER))
     total = len(starts) * settings.steps + probe_steps
     texts = encode(pipeline, prompts, settings.guidance)
@@ -268,7 +278,7 @@ def _pick_steps(count: int, settings: SamplingSettings, weights: Sequence[float]
     """For every band and prompt a random step of the band, or -1 where the prompt has no moment in it, (bands, count).
 
     Few moments of many prompts tell more than many moments of few: those of one run look alike. They are spread over
-    the bands (see `_shares`) among the prompts that are kept out of fits too (see `Calibration.parts`).
+    the bands (see `_shares`) among the prompts that are kept out of fits too (see `Calibration.for_options`).
     """
     generator = torch.Generator().manual_seed(settings.seed + 1)
     bands, picks = len(weights), []

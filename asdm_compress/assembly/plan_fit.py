@@ -51,7 +51,7 @@ def fit_plan(
     behind the modules that it stands for, and so makes up for what was damaged before it. A narrowed module is fitted
     to do on the student's activations what the whole one would. With `refit`, every kept module behind the first edit
     is then solved anew for what the teacher has behind it (see `Refit`), and behind the dropped modules that follow it;
-    or only those at `refit_at`. Of more moments than there is memory for some are left out (see `for_memory`).
+    or only those at `refit_at`. Activations of all moments are held (see `for_memory`).
     Raises AsdmError for convolutions that have no fit (see `check_fits`) and those whose sums do not fit into memory,
     before anything is fitted.
     """
@@ -62,7 +62,7 @@ def fit_plan(
         _check_memory(unet, path, spec)
     if not plan.edits or (refit == "none" and not any(has_weights(edit) for edit in placed.units.values())):
         return {}
-    fit = _PlanFit(unet, placed, for_memory(unet, calibration), refit, refit_at)
+    fit = _PlanFit(unet, placed, calibration, refit, refit_at)
     units = fit.units_to_fit()
     for number, unit in enumerate(units):
         fit.fit_unit(unit)

@@ -15,25 +15,26 @@ RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 CONSTANT_RIDGE: Final = 1e-8  # share of the number of samples; keeps a constant without samples solvable
 BYTES_PER_BLOCK: Final = 256 * 2**20  # of unfolded patches held at a time
 SAMPLES_PER_PRODUCT: Final = 4096  # whose products are summed in float32
-SHARE_FOR_SUMS: Final = 0.4  # of the memory
+SHARE_FOR_SUMS: Final = 0.3  # of the memory
+SHARE_OF_CUDA: Final = 0.8  # of a GPU's memory: the rest is for weights
 # Places of an image that are taken as samples: neighbours tell nearly the same, other prompts tell more.
 PLACES: Final = 64
 
 
 def memory_of(device: torch.device) -> int:
-    """The bytes that a device has, or the host for what is not CUDA.
+    """The bytes that a device has beside its weights, or the host for what is not CUDA.
 
     All there is, not what is free at the moment: what is fitted, and whether, should not hang on what else runs.
     """
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
+        return int(torch.cuda.get_device_properties(device).total_memory * SHARE_OF_CUDA)
     return int(psutil.virtual_memory().total)
 
 
 def memory_for_sums(device: torch.device) -> int:
     """The bytes that normal equations of a model on a device may take.
 
-    To solve them takes half as much again as they do, and the rest is for what runs meanwhile.
+    With what solving them takes it is two and a half times that, and the rest is for what runs meanwhile.
     """
     return int(memory_of(device) * SHARE_FOR_SUMS)
 
@@ -60,7 +61,7 @@ class NormalEquations:
         every = inputs.shape[2] * inputs.shape[3]
         generator = torch.Generator().manual_seed(round(self.samples * 1e6) % 2**31)
         places = torch.randperm(every, generator=generator)[:PLACES].to(inputs.device) if every > PLACES else None
-        patch_bytes = 8 * kernel**2 * inputs[0].numel()
+        patch_bytes = 4 * kernel**2 * inputs[0].numel()
         rows = max(1, BYTES_PER_BLOCK // patch_bytes)
         for start in range(0, len(inputs), rows):
             x, y = inputs[start : start + rows].float(), targets[start : start + rows].float()
@@ -69,11 +70,13 @@ class NormalEquations:
                 patches, wanted = patches[..., places], wanted[..., places]
             patches, wanted = (part.to(self.device).transpose(0, 1).flatten(1) for part in (patches, wanted))
             patches = torch.cat([patches, patches.new_ones(1, patches.shape[1])])
-            # Of a block alone, float32 is as good (damages agree to five digits), and much faster on most devices.
+            # Of a block alone, float32 is as good (damages agree to five digits), and much faster on most devices,
+            # unless the process has allowed its products to be rounded (TF32, bfloat16).
+            exact = torch.float32 if torch.get_float32_matmul_precision() == "highest" else torch.float64
             for of in range(0, patches.shape[1], SAMPLES_PER_PRODUCT):
-                p, w = (part[:, of : of + SAMPLES_PER_PRODUCT] for part in (patches, wanted))
-                self.gram.add_((p @ p.T).double(), alpha=weight)
-                self.cross.add_((p @ w.T).double(), alpha=weight)
+                p, w = (part[:, of : of + SAMPLES_PER_PRODUCT].to(exact) for part in (patches, wanted))
+                self.gram.add_(p @ p.T, alpha=weight)
+                self.cross.add_(p @ w.T, alpha=weight)
             self.energy += weight * wanted.double().square().sum(1)
 
     def plus(self, other: NormalEquations, weight: float = 1.0) -> NormalEquations:
@@ -114,7 +117,9 @@ class NormalEquations:
         penalty = torch.full((len(self.gram),), ridge * self.scale, dtype=torch.float64, device=self.device)
         penalty[-1] = CONSTANT_RIDGE * max(self.samples, 1e-30)
         right = self.cross if towards is None else self.cross + penalty[:, None] * towards
-        factor = torch.linalg.cholesky(self.gram + torch.diag(penalty))
+        matrix = self.gram.clone()
+        matrix.diagonal().add_(penalty)
+        factor = torch.linalg.cholesky(matrix)
         return torch.cholesky_solve(right, factor)
 
     @property

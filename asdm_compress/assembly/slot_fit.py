@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asdm_compress.assembly.calibration import Calibration
+from asdm_compress.assembly.calibration import HELD_OUT_EVERY, Calibration
 from asdm_compress.assembly.regression import NormalEquations, solve_at_best_ridge
 from asdm_compress.core.edits import ConvSpec
 from asdm_compress.core.errors import AsdmError
@@ -18,7 +18,6 @@ from asdm_compress.models.expert_conv import TRAIN_TIMESTEPS, MultiExpertConv2d
 from asdm_compress.models.walk import State, Step, joined
 
 FEWEST_PROMPTS: Final = 3
-HELD_OUT_EVERY: Final = 4  # every fourth prompt chooses the ridge
 
 
 @dataclass(frozen=True, slots=True)

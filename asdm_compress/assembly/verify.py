@@ -197,6 +197,7 @@ class _Found:
     in_time: InTime
     measured: float
     seconds: float  # that the fit and the measuring took
+    both_ways: float | None = None  # the mean of that and of the damage fitted and measured the other way round
     without: str | None = None  # the edit that its search was not to use
 
 
@@ -220,10 +221,13 @@ def search_verified(search: Search) -> Verified:
         assert refused is not None
         raise refused
     _neighbours(search, clock, found, pairs, moments)
-    best = _play_off(search, found, halves)
+    played = _play_off(search, found, halves)
+    best = played[0]
     solution = _among_all_edits(search, best, pairs)
     others = [f for f in found if f.in_time is not best.in_time]
     off = _likely_factor([(f, _off(search, f, pairs)) for f in others], solution.plan)
+    # What the other half's prompts differ by is told by the other plans that were measured on it too.
+    off *= _likely_factor([(f, f.both_ways / f.measured) for f in played[1:] if f.both_ways], solution.plan)
     slower = _likely_factor([(f, f.in_time.slower) for f in others], solution.plan)
     weights = search.fit(solution.plan, search.calibration)
     return Verified(
@@ -231,12 +235,12 @@ def search_verified(search: Search) -> Verified:
         student=assemble(search.teacher, solution.plan, weights),
         costs=best.in_time.costs,
         latency_ratio=best.in_time.latency_ratio,
-        predicted_latency_ratio=slower * solution.costs["latency"] / search.profile.latency,
+        predicted_latency_ratio=slower * max(solution.costs["latency"] / search.profile.latency, 1e-9),
         solved_for=best.in_time.solved_for,
         rounds=best.in_time.rounds,
         slot_weights=weights,
         predicted_damage=search.predicted(solution.options, pairs) * off,
-        measured_damage=best.measured,
+        measured_damage=best.both_ways or best.measured,
         pairs=solution.pairs,
         attempt=best.attempt,
     )
@@ -252,7 +256,7 @@ def _attempts(
     found: list[_Found] = []
     refused: AsdmError | None = None
     limits = {with_weights: tuple(search.limits) for with_weights in (False, True)}
-    settled = False
+    settled, as_single = False, None
     for number, attempt in enumerate((*ATTEMPTS, *PLAIN_ATTEMPTS), start=1):
         here = search.suited_to(attempt)
         if here is None or (settled and not attempt.plain):
@@ -275,7 +279,7 @@ def _attempts(
         settled |= number >= LEAST_ATTEMPTS and abs(measured - predicted) <= DAMAGE_TOLERANCE * predicted
         if attempt.with_weights and not settled and number < len(ATTEMPTS):
             # On the prompts that single edits were measured on: what a pair adds is a difference of the two.
-            as_single = _Moments.of(search.teacher, search.calibration.for_options())
+            as_single = as_single or _Moments.of(search.teacher, search.calibration.for_options())
             pairs |= _measure_pairs(search, solution.options, pairs, as_single)
     return found, refused
 
@@ -321,24 +325,24 @@ def _neighbours(
         longest = max(longest, time.monotonic() - since)
 
 
-def _play_off(search: Search, found: Sequence[_Found], halves: tuple[Calibration, Calibration]) -> _Found:
-    """The plan of least measured damage, where those of several are alike the mean of both ways round.
+def _play_off(search: Search, found: Sequence[_Found], halves: tuple[Calibration, Calibration]) -> list[_Found]:
+    """The plans of least measured damage, the best first; where several are alike, by the mean of both ways round.
 
-    A few prompts make up most of a damage, so that either half of them alone may take a worse plan for the best. These
-    plans are fitted to the half that they were measured on, and measured on the one that they were fitted to, where
+    A few prompts make up most of a damage, so that either half of them alone may take a worse plan for the best. Plans
+    alike are fitted to the half that they were measured on, and measured on the one that they were fitted to, where
     there are halves and that takes no longer than neighbours may.
     """
     best, *others = sorted(found, key=lambda f: f.measured)[:PLAYED_OFF]
     alike = [best, *(f for f in others if f.measured <= ALIKE * best.measured)]
-    even = search.calibration.held_out and abs(len(halves[0]) - len(halves[1])) <= len(halves[0]) / 4
+    even = halves[0] is not halves[1] and abs(len(halves[0]) - len(halves[1])) <= len(halves[0]) / 4
     if len(alike) == 1 or not even or sum(f.seconds for f in alike) > search.neighbours_seconds:
-        return best
+        return [best]
     turned = _Moments.of(search.teacher, (halves[1], halves[0]))
-    both = []
+    played = []
     for one in alike:
         measured, _ = _fitted_damage(search, one.in_time.solution.plan, turned)
-        both.append(replace(one, measured=(one.measured + measured) / 2))
-    return min(both, key=lambda f: f.measured)
+        played.append(replace(one, both_ways=(one.measured + measured) / 2))
+    return sorted(played, key=lambda f: f.both_ways or 0.0)
 
 
 def _among_all_edits(search: Search, found: _Found, pairs: Pairs) -> Solution:

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from asdm_compress.assembly.calibration import DEFAULT_BANDS, Effort, check_bands, record
 from asdm_compress.assembly.other_starts import copied_start, random_start
 from asdm_compress.assembly.plan import Plan
-from asdm_compress.assembly.plan_fit import RefitChoice, fit_plan
+from asdm_compress.assembly.plan_fit import RefitChoice, fit_plan, for_memory
 from asdm_compress.assembly.slot_fit import check_fits, check_prompts
 from asdm_compress.assembly.surgery import assemble, build, removed_tensors, specify
 from asdm_compress.core.defaults import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS
@@ -220,9 +220,12 @@ def _fit(
     check_prompts(len(prompts))
     with progress.bar("Recording the model's trajectories") as bar:
         calibration = record(pipeline, prompts, start.sampling, bands, bar, effort=start.effort)
+    held = for_memory(pipeline.unet, calibration)
+    if len(held) < len(calibration):
+        progress.note(f"fitted to {len(held)} of {len(calibration)} triples: memory holds no more")
     with progress.bar("Fitting the slots") as bar:
-        # As `assemble` does: on the same model, prompts and sampler the weights come out the same.
-        return fit_plan(pipeline.unet, plan, calibration, bar, refit)
+        # As `assemble` does: on the same model, prompts, sampler and memory the weights come out the same.
+        return fit_plan(pipeline.unet, plan, held, bar, refit)
 
 
 def check_fit(recipe: Recipe, teacher: UNet2DConditionModel, model: str) -> None:

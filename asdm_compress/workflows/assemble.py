@@ -233,7 +233,7 @@ def _note_timing(found: PlanResult, progress: Progress) -> None:
     """Say so where a student was timed far from what was predicted."""
     if not found.verified.solution.plan.edits:
         progress.note("the teacher keeps this budget as it is: nothing is cut")
-    measured, predicted = found.verified.latency_ratio, found.verified.predicted_latency_ratio
+    measured, predicted = found.verified.latency_ratio, found.verified.solution.costs["latency"] / found.profile.latency
     if abs(measured / predicted - 1) > FAR_OFF:
         progress.note(
             f"the student was timed at {measured:.3f}x and predicted to take {predicted:.3f}x: something else may have "

@@ -154,7 +154,7 @@ def _with_images(
     progress: Progress,
 ) -> Frontier:
     """Every plan built and fitted: its damage on prompts kept out of the fit, its latency, its images."""
-    fitting, measuring = measured.calibration.parts()
+    fitting, measuring = measured.calibration.for_plans()
     teacher = pipeline.unet
     prompts = measured.prompts.held_out[:count]
     unseen = replace(settings.sampling, seed=HELD_OUT_IMAGE_SEED)

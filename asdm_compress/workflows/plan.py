@@ -57,7 +57,7 @@ class PlanSettings:
     and `routing` say which convolutions the search may put into the places of what it takes out, `narrow` to which
     shares of their inner width ResNets, attentions and feed-forwards may be narrowed, `finest` the smallest parts that
     it may edit, and `refit` how much of what stays is solved anew after the cut (see `assembly.refit`). For
-    `neighbours_seconds` plans are tried that are like the best one.
+    `neighbours_seconds` plans are tried that are like the best one, and within as many those of like damage once more.
     """
 
     profile: ProfileSettings = field(default_factory=ProfileSettings)
@@ -80,7 +80,10 @@ class PlanSettings:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Everything that a search goes by: what every possible edit saves, and what it damages."""
+    """Everything that a search goes by: what every possible edit saves, and what it damages.
+
+    `calibration` is what plans are fitted to: of what edits were measured on, as much as there is memory for.
+    """
 
     limits: Sequence[Limit]
     shape: ProfileSettings
@@ -197,10 +200,6 @@ def measure(
     refit = settings.refit == "full"
     if refit and (scaled := scaled_for_memory(teacher)) and processes.is_main:
         progress.note(f"{len(scaled)} modules are too wide for the memory here and are refitted by scales alone")
-    if is_fitted and (held := len(for_memory(teacher, calibration))) < len(calibration) and processes.is_main:
-        progress.note(
-            f"a plan is fitted to {held} of the {len(calibration)} triples: more do not fit into the memory here"
-        )
     with progress.bar("Fitting and measuring the damage of every edit") as bar:
         plain_store = folder / ("damages.jsonl" if is_fitted else "damages_unfitted.jsonl")
         store = folder / "damages_refitted.jsonl" if refit else plain_store
@@ -210,6 +209,13 @@ def measure(
         cuts = [option for option in options if not has_weights(option.edit)]
         with progress.bar("Measuring what nothing makes up for") as bar:
             plain = measure_options(teacher, cuts, calibration, plain_store, bar, False, processes)
+    if is_fitted:
+        held = for_memory(teacher, calibration)
+        if len(held) < len(calibration) and processes.is_main:
+            progress.note(
+                f"plans are fitted to {len(held)} of {len(calibration)} triples: more do not fit into the memory"
+            )
+        calibration = held
     return Measured(limits, shape, costs, prompts, calibration, options, damages, plain)
 
 
