@@ -76,6 +76,8 @@ def test_half_of_the_moments_go_by_what_bands_weigh(prompts, moments, weights):
             fair = min(most, len(part) * (0.5 * weight + 0.125))
             assert count >= 1
             assert 0.75 * fair - 2 <= count <= 1.25 * fair + 2
+        if len(set(weights)) == 1:
+            assert counts.max() - counts.min() <= 0.25 * len(part) / 4 + 3
         assert part.bands_without_moments() == []
     thinned = whole.thinned(prompts)
     assert len(thinned) == prompts

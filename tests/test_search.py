@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from asdm_compress.assembly.attempts import PLAIN_ATTEMPTS, Attempt, Search
 from asdm_compress.assembly.calibration import Calibration, Effort, record
 from asdm_compress.assembly.damage import Damage
 from asdm_compress.assembly.in_time import SLACK, TIMING_TOLERANCE, Clock, InTime, search_in_time
@@ -18,16 +19,7 @@ from asdm_compress.assembly.options import Option, find_options
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.polish import Problem, polish
 from asdm_compress.assembly.search import Solution, check_reachable, solve
-from asdm_compress.assembly.verify import (
-    PLAIN_ATTEMPTS,
-    Attempt,
-    Search,
-    _Found,
-    _likely_factor,
-    _off,
-    _play_off,
-    search_verified,
-)
+from asdm_compress.assembly.verify import _Found, _likely_factor, _off, _play_off, search_verified
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.units import Limit
 from asdm_compress.profiling.profile import ProfileSettings

@@ -68,8 +68,7 @@ def test_a_convolution_is_found_again(kernel, channels, outputs, seed):
     found, constant = as_kernel(sums.solve(1e-9), channels, kernel)
     assert torch.allclose(found, weight, atol=1e-4)
     assert torch.allclose(constant, bias[:outputs], atol=1e-4)
-    # Products are in float32, of which the error is what is left of the targets' whole energy.
-    assert (sums.error(sums.solve(1e-9)).abs() < 1e-6 * sums.energy).all()
+    assert sums.error(sums.solve(1e-9)).abs().max() < 1e-4
 
 
 def test_the_solution_is_that_of_an_independent_solver():

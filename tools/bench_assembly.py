@@ -39,6 +39,7 @@ from rival_plans import (
     without_weights,
 )
 
+from asdm_compress.assembly.attempts import Search
 from asdm_compress.assembly.calibration import Calibration, Effort, record
 from asdm_compress.assembly.damage import compare_predictions, measure_plan, predictions
 from asdm_compress.assembly.in_time import measured_ratio
@@ -46,7 +47,7 @@ from asdm_compress.assembly.options import Option
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.plan_fit import fit_plan
 from asdm_compress.assembly.surgery import assemble
-from asdm_compress.assembly.verify import Search, search_verified
+from asdm_compress.assembly.verify import search_verified
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.units import Limit
 from asdm_compress.evaluation.distances import frechet_distance

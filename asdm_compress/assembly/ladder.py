@@ -9,12 +9,12 @@ from typing import Any, Final
 
 from ortools.sat.python import cp_model
 
+from asdm_compress.assembly.attempts import ATTEMPTS, LEAST_ATTEMPTS, Search
 from asdm_compress.assembly.damage import Damage, measure_plan
 from asdm_compress.assembly.in_time import Clock, measured_ratio, search_in_time
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.search import Solution
 from asdm_compress.assembly.surgery import assemble
-from asdm_compress.assembly.verify import ATTEMPTS, LEAST_ATTEMPTS, Search
 from asdm_compress.core.edits import Edit
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.units import Limit

@@ -155,7 +155,7 @@ class Refit:
             missing = factor * (wanted[rows].float() - output[rows].float()).flatten(2)
             inputs = [x[rows] for x in taken]
             if self.kind == "full":
-                # What is missing, not the whole: of small differences float32 would leave little.
+                # What is missing, not the whole, which the old weights give: a small difference of large sums is lost.
                 self._add_full(calibration, first + start, torch.cat(self._features(inputs), 1), missing)
             else:
                 now = _flat_weight(parts[0]).float() @ _unfolded(inputs[0], parts[0])

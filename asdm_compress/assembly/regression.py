@@ -1,4 +1,4 @@
-"""Ridge regression of convolution kernels from normal equations: products of float32, summed up in float64."""
+"""Ridge regression of convolution kernels from normal equations that are summed up patch by patch in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor
 RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 CONSTANT_RIDGE: Final = 1e-8  # share of the number of samples; keeps a constant without samples solvable
 BYTES_PER_BLOCK: Final = 256 * 2**20  # of unfolded patches held at a time
-SAMPLES_PER_PRODUCT: Final = 4096  # whose products are summed in float32
 SHARE_FOR_SUMS: Final = 0.3  # of the memory
 SHARE_OF_CUDA: Final = 0.8  # of a GPU's memory: the rest is for weights
 # Places of an image that are taken as samples: neighbours tell nearly the same, other prompts tell more.
@@ -61,23 +60,18 @@ class NormalEquations:
         every = inputs.shape[2] * inputs.shape[3]
         generator = torch.Generator().manual_seed(round(self.samples * 1e6) % 2**31)
         places = torch.randperm(every, generator=generator)[:PLACES].to(inputs.device) if every > PLACES else None
-        patch_bytes = 4 * kernel**2 * inputs[0].numel()
+        patch_bytes = 8 * kernel**2 * inputs[0].numel()
         rows = max(1, BYTES_PER_BLOCK // patch_bytes)
         for start in range(0, len(inputs), rows):
             x, y = inputs[start : start + rows].float(), targets[start : start + rows].float()
             patches, wanted = F.unfold(x, kernel, padding=kernel // 2), y.flatten(2)
             if places is not None:
                 patches, wanted = patches[..., places], wanted[..., places]
-            patches, wanted = (part.to(self.device).transpose(0, 1).flatten(1) for part in (patches, wanted))
+            patches, wanted = (part.to(self.gram).transpose(0, 1).flatten(1) for part in (patches, wanted))
             patches = torch.cat([patches, patches.new_ones(1, patches.shape[1])])
-            # Of a block alone, float32 is as good (damages agree to five digits), and much faster on most devices,
-            # unless the process has allowed its products to be rounded (TF32, bfloat16).
-            exact = torch.float32 if torch.get_float32_matmul_precision() == "highest" else torch.float64
-            for of in range(0, patches.shape[1], SAMPLES_PER_PRODUCT):
-                p, w = (part[:, of : of + SAMPLES_PER_PRODUCT].to(exact) for part in (patches, wanted))
-                self.gram.add_(p @ p.T, alpha=weight)
-                self.cross.add_(p @ w.T, alpha=weight)
-            self.energy += weight * wanted.double().square().sum(1)
+            self.gram.addmm_(patches, patches.T, alpha=weight)
+            self.cross.addmm_(patches, wanted.T, alpha=weight)
+            self.energy += weight * wanted.square().sum(1)
 
     def plus(self, other: NormalEquations, weight: float = 1.0) -> NormalEquations:
         """These and `weight` times the other's."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
+from asdm_compress.assembly.attempts import Search
 from asdm_compress.assembly.calibration import DEFAULT_BANDS, Calibration, Effort, check_bands, record
 from asdm_compress.assembly.damage import Damage
 from asdm_compress.assembly.option_fit import fitting_places, measure_options
@@ -28,7 +29,7 @@ from asdm_compress.assembly.plan_fit import RefitChoice, check_refit, for_memory
 from asdm_compress.assembly.search import check_reachable
 from asdm_compress.assembly.slot_fit import check_fits, check_prompts
 from asdm_compress.assembly.store import measurement_folder, recorded
-from asdm_compress.assembly.verify import Search, Verified, search_verified
+from asdm_compress.assembly.verify import Verified, search_verified
 from asdm_compress.core.defaults import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS, NARROW_SHARES, NEIGHBOURS_SECONDS
 from asdm_compress.core.edits import Routing, has_weights
 from asdm_compress.core.processes import ALONE, Processes

@@ -10,12 +10,12 @@ from typing import Any, Final
 
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
+from asdm_compress.assembly.attempts import Search
 from asdm_compress.assembly.in_time import TIMING_TOLERANCE
 from asdm_compress.assembly.ladder import SHARES, Lineup, Rung, climb, line_up
 from asdm_compress.assembly.plan_fit import RefitChoice
 from asdm_compress.assembly.store import weights_hash
 from asdm_compress.assembly.surgery import assemble
-from asdm_compress.assembly.verify import Search
 from asdm_compress.core.provenance import versions
 from asdm_compress.core.recipe import Base, EditEntry, Recipe, dump_recipe
 from asdm_compress.core.units import Limit
