@@ -366,13 +366,18 @@ def test_other_optimisers_precisions_and_losses_train(place, monkeypatch):
         "losses.random_conditioning": 5.0, "losses.feature": 0, "trains": "around-cuts", "probe_every": 1,
     }  # fmt: skip
     (place / "captions.txt").write_text("a red circle\na blue ring\na white cross\na green square\n")
-    more = {"data.source": "captions.txt", "data.sampling_steps": 2, "probe_prompts": 2}
+    (place / "probe.txt").write_text("a red ring\na blue circle\na green square\n")
+    more = {"data.source": "captions.txt", "data.sampling_steps": 2, "probe_captions": "probe.txt"}
+    with pytest.raises(AsdmError, match=r"1 of the captions of probe\.txt are trained on, the first is `a green square`"):
+        run(place, monkeypatch, out="others", changes={**changes, **more, "probe_prompts": 3})
+    more["probe_prompts"] = 2
     result = run(place, monkeypatch, out="others", changes={**changes, **more}, mixed_precision="bf16")
     assert result.items == 4
     assert result.outcome.steps == 2
     assert not result.pairs
     recipe = load_recipe(place / "others" / "recipe.yaml")
     assert (recipe.distillation.data.sampling_steps, recipe.distillation.probe_every) == (2, 1)
+    assert recipe.distillation.probe_captions == "probe.txt"
     assert recipe.provenance["distilled"]["mixed_precision"] == "bf16"
     assert (place / "others" / "grid.png").stat().st_size > 1000
     assert {t.dtype for t in trained(place, "others").values()} == {torch.float32}

@@ -105,6 +105,10 @@ def distill(
         int | None, typer.Option(min=0, help="Steps between probes on held-out prompts; 0 is none.")
     ] = None,
     probe_prompts: Annotated[int | None, typer.Option(min=2, help="Prompts of a probe.")] = None,
+    probe_captions: Annotated[
+        str | None,
+        typer.Option(help="A .txt of captions to probe on, that the data does not have; else such as the model knows."),
+    ] = None,
     log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics.jsonl.")] = 10,
     tracker: Annotated[
         list[str] | None, typer.Option(help="Also tell tensorboard, wandb, … as accelerate knows them.")
@@ -175,6 +179,7 @@ def distill(
         "lora_rank": lora_rank,
         "probe_every": probe_every,
         "probe_prompts": probe_prompts,
+        "probe_captions": probe_captions,
         "data.sampling_steps": sampling_steps,
         "data.guidance": guidance,
         "seed": seed,

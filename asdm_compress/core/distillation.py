@@ -111,9 +111,9 @@ class Distillation(Strict):
     """A whole training; `batch` is images per step over all devices. `lora_rank` matters where LoRA trains.
 
     `experts_share` is the share of the steps that train the slots alone where `trains` is `auto` and there are slots.
-    Every `probe_every` steps (0 is never) the averaged weights are measured on so many held-out prompts, and those of
-    least damage are what is kept. `pairs` are features to compare in place of those that `losses.features` finds;
-    `expected` is told, not used.
+    Every `probe_every` steps (0 is never) the averaged weights are measured on so many held-out prompts, the first of
+    the text file `probe_captions` where there is one, and those of least damage are what is kept. `pairs` are features
+    to compare in place of those that `losses.features` finds; `expected` is told, not used.
     """
 
     preset: str | None = None
@@ -128,6 +128,7 @@ class Distillation(Strict):
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     probe_every: int = Field(default=250, ge=0)
     probe_prompts: int = Field(default=8, ge=2)
+    probe_captions: str | None = None
     seed: int = 0
     pairs: list[Pair] | None = None
     expected: Expected | None = None

@@ -83,8 +83,13 @@ def choose_prompts(
     )
 
 
-def probe_prompts(pipeline: StableDiffusionPipeline, count: int) -> tuple[str, ...]:
-    """Prompts that a training is probed on, and its best step chosen by; neither reports nor evaluations use them."""
+def probe_prompts(pipeline: StableDiffusionPipeline, count: int, own: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Prompts that a training is probed on, and its best step chosen by; neither reports nor evaluations use them.
+
+    Of a user's own the first. Raises AsdmError where fewer than two of those differ.
+    """
+    if own is not None:
+        return distinct(own)[:count]
     if understands_scenes(pipeline):
         return tuple(caption.text for caption in sample_captions(count, PROBE_SEED, held_out=True))
     return _held_out_prompts(count, PROBE_SEED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from asdm_compress.core.distillation import Distillation
+from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_space, output_file, output_folder
 from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.core.recipe import dump_recipe
@@ -31,7 +32,7 @@ from asdm_compress.distillation.rehearsal import Forecast, rehearse
 from asdm_compress.distillation.selection import add_lora, fold_lora, phases_of, units_around_cuts
 from asdm_compress.distillation.sources import CaptionSource, Source
 from asdm_compress.distillation.trainer import Outcome, Subjects, Trainer
-from asdm_compress.evaluation.prompts import probe_prompts, understands_scenes
+from asdm_compress.evaluation.prompts import probe_prompts, read_prompts, understands_scenes
 from asdm_compress.models.quiet import quiet_libraries
 from asdm_compress.models.saving import copy_rest
 from asdm_compress.models.source import LoadOptions
@@ -140,6 +141,7 @@ def run_distill(
     teacher = opened.teacher.unet
     check_training(out, training, settings, accelerator.num_processes)
     source = open_source(training.data, understands_scenes(opened.teacher))
+    probed = _probed(opened.teacher, training, source)
     pairs = _pairs(opened, training, progress)
     phases = phases_of(training, opened.student, damage_before(opened.recipe))
     around = units_around_cuts(opened.student, teacher, opened.plan)
@@ -168,7 +170,7 @@ def run_distill(
         opened.student, teacher if training.losses.needs_teacher else None, noising, batches, phases,
         tuple(places[0]), tuple(places[1]), around,
     )  # fmt: skip
-    outcome, trained = _train(subjects, opened, training, run, accelerator, settings, progress)
+    outcome, trained = _train(subjects, opened, training, probed, run, accelerator, settings, progress)
     opened = replace(opened, student=trained)
     result = replace(result, outcome=outcome, items=len(cache), skipped=tuple(cache.skipped))
     if accelerator.is_main_process:
@@ -223,6 +225,7 @@ def _train(
     subjects: Subjects,
     opened: StudentAndTeacher,
     training: Distillation,
+    probed: Sequence[str],
     run: Path,
     accelerator: Accelerator,
     settings: DistillSettings,
@@ -232,7 +235,7 @@ def _train(
     paint: Callable[[int], None] = _paint_nothing
     if training.probe_every and accelerator.is_main_process:
         with progress.stage("Sampling the teacher for the probe"):
-            probe = _probe(opened.teacher, training)
+            probe = Probe(opened.teacher, probed, SamplingSettings(_PROBE_STEPS, training.data.guidance))
         paint = partial(_paint, opened.teacher, probe, run)
     if settings.trackers:
         accelerator.init_trackers("distill")
@@ -266,9 +269,17 @@ def _data(
     return cache
 
 
-def _probe(teacher: StableDiffusionPipeline, training: Distillation) -> Probe:
-    prompts = probe_prompts(teacher, training.probe_prompts)
-    return Probe(teacher, prompts, SamplingSettings(_PROBE_STEPS, training.data.guidance))
+def _probed(teacher: StableDiffusionPipeline, training: Distillation, source: Source) -> tuple[str, ...]:
+    """The prompts of the probe, which choose the weights that are kept and so must not be trained on."""
+    path = training.probe_captions
+    prompts = probe_prompts(teacher, training.probe_prompts, None if path is None else read_prompts(Path(path)))
+    both = set(prompts).intersection(source.captions) if isinstance(source, CaptionSource) else set()
+    if path is not None and both:
+        raise AsdmError(
+            f"{len(both)} of the captions of {path} are trained on, the first is `{min(both)}`",
+            "Give --probe-captions a file of others.",
+        )
+    return prompts
 
 
 def _paint_nothing(step: int) -> None:
