@@ -368,7 +368,7 @@ def test_other_optimisers_precisions_and_losses_train(place, monkeypatch):
     (place / "captions.txt").write_text("a red circle\na blue ring\na white cross\na green square\n")
     (place / "probe.txt").write_text("a red ring\na blue circle\na green square\n")
     more = {"data.source": "captions.txt", "data.sampling_steps": 2, "probe_captions": "probe.txt"}
-    with pytest.raises(AsdmError, match=r"1 of the captions of probe\.txt are trained on, the first is `a green square`"):
+    with pytest.raises(AsdmError, match=r"1 of the captions of probe\.txt are trained on"):
         run(place, monkeypatch, out="others", changes={**changes, **more, "probe_prompts": 3})
     more["probe_prompts"] = 2
     result = run(place, monkeypatch, out="others", changes={**changes, **more}, mixed_precision="bf16")
