@@ -118,11 +118,10 @@ class Bench:
         self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline.scheduler = make_scheduler(sampler, self.pipeline)
         self.sampler, self.steps = sampler, steps
-        prompts = arguments.prompts
+        few, many = arguments.prompts, arguments.validation_prompts
         self.settings = CalibrateSettings(
-            Goal(), SamplingSettings(steps, arguments.guidance), None, None, prompts, prompts, prompts,
-            repeats=arguments.repeats,
-        )  # fmt: skip
+            Goal(), SamplingSettings(steps, arguments.guidance), None, None, few, many, few, repeats=arguments.repeats
+        )
         self.splits = split_prompts(self.pipeline, self.settings)
         self.one = encode(self.pipeline, self.splits.test, arguments.guidance)[:1]
         self.choosing = prepare(self.pipeline, self.settings, self.splits, self.one, Silent())
@@ -215,7 +214,7 @@ class Bench:
 
     def best(self, ways: Sequence[Way]) -> Way:
         """The best on validation prompts."""
-        return max(ways, key=lambda way: self.choosing.judge.score(way).mean())
+        return self.choosing.judge.race(ways)[0]
 
     def budget(self, share: float) -> None:
         """Ours and all rivals within a share of the time."""
@@ -268,7 +267,7 @@ class Bench:
 
     def best_cuts(self, ways: Sequence[Way], count: int = 3) -> list[int]:
         """The cuts at which uniform schedules do best on validation prompts."""
-        known = sorted(ways, key=lambda way: -self.choosing.judge.score(way).mean())[:count]
+        known = self.choosing.judge.race(ways, leave=count)[:count]
         return [kind_of(self.choosing.every, way.rule.light)[0] for way in known if isinstance(way.rule, Mode)]
 
     def first_within(self, ways: Sequence[Way], share: float) -> Way | None:
@@ -336,7 +335,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--samplers", nargs="+", default=["ddim", "dpm++", "unipc", "euler-a"])
     parser.add_argument("--steps", nargs="+", type=int, default=[20, 25, 50])
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.55, 0.4, 0.3])
-    parser.add_argument("--prompts", type=int, default=16, help="to measure on, and as many to choose on")
+    parser.add_argument("--prompts", type=int, default=16, help="to measure on")
+    parser.add_argument("--validation-prompts", type=int, default=32, help="to choose on")
     parser.add_argument("--test-prompts", type=int, default=64)
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--repeats", type=int, default=9)
@@ -347,7 +347,7 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.samplers, arguments.steps, arguments.budgets = ["ddim"], [8], [0.55]
-        arguments.prompts = arguments.test_prompts = 4
+        arguments.prompts = arguments.validation_prompts = arguments.test_prompts = 4
         arguments.repeats = 2
     return arguments
 

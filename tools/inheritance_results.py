@@ -153,7 +153,7 @@ class Kept(Resumable):
     @staticmethod
     def of(arguments: argparse.Namespace, about: str, folder: Path = RESULTS) -> Kept:
         """For what is asked for."""
-        names = ("prompts", "test_prompts", "guidance", "repeats")
+        names = ("prompts", "validation_prompts", "test_prompts", "guidance", "repeats")
         setting = {"mini_sd": bundled_weights(), "settings": {name: getattr(arguments, name) for name in names}}
         device = torch.device("cpu")
         kept = Kept("inheritance", about, device, folder, setting=setting, writes=not arguments.quick)

@@ -40,7 +40,7 @@ def calibrate(
     scheduler: o.Scheduler = None,
     prompts: o.Prompts = None,
     calibration_prompts: Annotated[int, typer.Option(min=1, help="Prompts that are measured on.")] = 16,
-    validation_prompts: Annotated[int, typer.Option(min=1, help="Prompts on which schedules are chosen.")] = 16,
+    validation_prompts: Annotated[int, typer.Option(min=1, help="Prompts on which schedules are chosen.")] = 32,
     test_prompts: Annotated[int, typer.Option(min=1, help="Other prompts, for the report alone.")] = 32,
     images: Annotated[int, typer.Option(min=1, help="Images sampled at once where runs are timed.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Images sampled at once everywhere else.")] = 8,

@@ -185,7 +185,8 @@ class Choosing:
 
     def best(self, plans: Sequence[Plan], metric: Metric = "psnr") -> Plan:
         """The plan that is nearest to the full run on validation prompts."""
-        return max(plans, key=lambda plan: self.judge.score(plan.way).mean(metric))
+        best = self.judge.race([plan.way for plan in plans], metric)[0]
+        return next(plan for plan in plans if plan.way is best)
 
     def chosen(self, share: float, metric: Metric = "psnr", wide: bool = True) -> Plan:
         """The best plan within a share of the time, with or without corrections."""

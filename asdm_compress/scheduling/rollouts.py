@@ -25,6 +25,7 @@ from asdm_compress.sampling.settings import SamplingSettings, encode
 from asdm_compress.scheduling.ways import Way
 
 CONFIDENCE: Final = 0.95
+SURE: Final = 0.99  # that a way is behind, before it is left out of a race
 Progress = Callable[[int, int], None]
 
 
@@ -60,6 +61,12 @@ class Score:
         }
 
 
+def is_behind(one: Score, other: Score, metric: str = "psnr") -> bool:
+    """Whether one is surely, by `SURE`, of a lower mean than another of the same prompts, pair by pair (Student)."""
+    ahead = tuple(b - a for a, b in zip(getattr(one, metric), getattr(other, metric), strict=True))
+    return float(np.mean(ahead)) > _half_width(ahead, SURE)
+
+
 def gain(ours: Score, theirs: Score) -> tuple[float, float]:
     """Mean difference of PSNR in dB, pair by pair, and half the width of its 95 % interval."""
     differences = tuple(a - b for a, b in zip(ours.psnr, theirs.psnr, strict=True))
@@ -89,18 +96,20 @@ class Judge:
         self.full = self._full()
         self.pictures: list[Image] = decode(pipeline, self.full, batch)
 
-    def score(self, way: Way) -> Score:
-        """A way's score; it is sampled only if it is not known yet."""
-        found = self._known.get(way.key)
-        if found is None:
-            psnr, ssim = compare_pairs(self.pictures_of(way), self.pictures)
-            found = self._known[way.key] = Score(tuple(psnr), tuple(ssim))
+    def score(self, way: Way, count: int | None = None) -> Score:
+        """A way's score on the first `count` prompts, or on all; only what is not known yet is sampled."""
+        count = len(self.prompts) if count is None else count
+        found = self._known.get(way.key, Score((), ()))
+        known = len(found.psnr)
+        if known < count:
+            psnr, ssim = compare_pairs(self._pictures(way, known, count), self.pictures[known:count])
+            found = self._known[way.key] = Score((*found.psnr, *psnr), (*found.ssim, *ssim))
             if self._scores:
-                line = json.dumps({"way": way.key, "name": way.name, "psnr": psnr, "ssim": ssim})
+                line = json.dumps({"way": way.key, "name": way.name, "psnr": found.psnr, "ssim": found.ssim})
                 self._scores.parent.mkdir(parents=True, exist_ok=True)
                 with self._scores.open("a", encoding="utf-8") as file:
                     file.write(f"\n{line}\n")  # anew even behind a line that a kill cut short
-        return found
+        return Score(found.psnr[:count], found.ssim[:count])
 
     def scores(self, ways: Sequence[Way], progress: Progress | None = None) -> list[Score]:
         """The scores of several ways."""
@@ -111,9 +120,33 @@ class Judge:
                 progress(len(found), len(ways))
         return found
 
+    def race(
+        self, ways: Sequence[Way], metric: str = "psnr", leave: int = 1, progress: Progress | None = None
+    ) -> list[Way]:
+        """The `leave` ways, or more, that are nearest to the full run, the best first, of which all prompts are known.
+
+        After every batch of prompts those ways drop out that are, pair by pair, surely behind the last one to be left.
+        """
+        running, total = list(ways), len(ways) * len(self.prompts)
+        for count in range(self.batch, len(self.prompts) + self.batch, self.batch):
+            for number, way in enumerate(running):
+                self.score(way, min(count, len(self.prompts)))
+                if progress:
+                    done = count - self.batch + (number + 1) * self.batch / len(running)
+                    progress(min(round(done * len(ways)), total), total)
+            running.sort(key=lambda way: self.score(way, min(count, len(self.prompts))).mean(metric), reverse=True)
+            if count < len(self.prompts) and len(running) > leave:
+                last = self.score(running[leave - 1], count)
+                others = [way for way in running[leave:] if not is_behind(self.score(way, count), last, metric)]
+                running = [*running[:leave], *others]
+        return running
+
     def pictures_of(self, way: Way, count: int | None = None) -> list[Image]:
         """A way's pictures, one for each of the first `count` prompts, or of all."""
-        return decode(self.pipeline, self.latents_of(way, count), self.batch)
+        return self._pictures(way, 0, count)
+
+    def _pictures(self, way: Way, first: int, last: int | None) -> list[Image]:
+        return decode(self.pipeline, self.latents_of(way, first, last), self.batch)
 
     def _full(self) -> Tensor:
         path = self.folder / "full.safetensors" if self.folder else None
@@ -129,12 +162,12 @@ class Judge:
         return found
 
     @torch.no_grad()
-    def latents_of(self, way: Way, count: int | None = None) -> Tensor:
-        """A way's final latents, of each of the first `count` prompts, or of all."""
-        parts, texts = [], self.texts[:count]
-        for first in range(0, len(texts), self.batch):
-            here = replace(self.settings, seed=self.settings.seed + first)
-            parts.append(way.loop(self.pipeline, texts[first : first + self.batch], here)())
+    def latents_of(self, way: Way, first: int = 0, last: int | None = None) -> Tensor:
+        """A way's final latents, of the prompts from `first` to before `last`, or to the end."""
+        parts, last = [], len(self.texts) if last is None else last
+        for start in range(first, last, self.batch):
+            here = replace(self.settings, seed=self.settings.seed + start)
+            parts.append(way.loop(self.pipeline, self.texts[start : min(start + self.batch, last)], here)())
         return torch.cat(parts)
 
 
@@ -155,6 +188,7 @@ def _read_lines(path: Path) -> dict[str, Score]:
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)
+                # Of several lines of a way the last one knows the most prompts.
                 known[record["way"]] = Score(tuple(record["psnr"]), tuple(record["ssim"]))
             except (ValueError, KeyError):
                 continue

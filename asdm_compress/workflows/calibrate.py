@@ -66,7 +66,7 @@ class CalibrateSettings:
     scheduler: str | None = None
     prompts: tuple[str, ...] | None = None
     calibration_prompts: int = 16
-    validation_prompts: int = 16
+    validation_prompts: int = 32
     test_prompts: int = 32
     images: int = 1
     batch: int = 8
@@ -328,9 +328,7 @@ def _rivals(choosing: Choosing, share: float, bar: Any) -> list[tuple[str, Way]]
     }
     for role, ways in groups.items():
         if ways:
-            scores = judge.scores(ways, bar)
-            best = max(range(len(ways)), key=lambda i: scores[i].mean())
-            found.append((role, ways[best]))
+            found.append((role, judge.race(ways, progress=bar)[0]))
     return found
 
 

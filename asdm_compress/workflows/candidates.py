@@ -9,7 +9,6 @@ from functools import cached_property, partial
 from statistics import median
 from typing import Any, Final
 
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
@@ -161,8 +160,7 @@ class Search:
         ways = self._fewer(budget)
         if ways:
             with self.progress.bar("Trying fewer steps") as bar:
-                scores = self.judge.scores([way for _, way in ways], bar)
-            solver = ways[int(np.argmax([score.mean() for score in scores]))][1].scheduler
+                solver = self.judge.race([way for _, way in ways], progress=bar)[0].scheduler
         else:
             solver = SOLVERS[-1]
         own = [way.steps for role, way in ways if role == "fewer steps"]
@@ -302,8 +300,7 @@ class Search:
             actions = tuple(self._by_teacher(action) for action in plan.actions(steps))
             ways.append(_way(steps, solver, actions, plan.way.seconds / choosing.every_times.full_run * full))
         with self.progress.bar("Trying what was calibrated") as bar:
-            scores = self.judge.scores(ways, bar)
-        return ways[int(np.argmax([score.mean() for score in scores]))]
+            return self.judge.race(ways, progress=bar)[0]
 
     def _by_teacher(self, action: Action) -> Action:
         return action if action.skips else replace(action, member=self.teacher.member)

@@ -71,8 +71,9 @@ def inheritance_setting() -> str:
     ]
     apart = max((max(shares) / min(shares) - 1 for shares in twice if len(shares) > 1), default=0.0)
     pairs, clock = timed[0]["pairs"], median(abs(row["wall_share"] / row["share"] - 1) for row in timed)
+    chosen_on = settings.get("validation_prompts", settings["prompts"])  # once as many as were measured on
     return (
-        f"{pairs} test prompts and seeds, chosen on {settings['prompts']} others, one image at a time on "
+        f"{pairs} test prompts and seeds, chosen on {chosen_on} others, one image at a time on "
         f"{machine['threads']} thread of {machine['device']}, each time the median ratio of the thread's processor "
         f"time in {settings['repeats']} runs in turns with the full run; other processes used up to "
         f"{max(load):.1f} cores meanwhile. On the clock the ratios differ by {percent(clock)} in the median; how sure "

@@ -1,0 +1,84 @@
+"""What is tried on prompts: kept, gone on with, and no longer than a way can still be the best."""
+
+import copy
+import json
+
+import pytest
+
+from asdm_compress.inheritance.actions import FULL, cut
+from asdm_compress.inheritance.modes import parse_mode
+from asdm_compress.inheritance.schedule import Schedule
+from asdm_compress.sampling.settings import SamplingSettings
+from asdm_compress.scheduling.rollouts import Judge, Score, is_behind
+from asdm_compress.scheduling.ways import Way
+
+PROMPTS = ["a red ring", "a blue cross", "a green square above a red circle", "a white ring", "a cross", "a blue ring"]
+
+
+def test_a_race_ends_as_all_scores_do_and_tries_less(pipeline, tmp_path):
+    settings = SamplingSettings(4, 1.0, 5)
+    ways = [Way(mode, 4, 0.0, parse_mode(mode)) for mode in ("uniform:4,branch=0", "uniform:2,branch=0")]
+    ways += [Way("two steps", 2, 0.0), Way("computed", 4, 0.0, Schedule((FULL,) * 4)), Way("one step", 1, 0.0)]
+    told = []
+    judge = Judge(pipeline, PROMPTS, settings, tmp_path, batch=2)
+    running = judge.race(ways, progress=lambda done, total: told.append((done, total)))
+    [kept] = tmp_path.glob("scores-*.jsonl")
+    lines = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines() if line]
+    tried = {line["name"]: len(line["psnr"]) for line in lines}
+    whole = Judge(pipeline, PROMPTS, settings, batch=3)
+    best = sorted(ways, key=lambda way: -whole.score(way).mean())
+    assert running[0] is best[0]
+    assert running == [way for way in best if way in running]
+    assert told == sorted(told)
+    assert told[-1] == (5 * 6, 5 * 6)
+    for way in running:  # in batches as it would be in others
+        assert judge.score(way).psnr == pytest.approx(whole.score(way).psnr, abs=0.05)
+    assert all(tried[way.name] == len(PROMPTS) for way in running)
+    assert 0 < tried["one step"] < len(PROMPTS)
+    three = judge.race(ways, leave=3)
+    assert len(three) >= 3
+    assert three[:3] == best[:3]
+
+
+def test_what_is_surely_behind_drops_out(pipeline):
+    near, far = Score((40.0, 30.0, 41.0, 33.0), (1,) * 4), Score((20.0, 11.0, 20.5, 12.5), (1,) * 4)
+    assert is_behind(far, near)
+    assert not is_behind(near, far)
+    assert not is_behind(near, near)
+    assert not is_behind(Score((20.0, 60.0, 20.0, 33.0), (1,) * 4), near)  # by one prompt of four nobody is sure
+    assert not is_behind(Score((1.0,), (1,)), Score((60.0,), (1,)))
+    tried = []
+
+    class Counting(Judge):
+        def latents_of(self, way, first=0, last=None):
+            tried.append((way.name, first, last))
+            return super().latents_of(way, first, last)
+
+    ways = [Way("computed", 4, 0.0, Schedule((FULL,) * 4)), Way("one step", 1, 0.0)]
+    Counting(pipeline, PROMPTS, SamplingSettings(4, 1.0, 5), batch=3).race(ways)
+    assert tried[1:] == [("computed", 0, 3), ("one step", 0, 3), ("computed", 3, 6)]
+
+
+def test_what_was_tried_is_known_to_the_next_run_but_for_a_line_that_a_kill_cut_short(pipeline, tmp_path):
+    settings = SamplingSettings(2, 1.0, 5)
+    way = Way("held", 2, 0.0, Schedule((FULL, cut(0))))
+    found = Judge(pipeline, ["a cross"], settings, tmp_path).score(way)
+    [kept] = tmp_path.glob("scores-*.jsonl")
+    lines = kept.read_text(encoding="utf-8")
+    assert json.loads(lines)["psnr"] == list(found.psnr)
+    kept.write_text(lines.replace("held", "kept") + lines[:20], encoding="utf-8")
+    before = kept.read_text(encoding="utf-8")
+    again = Judge(pipeline, ["a cross"], settings, tmp_path)
+    assert again.score(way) == found
+    assert kept.read_text(encoding="utf-8") == before  # nothing was added
+    # Of another way a line of its own, behind the broken one; and through another VAE pictures are others.
+    other = Way("full", 2, 0.0)
+    assert again.score(other) != found
+    assert Judge(pipeline, ["a cross"], settings, tmp_path).score(other) == again.score(other)
+    vae = pipeline.vae
+    try:
+        pipeline.vae = copy.deepcopy(vae)
+        pipeline.vae.decoder.conv_out.bias.data += 0.2
+        assert Judge(pipeline, ["a cross"], settings, tmp_path).score(way) != found
+    finally:
+        pipeline.vae = vae
