@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -200,13 +199,6 @@ def main() -> None:
         found = bench.overhead(arguments.overhead_steps)
         result["overhead"] = {**found, "other_load_cores": round(meter.others(), 2)}
         print(json.dumps({"overhead": result["overhead"]}), flush=True)
-    if arguments.full_size and "full_size" not in result:
-        # In a process of its own, whose memory is measured.
-        meter = LoadMeter()
-        command = [sys.executable, str(Path(__file__).with_name("distill_full_size.py"))]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        result["full_size"] = {**json.loads(done.stdout), "other_load_cores": round(meter.others(), 2)}
-        print(json.dumps({"full_size": result["full_size"]["rows"]}), flush=True)
     _write(results)
     print(json.dumps(result["verdicts"], indent=1))
 
@@ -224,7 +216,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--parts", help="of what is left out, names with commas, or all")
     parser.add_argument("--overhead-steps", type=int, default=20, help="0 for none")
     parser.add_argument("--rivals-rate", type=float, help="their learning rate, if not by the rule that ours is")
-    parser.add_argument("--full-size", action="store_true", help="also a step of full-size Stable Diffusion 1.5")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="as losses.task=1")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of distill.json")
     parser.add_argument(

@@ -87,7 +87,7 @@ def distill_overhead() -> str:
 
 def distill_full_size() -> str:
     """Steps of full-size Stable Diffusion."""
-    found: Mapping[str, Any] = results("distill")["full_size"]
+    found: Mapping[str, Any] = results("distill_full_size")
     rows: Sequence[Mapping[str, Any]] = found["rows"]
     lines = [
         [
@@ -101,7 +101,10 @@ def distill_full_size() -> str:
         for row in rows
     ]
     titles = ("batch", "step", "images per second", "without the cache", "peak memory", "foretold")
-    return table(titles, lines) + f"\n\n{found['model']} in {found['dtype']}, {found['device']}{_beside(found)}."
+    return table(titles, lines) + (
+        f"\n\n{found['model']} in {found['dtype']}, {found['machine']['device']}{_beside(found)} "
+        f"({source('distill_full_size', 'bench_distill_full_size')})."
+    )
 
 
 def _beside(found: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
-"""A real training step of full-size Stable Diffusion 1.5: memory and time. `bench_distill.py --full-size` runs it.
+"""A real training step of full-size Stable Diffusion 1.5: memory and time.
 
-    python tools/distill_full_size.py [--model mini-sd]      # prints one JSON object
+    python tools/bench_distill_full_size.py                    # writes tools/results/distill_full_size.json
+    python tools/bench_distill_full_size.py --model mini-sd    # whether it runs; writes nothing
 
 The weights are random and the latents noise, on which neither memory nor time depends. The student is a UNet of stock
 depths (1, 1, 1, 2), 0.66 of the teacher's MACs. It is trained by the package's own trainer, teacher, averages and AdamW
@@ -11,6 +12,7 @@ step would take without the cache is that with images and captions encoded anew.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import tempfile
@@ -22,13 +24,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from measuring import Bench, measured
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.distillation import changed, load_preset
-from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.core.recipe import find_recipe, load_recipe
 from asdm_compress.distillation.batches import Batches
 from asdm_compress.distillation.cache import INDEX, LatentCache
@@ -40,37 +42,42 @@ from asdm_compress.distillation.trainer import LoopSettings, Subjects, Trainer
 from asdm_compress.models.loading import load_unet
 from asdm_compress.models.source import LoadOptions
 
+MODEL = "sd15"
 RECIPE, TOKENS, ITEMS = "shallow-1-1-1-2-v1", 77, 64
 STEPS = 3  # the first makes the optimiser's states, and is not timed
 PATCH = 8  # pixels of a latent's side
 
 
 def main() -> None:
-    """Take the steps and print what they took."""
+    """Take the steps and write what they took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sd15")
-    arguments = parser.parse_args()
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
-    options = LoadOptions(dtype=torch.bfloat16, random_weights=arguments.model != "mini-sd")
-    teacher = load_unet(arguments.model, options).eval().requires_grad_(False)
+    parser.add_argument("--model", default=MODEL)
+    model = parser.parse_args().model
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if model == MODEL:
+        with measured("distill_full_size", __doc__, device) as bench:
+            measure(bench, model)
+    else:
+        measure(Bench("distill_full_size", __doc__ or "", device), model)
+
+
+def measure(bench: Bench, model: str) -> None:
+    """Steps of the trainer; on a GPU of ever more images at once, until they do not fit."""
+    on_cpu = bench.device.type == "cpu"
+    options = LoadOptions(dtype=torch.bfloat16, random_weights=model == MODEL)
+    teacher = load_unet(model, options).eval().requires_grad_(False)
     plan = Plan(load_recipe(find_recipe(RECIPE)).as_edits())
-    result: dict[str, Any] = {
-        "model": arguments.model, "student": RECIPE, "dtype": "bf16", "gradient_checkpointing": True,
-        "device": torch.cuda.get_device_name() if gpu else processor_name(), "threads": torch.get_num_threads(),
-        "versions": versions(), "encoding_seconds_per_image": round(_encoding(teacher, device), 3), "rows": [],
+    encoding = round(_encoding(teacher, bench.device), 3)
+    bench.facts |= {
+        "model": model, "student": RECIPE, "dtype": "bf16", "gradient_checkpointing": True,
+        "encoding_seconds_per_image": encoding,
     }  # fmt: skip
-    teacher.to(device)
-    batch = 1
-    while True:
+    teacher.to(bench.device)
+    for batch in (1,) if on_cpu else (2**power for power in itertools.count()):
         try:
-            result["rows"].append(_row(teacher, plan, batch, result["encoding_seconds_per_image"]))
+            bench.add(_row(teacher, plan, batch, encoding))
         except torch.OutOfMemoryError:
             break
-        if not gpu:
-            break
-        batch *= 2
-    print(json.dumps(result, indent=1))
 
 
 def _row(teacher: UNet2DConditionModel, plan: Plan, batch: int, encoding: float) -> dict[str, Any]:
