@@ -54,7 +54,9 @@ def test_a_cell_is_summed_up_against_the_strongest_of_each_kind():
 
 
 def test_runs_for_different_samplers_add_to_one_file_and_other_settings_begin_anew(tmp_path):
-    settings = argparse.Namespace(quick=False, fresh=False, prompts=8, validation_prompts=8, test_prompts=4, guidance=5.0, repeats=2)
+    settings = argparse.Namespace(
+        quick=False, fresh=False, prompts=8, validation_prompts=8, test_prompts=4, guidance=5.0, repeats=2
+    )
 
     def kept(**changes):
         return Kept.of(argparse.Namespace(**{**vars(settings), **changes}), "About.", tmp_path)
