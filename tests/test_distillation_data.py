@@ -245,6 +245,12 @@ def test_what_a_training_reads_is_not_replaced_by_its_student(folder, tmp_path):
     with pytest.raises(AsdmError, match="images, which is read"):
         check_training(folder, training, settings, 1)
     check_training(tmp_path / "models", training, settings, 1)
+    probed = Distillation(probe_captions=str(tmp_path / "models.run" / "probe.txt"))
+    (tmp_path / "models.run").mkdir()
+    (tmp_path / "models.run" / "probe.txt").write_text("a ring\na cross\n")
+    with pytest.raises(AsdmError, match=r"probe\.txt, which is read"):
+        check_training(tmp_path / "models", probed, settings, 1)
+    check_training(tmp_path / "models", probed, replace(settings, resume=True), 1)
     check_training(folder, training, replace(settings, dry_run=True), 1)
 
 

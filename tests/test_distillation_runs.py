@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file
 
 from asdm_compress.assembly.plan import Plan
@@ -32,6 +33,7 @@ from asdm_compress.models.source import LoadOptions
 from asdm_compress.workflows.distill import run_distill
 from asdm_compress.workflows.progress import Silent
 from asdm_compress.workflows.training_run import DistillSettings
+from asdm_compress.workflows.training_section import choose_training
 
 EDITS = {"mid_block": "drop", "up_blocks.1.attentions.1": "conv1x1*4@timestep", "down_blocks.1.layers.1": "drop"}
 COSTS = Costs(latency=1.0, macs=1, params=1)
@@ -367,10 +369,7 @@ def test_other_optimisers_precisions_and_losses_train(place, monkeypatch):
     }  # fmt: skip
     (place / "captions.txt").write_text("a red circle\na blue ring\na white cross\na green square\n")
     (place / "probe.txt").write_text("a red ring\na blue circle\na green square\n")
-    more = {"data.source": "captions.txt", "data.sampling_steps": 2, "probe_captions": "probe.txt"}
-    with pytest.raises(AsdmError, match=r"1 of the captions of probe\.txt are trained on"):
-        run(place, monkeypatch, out="others", changes={**changes, **more, "probe_prompts": 3})
-    more["probe_prompts"] = 2
+    more = {"data.source": "captions.txt", "data.sampling_steps": 2, "probe_captions": "probe.txt", "probe_prompts": 2}
     result = run(place, monkeypatch, out="others", changes={**changes, **more}, mixed_precision="bf16")
     assert result.items == 4
     assert result.outcome.steps == 2
@@ -378,12 +377,33 @@ def test_other_optimisers_precisions_and_losses_train(place, monkeypatch):
     recipe = load_recipe(place / "others" / "recipe.yaml")
     assert (recipe.distillation.data.sampling_steps, recipe.distillation.probe_every) == (2, 1)
     assert recipe.distillation.probe_captions == "probe.txt"
+    assert choose_training(recipe, None, None, {}).probe_captions is None  # the file may not be where it is trained on
     assert recipe.provenance["distilled"]["mixed_precision"] == "bf16"
     assert (place / "others" / "grid.png").stat().st_size > 1000
     assert {t.dtype for t in trained(place, "others").values()} == {torch.float32}
     with pytest.raises(AsdmError, match="need the package bitsandbytes") as caught:
         run(place, monkeypatch, out="eight", changes={"optimiser.name": "adamw-8bit"})
     assert caught.value.exit_code == 4
+
+
+def test_own_captions_of_a_probe_are_none_of_the_data(place, monkeypatch):
+    images = place / "images"
+    images.mkdir()
+    for name, caption in (("a", "a red ring"), ("b", "a blue circle")):
+        Image.new("RGB", (32, 32), "red").save(images / f"{name}.png")
+        (images / f"{name}.txt").write_text(caption)
+    (place / "lines.txt").write_text("a red ring\na green square\n")
+    (place / "probed.txt").write_text("a red ring\na white cross\n")
+    for source in ("images", "lines.txt"):
+        changes = {"data.source": source, "data.size": 2, "probe_captions": "probed.txt", "probe_every": 1}
+        with pytest.raises(
+            AsdmError, match=r"1 of the captions of probed\.txt are trained on, the first is `a red ring`"
+        ):
+            run(place, monkeypatch, out="probed", changes=changes)
+    with pytest.raises(AsdmError, match=r"the prompts file nowhere\.txt cannot be read"):
+        run(place, monkeypatch, out="probed", changes={**changes, "probe_captions": "nowhere.txt"})
+    assert not (place / "probed").exists()
+    assert not (place / "probed.run").exists()
 
 
 def test_lora_trains_little_and_leaves_a_plain_student(place, monkeypatch):

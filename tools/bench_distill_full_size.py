@@ -62,9 +62,9 @@ def main() -> None:
 
 
 def measure(bench: Bench, model: str) -> None:
-    """Steps of the trainer; on a GPU of ever more images at once, until they do not fit."""
-    on_cpu = bench.device.type == "cpu"
-    options = LoadOptions(dtype=torch.bfloat16, random_weights=model == MODEL)
+    """Steps of the trainer; on a GPU, of the full size, with ever more images at once, until they do not fit."""
+    once = bench.device.type == "cpu" or model != MODEL
+    options = LoadOptions(dtype=torch.bfloat16, random_weights=model != "mini-sd")
     teacher = load_unet(model, options).eval().requires_grad_(False)
     plan = Plan(load_recipe(find_recipe(RECIPE)).as_edits())
     encoding = round(_encoding(teacher, bench.device), 3)
@@ -73,7 +73,7 @@ def measure(bench: Bench, model: str) -> None:
         "encoding_seconds_per_image": encoding,
     }  # fmt: skip
     teacher.to(bench.device)
-    for batch in (1,) if on_cpu else (2**power for power in itertools.count()):
+    for batch in (1,) if once else (2**power for power in itertools.count()):
         try:
             bench.add(_row(teacher, plan, batch, encoding))
         except torch.OutOfMemoryError:

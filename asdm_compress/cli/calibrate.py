@@ -39,8 +39,12 @@ def calibrate(
     seed: o.Seed = 0,
     scheduler: o.Scheduler = None,
     prompts: o.Prompts = None,
-    calibration_prompts: Annotated[int, typer.Option(min=1, help="Prompts that are measured on.")] = 16,
-    validation_prompts: Annotated[int, typer.Option(min=1, help="Prompts on which schedules are chosen.")] = 32,
+    calibration_prompts: Annotated[
+        int, typer.Option(min=1, help="Prompts that are measured on; --prompts are split in the proportions of these.")
+    ] = 16,
+    validation_prompts: Annotated[
+        int | None, typer.Option(min=1, help="Prompts on which schedules are chosen: 32, with --members 16.")
+    ] = None,
     test_prompts: Annotated[int, typer.Option(min=1, help="Other prompts, for the report alone.")] = 32,
     images: Annotated[int, typer.Option(min=1, help="Images sampled at once where runs are timed.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Images sampled at once everywhere else.")] = 8,
@@ -76,6 +80,8 @@ def calibrate(
     from asdm_compress.reporting.calibration import contestants_table, steps_table
     from asdm_compress.sampling.settings import SamplingSettings
 
+    if validation_prompts is None:
+        validation_prompts = 32 if members is None else 16  # the search among members tries every schedule on all
     settings = CalibrateSettings(
         goal_of(limits, min_psnr, min_ssim),
         SamplingSettings(steps, guidance, seed, image_size),

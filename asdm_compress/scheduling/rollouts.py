@@ -25,7 +25,8 @@ from asdm_compress.sampling.settings import SamplingSettings, encode
 from asdm_compress.scheduling.ways import Way
 
 CONFIDENCE: Final = 0.95
-SURE: Final = 0.99  # that a way is behind, before it is left out of a race
+SURE: Final = 0.99  # at one look, that a way is behind, before it is left out of a race
+LOOK: Final = 8  # prompts between two looks, however many are sampled at once
 Progress = Callable[[int, int], None]
 
 
@@ -98,7 +99,7 @@ class Judge:
 
     def score(self, way: Way, count: int | None = None) -> Score:
         """A way's score on the first `count` prompts, or on all; only what is not known yet is sampled."""
-        count = len(self.prompts) if count is None else count
+        count = min(len(self.prompts), len(self.prompts) if count is None else count)
         found = self._known.get(way.key, Score((), ()))
         known = len(found.psnr)
         if known < count:
@@ -125,17 +126,18 @@ class Judge:
     ) -> list[Way]:
         """The `leave` ways, or more, that are nearest to the full run, the best first, of which all prompts are known.
 
-        After every batch of prompts those ways drop out that are, pair by pair, surely behind the last one to be left.
+        After every `LOOK` prompts those ways drop out that are, pair by pair, surely behind the last one to be left.
         """
-        running, total = list(ways), len(ways) * len(self.prompts)
-        for count in range(self.batch, len(self.prompts) + self.batch, self.batch):
-            for number, way in enumerate(running):
-                self.score(way, min(count, len(self.prompts)))
-                if progress:
-                    done = count - self.batch + (number + 1) * self.batch / len(running)
-                    progress(min(round(done * len(ways)), total), total)
-            running.sort(key=lambda way: self.score(way, min(count, len(self.prompts))).mean(metric), reverse=True)
-            if count < len(self.prompts) and len(running) > leave:
+        running, whole = list(ways), len(self.prompts)
+        total = len(ways) * whole
+        for first in range(0, whole, LOOK):
+            count = min(first + LOOK, whole)
+            for number, way in enumerate(running, start=1):
+                self.score(way, count)
+                if progress:  # as if those that dropped out went on
+                    progress(round(len(ways) * (first + (count - first) * number / len(running))), total)
+            running.sort(key=lambda way: self.score(way, count).mean(metric), reverse=True)
+            if count < whole and len(running) > leave:
                 last = self.score(running[leave - 1], count)
                 others = [way for way in running[leave:] if not is_behind(self.score(way, count), last, metric)]
                 running = [*running[:leave], *others]
@@ -146,7 +148,7 @@ class Judge:
         return self._pictures(way, 0, count)
 
     def _pictures(self, way: Way, first: int, last: int | None) -> list[Image]:
-        return decode(self.pipeline, self.latents_of(way, first, last), self.batch)
+        return decode(self.pipeline, self.latents_of(way, first=first, last=last), self.batch)
 
     def _full(self) -> Tensor:
         path = self.folder / "full.safetensors" if self.folder else None
@@ -162,9 +164,9 @@ class Judge:
         return found
 
     @torch.no_grad()
-    def latents_of(self, way: Way, first: int = 0, last: int | None = None) -> Tensor:
+    def latents_of(self, way: Way, *, first: int = 0, last: int | None = None) -> Tensor:
         """A way's final latents, of the prompts from `first` to before `last`, or to the end."""
-        parts, last = [], len(self.texts) if last is None else last
+        parts, last = [], min(len(self.texts), len(self.texts) if last is None else last)
         for start in range(first, last, self.batch):
             here = replace(self.settings, seed=self.settings.seed + start)
             parts.append(way.loop(self.pipeline, self.texts[start : min(start + self.batch, last)], here)())
@@ -188,8 +190,10 @@ def _read_lines(path: Path) -> dict[str, Score]:
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)
-                # Of several lines of a way the last one knows the most prompts.
-                known[record["way"]] = Score(tuple(record["psnr"]), tuple(record["ssim"]))
+                found = Score(tuple(record["psnr"]), tuple(record["ssim"]))
+                before = known.get(record["way"])
+                if before is None or len(found.psnr) > len(before.psnr):
+                    known[record["way"]] = found
             except (ValueError, KeyError):
                 continue
     return known

@@ -160,7 +160,9 @@ class Search:
         ways = self._fewer(budget)
         if ways:
             with self.progress.bar("Trying fewer steps") as bar:
-                solver = self.judge.race([way for _, way in ways], progress=bar)[0].scheduler
+                # A race would save nothing: `tried` tells all scores of these.
+                scores = self.judge.scores([way for _, way in ways], bar)
+            solver = ways[max(range(len(ways)), key=lambda number: scores[number].mean())][1].scheduler
         else:
             solver = SOLVERS[-1]
         own = [way.steps for role, way in ways if role == "fewer steps"]

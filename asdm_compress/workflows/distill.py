@@ -24,6 +24,7 @@ from asdm_compress.distillation.cache import LatentCache, Share, cached
 from asdm_compress.distillation.data import open_source
 from asdm_compress.distillation.encoding import Encoder
 from asdm_compress.distillation.experts import idle_experts
+from asdm_compress.distillation.image_folder import ImageFolder
 from asdm_compress.distillation.journal import METRICS
 from asdm_compress.distillation.losses import noise_scheduler
 from asdm_compress.distillation.pairs import FeaturePair, find_pairs, given_pairs
@@ -51,10 +52,10 @@ from asdm_compress.workflows.training_run import (
     is_sharded,
     make_accelerator,
     prepare_run,
+    run_folder,
 )
 from asdm_compress.workflows.training_section import choose_training, damage_before
 
-_RUN: Final = ".run"
 _PROBE_STEPS: Final = 10
 _SAMPLER: Final = "dpm++"
 _SAMPLES: Final = "samples"
@@ -93,7 +94,7 @@ class DistillResult:
             lines.append(f"The weights are those of step {found.best_step}, the best that a probe has seen.")
         lines.append(
             f"Wrote {self.out} after {format_seconds(found.seconds)}: the student, {RECIPE}, {METRICS}; "
-            f"checkpoints are in {self.out}{_RUN}."
+            f"checkpoints are in {run_folder(self.out)}."
         )
         return lines
 
@@ -127,7 +128,7 @@ def run_distill(
     or not at all; a run that was killed goes on with `resume`.
     """
     out = out if out.name else out.absolute()  # `.` has no name to put the run's folder beside
-    run = out.with_name(out.name + _RUN)
+    run = run_folder(out)
     if not settings.dry_run:
         check_places(out, run, student, settings)
     settings = replace(settings, loop=replace(settings.loop, sharded=is_sharded(settings)))
@@ -141,7 +142,7 @@ def run_distill(
     teacher = opened.teacher.unet
     check_training(out, training, settings, accelerator.num_processes)
     source = open_source(training.data, understands_scenes(opened.teacher))
-    probed = _probed(opened.teacher, training, source)
+    probed = _probed(opened.teacher, training, source, progress)
     pairs = _pairs(opened, training, progress)
     phases = phases_of(training, opened.student, damage_before(opened.recipe))
     around = units_around_cuts(opened.student, teacher, opened.plan)
@@ -162,7 +163,7 @@ def run_distill(
     if accelerator.is_main_process:
         there = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())  # of a run that goes on
         check_space(run, forecast.checkpoint_bytes * (settings.loop.keep + 1) - there)
-        prepare_run(run, training, opened.hashes, settings)
+        prepare_run(run, training, opened.hashes, probed, settings)
     cache = _data(source, opened, training, accelerator, progress)
     share = Share(accelerator.process_index, accelerator.num_processes)
     batches = Batches(cache, training, int(noising.config.num_train_timesteps), share, settings.loop.micro_batch)
@@ -269,14 +270,24 @@ def _data(
     return cache
 
 
-def _probed(teacher: StableDiffusionPipeline, training: Distillation, source: Source) -> tuple[str, ...]:
+def _probed(
+    teacher: StableDiffusionPipeline, training: Distillation, source: Source, progress: Progress
+) -> tuple[str, ...]:
     """The prompts of the probe, which choose the weights that are kept and so must not be trained on."""
     path = training.probe_captions
-    prompts = probe_prompts(teacher, training.probe_prompts, None if path is None else read_prompts(Path(path)))
-    both = set(prompts).intersection(source.captions) if isinstance(source, CaptionSource) else set()
-    if path is not None and both:
+    if path is None or not training.probe_every:
+        return probe_prompts(teacher, training.probe_prompts)
+    prompts = probe_prompts(teacher, training.probe_prompts, read_prompts(Path(path).expanduser()))
+    if isinstance(source, CaptionSource):
+        trained: set[str | None] = set(source.captions)
+    elif isinstance(source, ImageFolder):
+        trained = {caption for _, caption in source.entries}
+    else:
+        trained = set()
+        progress.note(f"of such data it is not known here whether they have captions of {path}: they must not")
+    if both := trained.intersection(prompts):
         raise AsdmError(
-            f"{len(both)} of the captions of {path} are trained on, the first is `{min(both)}`",
+            f"{len(both)} of the captions of {path} are trained on, the first is `{min(filter(None, both))}`",
             "Give --probe-captions a file of others.",
         )
     return prompts

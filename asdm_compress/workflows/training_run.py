@@ -20,6 +20,7 @@ from asdm_compress.core.distillation import Distillation, dump_distillation
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.files import check_apart, check_output
 from asdm_compress.core.processes import PATIENCE
+from asdm_compress.core.provenance import content_hash
 from asdm_compress.distillation.batches import check_share
 from asdm_compress.distillation.journal import METRICS
 from asdm_compress.distillation.optimisers import check_optimiser
@@ -113,6 +114,11 @@ def _check_trackers(names: Sequence[str]) -> None:
             )
 
 
+def run_folder(out: Path) -> Path:
+    """The folder of a training's own, beside that of the student."""
+    return out.with_name(out.name + ".run")
+
+
 def check_places(out: Path, run: Path, student: str, settings: DistillSettings) -> None:
     """Raise AsdmError where something stands in the way of the student's folder or of the run's own."""
     check_apart(out, settings.overwrite, [name for name in (student, settings.teacher) if name is not None])
@@ -126,19 +132,25 @@ def check_places(out: Path, run: Path, student: str, settings: DistillSettings) 
 
 
 def check_training(out: Path, training: Distillation, settings: DistillSettings, processes: int) -> None:
-    """Raise AsdmError for a training that cannot be done here, or whose data the student's folder would replace."""
-    data = Path(training.data.source)
+    """Raise AsdmError for a training that cannot be done here, or whose data its folders would replace."""
     if not settings.dry_run:
-        check_output(out, settings.overwrite, None, data if data.exists() else None)
+        read = [Path(name).expanduser() for name in (training.data.source, training.probe_captions) if name is not None]
+        check_output(out, settings.overwrite, None, *read)
+        if not settings.resume:
+            check_output(run_folder(out), True, None, *read)
     check_optimiser(training.optimiser)
     if settings.loop.sharded and training.optimiser.name == "adamw-8bit":
         raise AsdmError("8-bit optimiser states cannot be sharded", "Use --optimiser adamw, or leave out --shard.")
     check_share(training.batch, processes)
 
 
-def prepare_run(run: Path, training: Distillation, hashes: tuple[str, str], settings: DistillSettings) -> None:
-    """Make the run's folder, or see that the one to go on with is of the same training."""
+def prepare_run(
+    run: Path, training: Distillation, hashes: tuple[str, str], probed: Sequence[str], settings: DistillSettings
+) -> None:
+    """Make the run's folder, or see that the one to go on with is of the same training, `probed` on the same."""
     text = "# student {}, teacher {}\n".format(*hashes)
+    if training.probe_captions is not None:
+        text += f"# captions of the probe {content_hash({'probed': list(probed)})}\n"
     text += dump_distillation(training)
     path = run / _SETTINGS
     if run.exists() and not settings.resume:

@@ -66,7 +66,8 @@ def choose_training(
         base = load_preset(preset)
     elif recipe.distillation is not None:
         pairs = recipe.distillation.pairs if changes.get("losses.features") is None else None
-        base = recipe.distillation.model_copy(update={"expected": None, "pairs": pairs})
+        # Captions to probe on are a file of whoever trained before, perhaps on another machine.
+        base = recipe.distillation.model_copy(update={"expected": None, "pairs": pairs, "probe_captions": None})
     else:
         base = load_preset(MINI_PRESET if understands_scenes(teacher) else DEFAULT_PRESET)
         base = _at_rate_for(base, damage_before(recipe))
