@@ -14,9 +14,10 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from rival_plans import BK_PATTERNS
 from safetensors.torch import load_file, save_file
 
-from asdm_compress.assembly.calibration import Calibration, record
+from asdm_compress.assembly.calibration import DEFAULT_BANDS, Calibration, record
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.plan_fit import fit_plan
+from asdm_compress.assembly.store import measurement_folder, recorded
 from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.defaults import CALIBRATION_PROMPTS
 from asdm_compress.core.distillation import MINI_PRESET, Distillation, changed, load_preset, rate_for
@@ -128,8 +129,12 @@ class Arms:
 
     def _recorded(self) -> Calibration:
         if self._calibration is None:
-            prompts = choose_prompts(self.pipeline, None, CALIBRATION_PROMPTS, 1).calibration
-            self._calibration = record(self.pipeline, prompts, SamplingSettings())
+            prompts, sampling = (
+                choose_prompts(self.pipeline, None, CALIBRATION_PROMPTS, 1).calibration,
+                SamplingSettings(),
+            )
+            folder = measurement_folder(self.pipeline, prompts, sampling, DEFAULT_BANDS)  # as `assemble` keeps them
+            self._calibration = recorded(folder / "triples.pt", lambda: record(self.pipeline, prompts, sampling))
         return self._calibration
 
 
