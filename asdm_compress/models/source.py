@@ -30,6 +30,11 @@ class LoadOptions:
     allow_pickle: bool = False
     prediction_type: PredictionType | None = None
 
+    @classmethod
+    def here(cls) -> LoadOptions:
+        """In fp32, on a GPU where there is one."""
+        return cls(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
 
 @dataclass(frozen=True, slots=True)
 class Source:

@@ -114,9 +114,9 @@ class DistillResult:
 def distill(student: str | Path, out: str | Path, settings: DistillSettings | None = None) -> DistillResult:
     """Train the student in a folder as its recipe says, unless `settings` change that, and write it to `out`.
 
-    On the device and in the precision that the command `distill` would take. Raises AsdmError, see `run_distill`.
+    On a GPU where there is one, in fp32 unless `settings` name another precision. Raises AsdmError, see `run_distill`.
     """
-    return run_distill(str(student), Path(out), LoadOptions(), settings or DistillSettings(), Silent())
+    return run_distill(str(student), Path(out), LoadOptions.here(), settings or DistillSettings(), Silent())
 
 
 def run_distill(

@@ -73,10 +73,10 @@ _RUN: Final = ".run"
 def evaluate(model: str | Path, out: str | Path, settings: EvaluateSettings | None = None) -> Evaluation:
     """A model's figures beside its teacher's, on prompts that no search has seen; `eval.json` and images lie in `out`.
 
-    The teacher is the one that the model's recipe names, unless the settings name another (`against`). Raises
-    AsdmError, see `run_evaluate`.
+    The teacher is the one that the model's recipe names, unless the settings name another (`against`). On a GPU where
+    there is one, in fp32. Raises AsdmError, see `run_evaluate`.
     """
-    found = run_evaluate(str(model), Path(out), LoadOptions(), settings or EvaluateSettings(), Silent())
+    found = run_evaluate(str(model), Path(out), LoadOptions.here(), settings or EvaluateSettings(), Silent())
     assert found is not None  # of one process
     return found
 
