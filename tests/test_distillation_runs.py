@@ -399,11 +399,11 @@ def test_own_captions_of_a_probe_are_none_of_the_data(place, monkeypatch):
         with pytest.raises(
             AsdmError, match=r"1 of the captions of probed\.txt are trained on, the first is `a red ring`"
         ):
-            run(place, monkeypatch, out="probed", changes=changes)
+            run(place, monkeypatch, out="choosy", changes=changes)
     with pytest.raises(AsdmError, match=r"the prompts file nowhere\.txt cannot be read"):
-        run(place, monkeypatch, out="probed", changes={**changes, "probe_captions": "nowhere.txt"})
-    assert not (place / "probed").exists()
-    assert not (place / "probed.run").exists()
+        run(place, monkeypatch, out="choosy", changes={**changes, "probe_captions": "nowhere.txt"})
+    assert not (place / "choosy").exists()
+    assert not (place / "choosy.run").exists()
 
 
 def test_lora_trains_little_and_leaves_a_plain_student(place, monkeypatch):
