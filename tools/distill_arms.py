@@ -129,10 +129,8 @@ class Arms:
 
     def _recorded(self) -> Calibration:
         if self._calibration is None:
-            prompts, sampling = (
-                choose_prompts(self.pipeline, None, CALIBRATION_PROMPTS, 1).calibration,
-                SamplingSettings(),
-            )
+            prompts = choose_prompts(self.pipeline, None, CALIBRATION_PROMPTS, 1).calibration
+            sampling = SamplingSettings()
             folder = measurement_folder(self.pipeline, prompts, sampling, DEFAULT_BANDS)  # as `assemble` keeps them
             self._calibration = recorded(folder / "triples.pt", lambda: record(self.pipeline, prompts, sampling))
         return self._calibration
