@@ -147,7 +147,7 @@ def parts(
             yield from search.joint(arguments.steps, solver, budget, (teacher, *search.students, SKIP), "switching")
         if "inheritance" in roles:
             yield from search.joint(arguments.steps, solver, budget, (teacher, *light, SKIP), "inheritance")
-            yield from search.calibrated(arguments.steps, solver, budget, "inheritance")
+            yield from search.calibrated(arguments.steps, solver, budget, teacher, "inheritance")
 
 
 class Report:

@@ -128,7 +128,7 @@ class Search:
         self.splits = split_prompts(pipeline, settings)
         self.one_batch = timed_batch(pipeline, self.splits, settings)
         self._again: dict[tuple[str, str], Again] = {}  # by role and key of a way
-        self._kinds: dict[str | None, KindTimes] = {}  # by sampler, whatever its number of steps
+        self._kinds: dict[tuple[Action, str | None], KindTimes] = {}  # by member and sampler, for all numbers of steps
         with progress.stage("Timing"):
             # Students' own cuts are left out: they save little of what is little, and there would be half as many
             # exchanges more to measure.
@@ -165,13 +165,17 @@ class Search:
             solver = ways[max(range(len(ways)), key=lambda number: scores[number].mean())][1].scheduler
         else:
             solver = SOLVERS[-1]
-        own = [way.steps for role, way in ways if role == "fewer steps"]
-        every = [way.steps for _, way in ways]
-        for steps in tried_steps(max(own, default=1), max(every, default=1), self.settings.sampling.steps, longer):
-            ways += self.joint(steps, solver, budget)
-            ways += self.calibrated(steps, solver, budget)
-        # What `calibrate` does: of the reference's own steps as many, on which nothing but what is inherited errs.
-        return ways + self.calibrated(self.settings.sampling.steps, None, budget)
+        reference, most = self.settings.sampling.steps, max((way.steps for _, way in ways), default=1)
+        for member in (self.teacher, *self.students):
+            own = self._full_steps(member, budget)
+            for steps in tried_steps(max(own, 1), most, reference, longer):
+                if member == self.teacher:
+                    ways += self.joint(steps, solver, budget)
+                ways += self.calibrated(steps, solver, budget, member)
+            # What `calibrate` does: of the reference's own steps as many, on which only the member and what is
+            # inherited err.
+            ways += self.calibrated(reference, None, budget, member)
+        return ways
 
     def tried(self, share: float) -> list[Candidate]:
         """The same with measured times and scores, and what is found for less where a schedule takes too much."""
@@ -216,14 +220,18 @@ class Search:
         """As many full steps of each sampler, of the teacher and of each student alone, as the time allows."""
         found = []
         for member in (self.teacher, *self.students):
-            each = self.times.seconds[member]
-            count = min(int((budget - self.times.outside) / each), self.settings.sampling.steps)
+            count = self._full_steps(member, budget)
             for solver in SOLVERS if count > 1 else ():
                 name = f"{count} steps of {solver}" + ("" if member == self.teacher else f", {member.member} alone")
-                rule = Schedule((member,) * count)
+                actions = (member,) * count
                 role = "fewer steps" if member == self.teacher else "a student alone"
-                found.append((role, Way(name, count, self.times.outside + count * each, rule, solver)))
+                found.append((role, Way(name, count, self.times.run(actions), Schedule(actions), solver)))
         return found
+
+    def _full_steps(self, member: Action, budget: float) -> int:
+        """How many steps a member computes in full in a loop of `budget` seconds, at most the reference's."""
+        count = int((budget - self.times.outside) / self.times.seconds[member])
+        return max(0, min(count, self.settings.sampling.steps))
 
     def joint(
         self,
@@ -265,32 +273,37 @@ class Search:
         return None if solved is None else _way(steps, solver, solved.actions, self.times.run(solved.actions))
 
     def calibrated(
-        self, steps: int, solver: str | None, budget: float, role: str = "calibrated"
+        self, steps: int, solver: str | None, budget: float, member: Action, role: str = "calibrated"
     ) -> list[tuple[str, Way]]:
-        """The teacher alone with features inherited as `calibrate` finds it, for a loop of at most `budget` seconds.
+        """One member alone with features inherited as `calibrate` finds it, for a loop of at most `budget` seconds.
 
-        Its search knows every cut and unit and what errors do later on, where `joint` knows members. Of the schedules
-        that it leads to, the nearest to the reference; none where it has none for so little time.
+        Its search knows every cut and unit and what errors do later on, where `joint` knows members; it is for the
+        member's own full run. Of the schedules that it leads to, the nearest to the reference; none where it has none
+        for so little time.
         """
-        full = self.times.full(steps)
+        full = self.times.run((member,) * steps)
         if not 0 < budget < full:
             return []  # for all of its steps in full, which are tried as such, or for none
         here = self._pipeline(solver)
-        here.register_modules(unet=next(iter(self.members.values())))
+        assert member.member is not None
+        here.register_modules(unet=self.members[member.member])
         settings = replace(
             self.settings, sampling=replace(self.settings.sampling, steps=steps), corrections=False, curve=0
         )
-        choosing = prepare(here, settings, self.splits, self.one_batch, self.progress, self._kinds.get(solver))
-        self._kinds[solver] = choosing.every_times
-        again = partial(self._calibrated, solver, choosing, full)
+        known = self._kinds.get((member, solver))
+        choosing = prepare(here, settings, self.splits, self.one_batch, self.progress, known)
+        self._kinds[member, solver] = choosing.every_times
+        again = partial(self._calibrated, solver, choosing, full, member)
         way = again(budget)
         if way is None:
             return []
         self._again[role, way.key] = again
         return [(role, way)]
 
-    def _calibrated(self, solver: str | None, choosing: Choosing, full: float, budget: float) -> Way | None:
-        """The best for a loop of `budget` seconds, of which one that computes everything takes `full`."""
+    def _calibrated(
+        self, solver: str | None, choosing: Choosing, full: float, member: Action, budget: float
+    ) -> Way | None:
+        """A member's best for a loop of `budget` seconds, of which one that computes everything takes `full`."""
         try:
             plans = choosing.candidates(budget / full)
         except AsdmError as error:
@@ -299,13 +312,10 @@ class Search:
             return None
         steps, ways = choosing.times.steps, []
         for plan in plans:
-            actions = tuple(self._by_teacher(action) for action in plan.actions(steps))
+            actions = tuple(a if a.skips else replace(a, member=member.member) for a in plan.actions(steps))
             ways.append(_way(steps, solver, actions, plan.way.seconds / choosing.every_times.full_run * full))
         with self.progress.bar("Trying what was calibrated") as bar:
             return self.judge.race(ways, progress=bar)[0]
-
-    def _by_teacher(self, action: Action) -> Action:
-        return action if action.skips else replace(action, member=self.teacher.member)
 
     @cached_property
     def _truth(self) -> Values:

@@ -10,12 +10,18 @@ from documents.figures import RESULTS, decibels, percent, results, share, source
 
 BENCH: Final = ("inheritance", "bench_inheritance")
 NAMES: Final = {"calibrated": "**calibrated (ours)**"}
+FEWER_CACHE: Final = "DeepCache in fewer steps"
+RIVALS: Final = {  # what ours is over, in a cell, and what it is called
+    "over_best_cache": "a cache",
+    "over_cache_in_fewer_steps": "a cache in fewer steps",
+    "over_fewer_steps": "fewer steps",
+}
 CELLS: Final = 4 * 3 * 3  # samplers, numbers of steps, times
 ALONE: Final = "search alone"
 
 
 def inheritance_against() -> str:
-    """Ours, the best cache and the best of fewer steps, for every sampler and time."""
+    """Ours, the best cache, it in fewer steps, and the best of fewer steps, for every sampler and time."""
     found = results("inheritance")
     lines = []
     for cell in found["summary"]:
@@ -30,19 +36,21 @@ def inheritance_against() -> str:
                 "–" if cache is None else f"{cache['role']}: {_reached(cache)}",
                 "–" if cache is None else _difference(cell, "over_best_cache"),
                 "–" if cache is None else _time(cell),
+                _reached(rows.get(FEWER_CACHE)),
+                "–" if FEWER_CACHE not in rows else _difference(cell, "over_cache_in_fewer_steps"),
                 _reached(fewer),
                 "–" if fewer is None else _difference(cell, "over_fewer_steps"),
             ]
         )
     titles = (
         "sampler, steps", "time asked for", "calibrated", "best cache of others", "ours nearer by",
-        "time for its PSNR", "fewer steps, best sampler", "ours nearer by",
+        "time for its PSNR", FEWER_CACHE, "ours nearer by", "fewer steps, best sampler", "ours nearer by",
     )  # fmt: skip
     return f"{table(titles, lines)}\n\n{_measured(found)}"
 
 
 def inheritance_short() -> str:
-    """Ours and the strongest cache and the strongest of fewer steps, for the README."""
+    """Ours, the strongest cache, DeepCache in fewer steps, and the strongest of fewer steps, for the README."""
     found = results("inheritance")
     lines = []
     for cell in found["summary"]:
@@ -50,12 +58,14 @@ def inheritance_short() -> str:
         fewer = next((r for r in rows.values() if r["way"] == cell.get("fewer_steps")), None)
         lines.append(
             [
-                f"{cell['sampler']}, {cell['steps']} steps, {cell['budget']}x",
-                *(_reached(rows.get(role)) for role in ("calibrated", cell.get("best_cache"))),
+                _named(cell),
+                *(_reached(rows.get(role)) for role in ("calibrated", cell.get("best_cache"), FEWER_CACHE)),
                 _reached(fewer),
             ]
         )
-    titles = ("full run, time asked for", "calibrated", "best cache of others", "fewer steps, best sampler")
+    titles = (
+        "full run, time asked for", "calibrated", "best cache of others", FEWER_CACHE, "fewer steps, best sampler",
+    )  # fmt: skip
     return f"{table(titles, lines)}\n\n{_measured(found)}"
 
 
@@ -223,17 +233,18 @@ def _rows(found: Any, cell: Any) -> Sequence[dict[str, Any]]:
 
 def _measured(found: Any) -> str:
     cells = found["summary"]
-    nearest = [c for c in cells if min(c.get("over_best_cache", 0.0), c.get("over_fewer_steps", 0.0)) >= 0]
-    lost = [c for c in cells if c not in nearest]
-    who = "".join(
-        f"; at {c['sampler']}, {c['steps']} steps, {c['budget']}x "
-        f"{'fewer steps' if c.get('over_fewer_steps', 0.0) < 0 else c['best_cache']} came nearer"
-        for c in lost
-    )
+    lost = {_named(c): [what for over, what in RIVALS.items() if c.get(over, 0.0) < 0] for c in cells}
+    nearer = "".join(f"; at {cell} {' and '.join(who)} came nearer" for cell, who in lost.items() if who)
+    over = [c["over_best_cache"] for c in cells if "over_best_cache" in c]
     return (
         f"The bench goes through {CELLS} combinations of sampler, steps and time; measured so far: {len(cells)}, of "
-        f"which the calibrated schedule came nearest in {len(nearest)}{who}."
+        f"which the calibrated schedule came nearest in {len(cells) - sum(map(bool, lost.values()))}{nearer}. Over the "
+        f"best cache of others it is by {min(over):.1f} to {max(over):.1f} dB, {median(over):.1f} in the median."
     )
+
+
+def _named(cell: Any) -> str:
+    return f"{cell['sampler']}, {cell['steps']} steps, {cell['budget']}x"
 
 
 def _reached(row: Any) -> str:
