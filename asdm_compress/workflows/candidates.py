@@ -128,6 +128,7 @@ class Search:
         self.splits = split_prompts(pipeline, settings)
         self.one_batch = timed_batch(pipeline, self.splits, settings)
         self._again: dict[tuple[str, str], Again] = {}  # by role and key of a way
+        self._solvers: dict[int, str | None] = {}  # the best sampler for a number of steps
         self._kinds: dict[tuple[Action, str | None], KindTimes] = {}  # by member and sampler, for all numbers of steps
         with progress.stage("Timing"):
             # Students' own cuts are left out: they save little of what is little, and there would be half as many
@@ -158,20 +159,15 @@ class Search:
         """
         budget = share * self.whole - self.outside
         ways = self._fewer(budget)
-        if ways:
-            with self.progress.bar("Trying fewer steps") as bar:
-                # A race would save nothing: `tried` tells all scores of these.
-                scores = self.judge.scores([way for _, way in ways], bar)
-            solver = ways[max(range(len(ways)), key=lambda number: scores[number].mean())][1].scheduler
-        else:
-            solver = SOLVERS[-1]
         reference, most = self.settings.sampling.steps, max((way.steps for _, way in ways), default=1)
         for member in (self.teacher, *self.students):
             own = self._full_steps(member, budget)
             for steps in tried_steps(max(own, 1), most, reference, longer):
+                solver = self._solver(steps)
                 if member == self.teacher:
                     ways += self.joint(steps, solver, budget)
-                ways += self.calibrated(steps, solver, budget, member)
+                if steps != reference:
+                    ways += self.calibrated(steps, solver, budget, member)
             # What `calibrate` does: of the reference's own steps as many, on which only the member and what is
             # inherited err.
             ways += self.calibrated(reference, None, budget, member)
@@ -232,6 +228,21 @@ class Search:
         """How many steps a member computes in full in a loop of `budget` seconds, at most the reference's."""
         count = int((budget - self.times.outside) / self.times.seconds[member])
         return max(0, min(count, self.settings.sampling.steps))
+
+    def _solver(self, steps: int) -> str | None:
+        """The sampler whose full run of so many steps is the nearest to the reference; None is the reference's own.
+
+        Which one is, depends on their number: of few it need not be the one that is near with many.
+        """
+        if steps == self.settings.sampling.steps:
+            return None
+        if steps not in self._solvers:
+            rule = Schedule((self.teacher,) * steps)
+            seconds = self.times.full(steps)
+            ways = [Way(f"{steps} steps of {solver}", steps, seconds, rule, solver) for solver in SOLVERS]
+            with self.progress.bar(f"Trying samplers with {steps} steps") as bar:
+                self._solvers[steps] = self.judge.race(ways, progress=bar)[0].scheduler
+        return self._solvers[steps]
 
     def joint(
         self,
