@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 from command_lines import contents, run_all
 
 from asdm_compress.cli.examples import EXAMPLES
+from asdm_compress.models.names import MINI_SD_FOLDER
 from asdm_compress.profiling.profile import load_profile
 
 COMMANDS = (
@@ -44,6 +46,14 @@ MISTAKES = [
     (["apply", "typo.yaml"], 2, "typo.yaml:3: bugdet: unknown key"),
     (["generate", "mini-sd", "a red circle", "--scheduler", "magic"], 2, "unknown scheduler"),
     (["generate", "mini-sd", "a red circle", "--image-size", "100"], 2, "no multiple of 64"),
+    (["generate", "mini-sd", "a red circle", "--compare", "mini-sd"], 2, "compared with itself"),
+    (["optimize", "-b", "latency=0.5x", "--members", ","], 2, "--members names none"),
+    (["optimize", "-b", "latency=0.5x", "--steps", "1001"], 2, "Invalid value for '--steps'"),
+    (["switch", "mini-sd", "there", "-s", "good.yaml", "--steps", "9"], 2, "does nothing with a schedule's file"),
+    (["export", "--scheduler", "euler"], 2, "does nothing with --format ldm"),
+    (["assemble", "--budget", "latency=1x", "--members", "2"], 2, "within this time already"),
+    (["assemble", "--budget", "macs=0.7x", "--inherit", "latency=0.6x", "--image-size", "72"], 2, "no multiple of 64"),
+    (["assemble", "--budget", "macs=0.7x", "--experts", "1", "--routing", "magic"], 2, "Routings: none, timestep"),
     (["generate", "mini-sd", "a red circle", "--negative-prompt", "blue", "--guidance", "1"], 2, "without guidance"),
 ]
 
@@ -139,3 +149,11 @@ def test_doctor_tells_versions_and_devices(cli):
     assert result.returncode == 0
     assert findings["mini-sd"]["state"] == "ok"
     assert {"torch", "diffusers", "cpu", "memory", "cache"} <= set(findings)
+
+
+def test_a_profile_does_not_replace_the_model_that_it_is_of(cli, tmp_path):
+    shutil.copytree(MINI_SD_FOLDER / "unet", tmp_path / "model")
+    before = contents(tmp_path / "model")
+    result = cli("profile", "model", "--out", "model", "--overwrite")
+    assert (result.returncode, "Traceback" in result.stderr) == (2, False), result.stderr
+    assert contents(tmp_path / "model") == before

@@ -86,6 +86,15 @@ def test_kohyas_names_are_known_in_both_numberings(unet, trained, numbering):
     assert kept == {name.removeprefix("lora_unet_").partition(".")[0] for name in other.tensors if "_te_" not in name}
 
 
+@pytest.mark.parametrize("head", ["", "base_model.model."])
+def test_a_unets_lora_saved_by_itself_is_known(unet, trained, head):
+    weights = load_file(trained[0])
+    found = remap_lora({head + k.removeprefix("unet."): v for k, v in weights.items()}, unet, Plan(TINY))
+    expected = remap_lora(weights, unet, Plan(TINY))
+    assert set(found.tensors) == {head + name.removeprefix("unet.") for name in expected.tensors}
+    assert found.left_out == expected.left_out
+
+
 def test_names_of_older_diffusers_are_known(unet):
     processor = "unet.up_blocks.3.attentions.2.transformer_blocks.0.attn1.processor.to_out_lora.down.weight"
     found = remap_lora({processor: torch.ones(2, 32)}, unet, Plan(TINY))

@@ -7,6 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from PIL import Image
 
 from asdm_compress.core.errors import AsdmError
@@ -16,7 +17,7 @@ from asdm_compress.evaluation.fidelity import compare
 from asdm_compress.evaluation.prompts import choose_prompts, read_prompts, understands_scenes
 from asdm_compress.reporting.grid import labelled_grid
 from asdm_compress.sampling.images import sample
-from asdm_compress.sampling.schedulers import SCHEDULERS, make_scheduler
+from asdm_compress.sampling.schedulers import SCHEDULERS, choose_scheduler, make_scheduler
 from asdm_compress.sampling.settings import SamplingSettings
 
 SETTINGS = SamplingSettings(steps=3, guidance=4.0, seed=11)
@@ -153,6 +154,20 @@ def test_ddim_steps_from_one_of_its_timesteps_to_the_next(pipeline):
         steps = scheduler.timesteps.unique()  # PNDM takes one of them twice
         assert steps.diff().tolist() == [1000 // 5] * 4
         assert scheduler.timesteps[0] == 999
+
+
+def test_a_sampler_of_two_calls_a_step_is_replaced_unless_it_is_named(pipeline):
+    own = pipeline.scheduler
+    try:
+        assert choose_scheduler(pipeline, None, 5, 25) is None
+        assert pipeline.scheduler is own
+        pipeline.scheduler = make_scheduler("pndm", pipeline)
+        assert "PNDMScheduler" in str(choose_scheduler(pipeline, None, 5))
+        assert type(pipeline.scheduler) is DPMSolverMultistepScheduler
+        assert choose_scheduler(pipeline, "heun", 5) is None
+        assert type(pipeline.scheduler) is HeunDiscreteScheduler
+    finally:
+        pipeline.scheduler = own
 
 
 def test_a_named_scheduler_has_nothing_of_the_pipelines_own_kind(pipeline):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.errors import AsdmError
-from asdm_compress.core.recipe import Base, EditEntry, Recipe, dump_recipe
+from asdm_compress.core.recipe import Base, EditEntry, Recipe, dump_recipe, load_recipe
 from asdm_compress.models.families import architecture
 from asdm_compress.models.lazy import lazy_unet
 from asdm_compress.models.loading import load_pipeline
@@ -24,6 +24,7 @@ from asdm_compress.models.names import MINI_SD_FOLDER
 from asdm_compress.models.resolve import resolve
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.models.streaming import Entry, reading, write_safetensors, write_sharded
+from asdm_compress.reporting.card import CardContent, CountedCosts, render_card
 from asdm_compress.workflows.publish import contents
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
@@ -176,6 +177,30 @@ def test_a_folder_with_the_fp16_variant_alone_becomes_one_that_opens_without_a_w
     result = cli("apply", str(recipe), "model", "--out", "student")
     assert result.returncode == 0, result.stderr
     StableDiffusionPipeline.from_pretrained(tmp_path / "student")
+
+
+@pytest.mark.parametrize("how", [{"variant": "fp16"}, {"variant": "bf16"}, {}])
+@pytest.mark.parametrize("arguments", [[], ["--variant", "fp16"]], ids=["plain", "fp16"])
+def test_parts_in_shards_and_of_any_variant_open_again(cli, recipe, tmp_path, pipeline, how, arguments):
+    pipeline.save_pretrained(tmp_path / "model", max_shard_size="400KB", **how)
+    result = cli("apply", str(recipe), "model", "--out", "student", *arguments)
+    assert result.returncode == 0, result.stderr
+    names = [path.name for path in (tmp_path / "student").rglob("*") if "safetensors" in path.name]
+    assert not any("bf16" in name for name in names)
+    found = StableDiffusionPipeline.from_pretrained(tmp_path / "student", variant="fp16" if arguments else None)
+    for part in ("vae", "text_encoder"):
+        expected, weights = getattr(pipeline, part).state_dict(), getattr(found, part).state_dict()
+        torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-3 if arguments else 0)
+
+
+def test_the_card_of_another_kind_of_pipeline_names_its_class_and_variant(recipe):
+    content = CardContent(
+        "student", "sd", None, load_recipe(recipe), "apply", (CountedCosts(2, 2, 2), CountedCosts(1, 1, 1)), 512, True,
+        True, False, "StableDiffusionInpaintPipeline", "fp16",
+    )  # fmt: skip
+    card = render_card(content)
+    assert 'StableDiffusionInpaintPipeline.from_pretrained("student", variant="fp16")' in card
+    assert "pipeline_tag: image-to-image" in card
 
 
 def test_a_unet_folder_gives_a_unet_folder(cli, recipe, tmp_path, unet):

@@ -15,6 +15,7 @@ from diffusers import (
 )
 from switched import call, pipe_of, schedule_of
 
+from asdm_compress.core.errors import AsdmError
 from asdm_compress.inheritance.actions import FULL, Action, cut, skip
 from asdm_compress.inheritance.attach import inheriting
 from asdm_compress.inheritance.carrying import CarriedOver
@@ -115,6 +116,41 @@ def test_runs_that_were_cut_off_leave_nothing_behind(pipeline, switch):
     assert len(switched._runs._by_place) == 1  # whose sampler could still go on
     call(pipe)
     assert not switched._runs._by_place
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_guidance_that_ends_on_the_way_is_seen(pipeline, switch, images):
+    """As diffusers' own callback switches it off: from then on a run has the conditional rows alone."""
+
+    def off(pipe, step, timestep, tensors):
+        if step == 1:
+            pipe._guidance_scale = 0.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        return tensors
+
+    conditional = Action((), LINEAR, "small")
+    ending = {"callback_on_step_end": off, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    more = ending | {"num_images_per_prompt": images}
+    teacher, small = Action(member="teacher"), Action(member="small")
+    found = call(pipe_of(pipeline, switch((teacher, small, conditional, conditional))), **more)
+    # Without an unconditional branch there is nothing to leave out: those steps are computed as they are.
+    assert torch.equal(found, call(pipe_of(pipeline, switch((teacher, small, small, small))), **more))
+
+
+def test_members_are_asked_for_by_name(switch):
+    switched = switch("explicit:tiny/small/teacher/tiny")
+    body, *others = switched.member_names
+    assert all(switched.member(name) is not switched for name in others)
+    for name, words in ((body, "own body"), ("none", "no member")):
+        with pytest.raises(AsdmError, match=words):
+            switched.member(name)
+
+
+def test_a_schedule_that_skips_says_which_steps_it_is_for(pipeline, switch):
+    pipe = pipe_of(pipeline, switch("explicit:teacher/tiny/skip/teacher"), scheduler=make_scheduler("heun", pipeline))
+    with pytest.raises(AsdmError, match="for other steps") as refused:
+        call(pipe)
+    assert "about 4 steps" in str(refused.value.hint)
 
 
 def test_a_timestep_of_a_batch_is_no_place_in_a_run():

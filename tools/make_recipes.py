@@ -111,8 +111,10 @@ def _write(
 ) -> None:
     with torch.device("meta"):
         facts: dict[str, Any] = architecture(UNet2DConditionModel(**FAMILIES[family].unet_config))
-    # Inpainting, depth and instruction checkpoints differ in their first convolution alone.
+    # Inpainting, depth and instruction checkpoints differ in their first convolution alone, and what is only taken out
+    # does not hang on the groups of what stays.
     facts.pop("in_channels")
+    facts.pop("norm_num_groups")
     content = {
         "asdm_recipe": 1,
         "base": {"model": family, "architecture": facts},

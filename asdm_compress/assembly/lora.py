@@ -18,6 +18,8 @@ from asdm_compress.models.ldm import UNET_PREFIX, unet_to_ldm
 
 KOHYA: Final = "lora_unet_"
 PEFT: Final = "unet."
+# Before the same names: diffusers' for a pipeline, peft's own, and none, of a UNet that is saved by itself.
+_HEADS: Final = (PEFT, "base_model.model.", "")
 # Where the name of the module ends: kohya's, peft's, and two older ones of diffusers.
 _END: Final = re.compile(
     r"\.(lora_down|lora_up|lora_mid|alpha|dora_scale|hada_\w+|lokr_\w+|diff|diff_b|lora_A|lora_B|lora_magnitude_vector"
@@ -42,7 +44,8 @@ class RemappedLora:
 def remap_lora(tensors: Mapping[str, Tensor], teacher: UNet2DConditionModel, plan: Plan) -> RemappedLora:
     """Rename a LoRA's tensors from the teacher's modules to those of the student of a plan.
 
-    Knows kohya's names, in diffusers' and in the original numbering, and peft's. Tensors of text encoders stay as they
+    Knows kohya's names, in diffusers' and in the original numbering, and peft's, also of a UNet's LoRA saved by itself.
+    Tensors of text encoders stay as they
     are. Those of modules that the student does not have, or has in another shape, are left out and named. Raises
     AsdmError for a file that is no LoRA of this teacher's UNet, also where only the widths tell: the names are the same
     in Stable Diffusion 1.x and 2.x.
@@ -54,10 +57,10 @@ def remap_lora(tensors: Mapping[str, Tensor], teacher: UNet2DConditionModel, pla
     known = 0
     for name, tensor in tensors.items():
         head, module, rest = _split(name)
-        if not head:  # a text encoder's
+        teacher_module = modules.get((KOHYA if head == KOHYA else PEFT, module))
+        if teacher_module is None and not head:  # a text encoder's
             found[name] = tensor
             continue
-        teacher_module = modules.get((head, module))
         if teacher_module is None:
             left_out[module] = "the teacher has no such module"
             continue
@@ -89,11 +92,9 @@ def _check_widths(module: str, rest: str, factor: Tensor, weight: Tensor) -> Non
 
 
 def _split(name: str) -> tuple[str, str, str]:
-    """The prefix, the module as the LoRA writes it, and the rest; no prefix for what is not the UNet's."""
-    head = next((h for h in (KOHYA, PEFT) if name.startswith(h)), "")
-    if not head:
-        return "", name, ""
-    if head == PEFT:  # attention processors of older diffusers
+    """The prefix, the module as the LoRA writes it, and the rest."""
+    head = next(h for h in (KOHYA, *_HEADS) if name.startswith(h))
+    if head != KOHYA:  # attention processors of older diffusers
         name = _PROCESSOR.sub(lambda m: f".{m[1]}{'.0' if m[1] == 'to_out' else ''}.lora.", name)
     end = _END.search(name)
     return (head, name[len(head) : end.start()], name[end.start() :]) if end else (head, name[len(head) :], "")

@@ -69,6 +69,8 @@ def slot_specs(slot: SlotChoice, experts: int, routing: Routing, limits: Sequenc
     """
     if slot not in SLOT_SHAPES:
         raise AsdmError(f"unknown slot {slot!r}", f"Slots: {', '.join(SLOT_SHAPES)}.")
+    if routing not in get_args(Routing):
+        raise AsdmError(f"unknown routing {routing!r}", f"Routings: {', '.join(get_args(Routing))}.")
     routed = experts > 1 and routing != "none"
     plain_too = not routed or routing != "timestep" or any(limit.resource == "params" for limit in limits)
     specs = []

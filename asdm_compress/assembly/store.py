@@ -66,7 +66,11 @@ def measurement_folder(
             "text": weights_hash(pipeline.text_encoder),
             "switches": [switches_of(part) for part in (pipeline.unet, pipeline.text_encoder)],
             "configs": [_plain(pipeline.unet.config), _plain(pipeline.text_encoder.config.to_dict())],
-            "tokens": [pipeline.tokenizer.model_max_length, sorted(pipeline.tokenizer.get_vocab().items())],
+            "tokens": [
+                pipeline.tokenizer.model_max_length,
+                pipeline.tokenizer.pad_token,
+                sorted(pipeline.tokenizer.get_vocab().items()),
+            ],
             "chunk": CHUNK,
             "scheduler": {"class": type(pipeline.scheduler).__name__, **_plain(pipeline.scheduler.config)},
             "prompts": list(prompts),

@@ -59,6 +59,7 @@ def apply(
     path = find_recipe(recipe)
     content = load_recipe(path)
     check_output(out, overwrite, None, prompts)
+    check_output(out, overwrite, None, path)
     shard_bytes = parse_bytes(max_shard_size)
     dtype = _dtype_of(variant, dtype)
     if slot_start not in ("fit", "zero", "random", "copied"):

@@ -9,14 +9,23 @@ import typer
 
 from asdm_compress.cli import options as o
 from asdm_compress.cli.console import Output
-from asdm_compress.core.defaults import BANDS, CALIBRATION_PROMPTS, GUIDANCE, MOMENTS, NARROW_SHARES, PROBES, STEPS
+from asdm_compress.core.defaults import (
+    BANDS,
+    CALIBRATION_PROMPTS,
+    GUIDANCE,
+    HELD_OUT_PROMPTS,
+    MOMENTS,
+    NARROW_SHARES,
+    PROBES,
+    STEPS,
+)
 from asdm_compress.core.edits import parse_shares
 from asdm_compress.core.files import check_output
 from asdm_compress.core.units import parse_budget
 
 # What is asked of a folder that `assemble` wrote.
-_OF_A_FOLDER = {"model", "resource", "budgets", "also", "pairs", "patience", "images", "out", "overwrite", "threads",
-                "quiet", "as_json"}  # fmt: skip
+_OF_A_FOLDER = {"model", "resource", "budgets", "also", "pairs", "patience", "images", "out", "overwrite", "quiet",
+                "as_json"}  # fmt: skip
 _SHARES = ",".join(map(str, NARROW_SHARES))
 
 
@@ -107,6 +116,7 @@ def frontier(
             scheduler=scheduler,
             prompts=None if prompts is None else tuple(read_prompts(prompts)),
             calibration_prompts=calibration_prompts,
+            held_out_prompts=max(HELD_OUT_PROMPTS, images),
             bands=bands,
             effort=Effort(calibration_triples, probes),
             known_profile=profile,

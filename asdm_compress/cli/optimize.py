@@ -18,7 +18,8 @@ from asdm_compress.core.units import parse_budget
 def optimize(
     model: o.Model = "mini-sd",
     budget: Annotated[
-        list[str] | None, typer.Option("--budget", "-b", help="latency=0.33x or latency=2.5s, of a whole image.")
+        list[str] | None,
+        typer.Option("--budget", "-b", help="latency=0.33x or latency=2.5s, of a whole image; of --images, of one."),
     ] = None,
     members: Annotated[
         str | None, typer.Option(help="Students, separated by commas, that steps may be given to.")
@@ -30,7 +31,9 @@ def optimize(
         ),
     ] = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pipeline and its report.")] = Path("fast"),
-    steps: Annotated[int, typer.Option(min=2, help="Steps of the full run that pictures are compared with.")] = STEPS,
+    steps: Annotated[
+        int, typer.Option(min=2, max=1000, help="Steps of the full run that pictures are compared with.")
+    ] = STEPS,
     guidance: o.Guidance = GUIDANCE,
     seed: o.Seed = 0,
     scheduler: o.Scheduler = None,
@@ -55,6 +58,9 @@ def optimize(
         raise AsdmError("optimize takes a budget of time", "Use --budget latency=0.33x.")
     if members and students:
         raise AsdmError("--members are given, and --students are to be made", "Use one of the two.")
+    names = [name.strip() for name in (members or "").split(",") if name.strip()]
+    if members is not None and not names:
+        raise AsdmError("--members names none", "Give students' folders, separated by commas.")
     limits = parse_budget(budget)
     check_output(out, overwrite, None, prompts)
     output = Output(quiet, as_json)
@@ -82,7 +88,6 @@ def optimize(
         repeats,
         command=o.command_line(),
     )
-    names = [name.strip() for name in (members or "").split(",") if name.strip()]
     make = Make(students, PlanSettings(ProfileSettings(image_size))) if students else None
     found = run_optimize([model, *names], out, load, settings, output, overwrite, make)
     if found.students is not None:

@@ -19,8 +19,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="[MODEL]",
-        help="mini-sd (bundled), sd15, sd21-base, sd21, a diffusers folder, a .safetensors or .ckpt file, or a hub id "
-        "that is in the local cache.",
+        help="mini-sd (bundled), sd15, sd21-base, sd21, a diffusers folder, a .safetensors or .ckpt file, or a hub id, "
+        "which is fetched where the local cache does not have it.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU where there is one.")]

@@ -14,6 +14,7 @@ from asdm_compress.core.files import check_output
 
 
 def switch(
+    context: typer.Context,
     models: Annotated[
         list[str], typer.Argument(help="A teacher, which is a whole pipeline, and one or more of its students.")
     ],
@@ -38,6 +39,8 @@ def switch(
     as_json: o.Json = False,
 ) -> None:
     """Make one model of a teacher and its students, and say which of them takes which sampling step."""
+    if Path(schedule).suffix in (".yaml", ".yml"):
+        o.refuse_given(context, ("steps",), "does nothing with a schedule's file", "It names an action for every step.")
     check_output(out, overwrite, None, Path(schedule))
     output = Output(quiet, as_json)
     with output.stage("Starting torch"):

@@ -109,7 +109,7 @@ def output_file(path: Path, hint: str = OUT_HINT) -> Iterator[Path]:
 
 
 def _replace(aside: Path, out: Path) -> None:
-    """Put `aside` in the place of `out`; whatever interrupts it, one of the two stands there afterwards."""
+    """Put `aside` in the place of `out`; where that fails, what stood there is put back."""
     if not out.exists():
         aside.rename(out)
         return

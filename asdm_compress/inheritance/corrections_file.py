@@ -10,17 +10,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from asdm_compress.core.errors import AsdmError
-from asdm_compress.core.files import output_file
+from asdm_compress.core.files import OUT_HINT, output_file
 from asdm_compress.inheritance.corrections import Correction, CorrectionKey
 
 
-def save_corrections(corrections: Mapping[CorrectionKey, Correction], path: Path) -> None:
-    """Write all corrections of a schedule into one file."""
+def save_corrections(corrections: Mapping[CorrectionKey, Correction], path: Path, hint: str = OUT_HINT) -> None:
+    """Write all corrections of a schedule into one file; `hint` is what helps where the disk does not take it."""
     tensors: dict[str, Tensor] = {}
     for (step, feature), correction in corrections.items():
         tensors[f"{step}/{feature}/weight"] = correction.weight.detach().cpu().contiguous()
         tensors[f"{step}/{feature}/bias"] = correction.bias.detach().cpu().contiguous()
-    with output_file(path) as aside:
+    with output_file(path, hint) as aside:
         save_file(tensors, aside)
 
 

@@ -99,10 +99,16 @@ def architecture(unet: UNet2DConditionModel) -> dict[str, Any]:
     keys = (
         "down_block_types", "mid_block_type", "up_block_types", "block_out_channels", "layers_per_block",
         "transformer_layers_per_block", "in_channels", "out_channels", "cross_attention_dim", "attention_head_dim",
-        "use_linear_projection",
+        "use_linear_projection", "norm_num_groups",
     )  # fmt: skip
     facts = {key: config.get(key) for key in keys}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
+
+
+def latent_size_of(unet: UNet2DConditionModel) -> int:
+    """Height and width, in elements, of the latents that a UNet was made for; of two sides the first."""
+    size = unet.config["sample_size"]
+    return int(size if isinstance(size, int) else size[0])
 
 
 def random_unet(family: Family, dtype: torch.dtype, device: torch.device, seed: int = 0) -> UNet2DConditionModel:

@@ -129,7 +129,11 @@ def _resnet(path: str, name: str) -> Iterator[tuple[str, str]]:
 
 
 def vae_to_ldm(vae: AutoencoderKL) -> dict[str, Tensor]:
-    """All tensors of a VAE under the names of the LDM layout, contiguous."""
+    """All tensors of a VAE under the names of the LDM layout, contiguous; raises AsdmError for one of another kind."""
+    if not isinstance(vae, AutoencoderKL):
+        raise AsdmError(
+            f"a {type(vae).__name__} has no names in a single file", "Export the pipeline with Stable Diffusion's own."
+        )
     moved: dict[str, str] = {}
     levels = len(vae.decoder.up_blocks)
     sides = (("encoder", "down", "down_blocks", "downsample"), ("decoder", "up", "up_blocks", "upsample"))

@@ -122,12 +122,12 @@ def _sidecar(path: Path) -> PredictionType | None:
     try:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
         parameters = content["model"]["params"]
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+        value = str(parameters.get("parameterization", "eps"))  # the original code's own default
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
         raise AsdmError(
             f"{path} is no config of the original Stable Diffusion code: {first_line(error)}",
             "Mend it, move it away, or give --prediction-type.",
         ) from error
-    value = str(parameters.get("parameterization", "eps"))  # the original code's own default
     if value not in PREDICTION_TYPES:
         raise AsdmError(f"{path} has the unknown parameterization {value!r}", "Known are eps and v.")
     return PREDICTION_TYPES[value]

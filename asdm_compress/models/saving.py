@@ -14,15 +14,16 @@ from typing import Any, Final
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from asdm_compress.models.files import choose_weights, variant_of
+from asdm_compress.models.files import choose_weights, is_weights
 from asdm_compress.models.quiet import quiet_libraries
-from asdm_compress.models.streaming import Entry, TensorReader, reading, write_safetensors, write_sharded
+from asdm_compress.models.streaming import WEIGHTS, Entry, TensorReader, reading, write_sharded
 
 _WEIGHTS: Final = (".safetensors", ".bin")
 _KEPT: Final = (".json", ".txt", ".model")  # configs, vocabularies and merges
 # What was found for a model as it is.
 _MEASURED: Final = (
     "assembly.json", "frontier.json", "eval.json", "report.json", "calibration.json", "optimize.json", "sampling.json",
+    "profile.json",
 )  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def copy_rest(
     index, parts = _index(source), _parts(source)
     for part in sorted(source.iterdir()):
         if part in parts:
-            _copy_part(part, folder / part.name, dtype, layout.variant)
+            _copy_part(part, folder / part.name, dtype, layout)
         elif part.is_file() and part.suffix in _KEPT and part.name not in _MEASURED:
             shutil.copyfile(part, folder / part.name)
     library = "diffusers" if type(unet) is UNet2DConditionModel else type(unet).__module__
@@ -125,43 +126,30 @@ def _parts(source: Path) -> set[Path]:
     return {folder for folder in named if folder.is_dir()}
 
 
-def _copy_part(source: Path, folder: Path, dtype: torch.dtype | None, named: str | None) -> None:
+def _copy_part(source: Path, folder: Path, dtype: torch.dtype | None, layout: FileLayout) -> None:
     folder.mkdir()
-    variant = variant_of(source)
-    safe = any(path.suffix == ".safetensors" for path in source.iterdir())
     for path in sorted(source.iterdir()):
-        if not path.is_file() or (path.suffix not in (*_KEPT, *_WEIGHTS)):
-            continue
-        is_weights = path.suffix in _WEIGHTS
-        if is_weights and (path.suffix == ".safetensors") != safe:
-            continue
-        if ".fp16" in path.name and variant is None:
-            continue
-        if not is_weights:
-            shutil.copyfile(path, folder / path.name.replace(".fp16", ""))
-        elif dtype is None:
-            shutil.copyfile(path, folder / _named(path, named, path.suffix))
-        else:
-            with reading(path) as reader:
-                write_safetensors(folder / _named(path, named, ".safetensors"), _converted(reader, dtype))
+        if path.is_file() and path.suffix in _KEPT and not is_weights(path.name):  # of shards the index is made anew
+            shutil.copyfile(path, folder / path.name)
+    names, _ = choose_weights(path.name for path in source.iterdir())
+    if not names:
+        return
+    first = source / names[0]
+    stem = WEIGHTS if first.name.startswith(WEIGHTS) else "model"  # diffusers' name, and transformers'
+    if dtype is None and len(names) == 1 and first.stat().st_size <= layout.shard_bytes:
+        stem = "pytorch_model" if first.name.startswith("pytorch_model") else stem
+        mark = f".{layout.variant}" if layout.variant else ""
+        shutil.copyfile(first, folder / f"{stem}{mark}{first.suffix}")
+        return
+    with reading(source) as reader:
+        write_sharded(folder, _entries(reader, dtype), layout.shard_bytes, layout.variant, stem)
 
 
-def _named(path: Path, variant: str | None, suffix: str) -> str:
-    """The name that diffusers or transformers look for, of a weight file of a variant, as pickle or safetensors."""
-    stem = path.name.replace(".fp16", "").removesuffix(path.suffix)
-    if suffix == ".safetensors" and stem.startswith("pytorch_model"):
-        stem = stem.removeprefix("pytorch_")  # transformers' own name of a pickle
-    return f"{stem}.{variant}{suffix}" if variant else f"{stem}{suffix}"
-
-
-def _converted(reader: TensorReader, dtype: torch.dtype) -> list[Entry]:
-    entries = []
-    for name in reader.names():
-        tensor = reader.get(name)
-        to = dtype if tensor.is_floating_point() else tensor.dtype
-        # The shape has to be known before anything is written; the tensor itself is read again then.
-        entries.append(Entry(name, tuple(tensor.shape), to, partial(reader.get, name)))
-    return entries
+def _entries(reader: TensorReader, dtype: torch.dtype | None) -> list[Entry]:
+    return [
+        Entry(name, reader.shapes[name], dtype if dtype and own.is_floating_point else own, partial(reader.get, name))
+        for name, own in reader.dtypes.items()
+    ]
 
 
 def open_in_fp32(folder: Path) -> None:

@@ -29,7 +29,7 @@ _NAMES: Final = {
 }  # fmt: skip
 _DTYPES: Final = {name: dtype for dtype, name in _NAMES.items()}
 _SMALL_FLOATS: Final = (torch.float8_e4m3fn, torch.float8_e5m2)
-_WEIGHTS: Final = "diffusion_pytorch_model"
+WEIGHTS: Final = "diffusion_pytorch_model"
 _ALIGNED: Final = 8  # the header's length is a multiple of this
 
 
@@ -154,20 +154,22 @@ def _one_ahead(entries: Sequence[Entry]) -> Generator[tuple[Entry, Tensor]]:
             yield last, tensor.result()
 
 
-def write_sharded(folder: Path, entries: Sequence[Entry], most_bytes: int, variant: str | None = None) -> list[Path]:
+def write_sharded(
+    folder: Path, entries: Sequence[Entry], most_bytes: int, variant: str | None = None, stem: str = WEIGHTS
+) -> list[Path]:
     """Write entries as diffusers does: one file, or several of at most `most_bytes` with an index beside them.
 
-    A `variant` is a part of every name.
+    A `variant` is a part of every name, `stem` what they begin with; transformers' do with another.
     """
     blank = {entry.name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for entry in entries}
     mark = f".{variant}" if variant else ""
-    pattern = f"{_WEIGHTS}{mark}{{suffix}}.safetensors"
+    pattern = f"{stem}{mark}{{suffix}}.safetensors"
     split = split_torch_state_dict_into_shards(blank, filename_pattern=pattern, max_shard_size=most_bytes)
     by_name = {entry.name: entry for entry in entries}
     for file, names in split.filename_to_tensors.items():
         write_safetensors(folder / file, [by_name[name] for name in names])
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        place = folder / f"{_WEIGHTS}.safetensors.index{mark}.json"
+        place = folder / f"{stem}.safetensors.index{mark}.json"
         place.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return [folder / file for file in split.filename_to_tensors]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from asdm_compress.core.checked_json import read_record
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.provenance import content_hash, processor_name, versions
-from asdm_compress.models.families import architecture
+from asdm_compress.models.families import architecture, latent_size_of
 from asdm_compress.models.sites import Site, SiteKind, SiteLevel, find_sites
 from asdm_compress.profiling.counting import MacCount, ModuleCounts, count
 from asdm_compress.profiling.crosscheck import cross_check
@@ -232,8 +232,7 @@ def check_fingerprint(wanted: Fingerprint, found: Fingerprint) -> None:
 
 def _latent_size(unet: UNet2DConditionModel, settings: ProfileSettings) -> int:
     if settings.image_size is None:
-        size = unet.config["sample_size"]
-        return int(size if isinstance(size, int) else size[0])
+        return latent_size_of(unet)
     if settings.image_size <= 0 or settings.image_size % 8:
         raise AsdmError(f"the image size {settings.image_size} is no positive multiple of 8", "For example 512.")
     smallest = 8 * 2 ** (len(unet.config["block_out_channels"]) - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
+from typing import Final
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -42,6 +43,11 @@ class CardContent:
     is_stock: bool
     is_pipeline: bool
     measured_here: bool
+    pipeline_class: str = "StableDiffusionPipeline"
+    variant: str | None = None
+
+
+_TAGS: Final = {"StableDiffusionPipeline": "text-to-image"}
 
 
 def render_card(content: CardContent) -> str:
@@ -49,7 +55,7 @@ def render_card(content: CardContent) -> str:
     data = ModelCardData(
         base_model=content.repository,
         library_name="diffusers",
-        pipeline_tag="text-to-image" if content.is_pipeline else None,
+        pipeline_tag=_TAGS.get(content.pipeline_class, "image-to-image") if content.is_pipeline else None,
         tags=["stable-diffusion", "pruning", "asdm-compress"],
     )
     place = files("asdm_compress.reporting") / "templates" / "card.md.j2"
@@ -58,6 +64,7 @@ def render_card(content: CardContent) -> str:
             data,
             template_path=str(path),
             content=content,
+            variant=f', variant="{content.variant}"' if content.variant else "",
             version=package_version("asdm-compress"),
             counted=_counted_rows(content.counted),
             measured=_measured_rows(content.recipe.evidence),

@@ -25,6 +25,8 @@ SCHEDULERS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "unipc": ("UniPCMultistepScheduler", {"use_karras_sigmas": False}),
 }
 
+ONE_CALL: Final = "dpm++"  # a sampler that calls the UNet once per step
+
 # What a UNet was trained with, which no other model's scheduler knows.
 _OF_THE_MODEL: Final = (
     "prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
@@ -55,6 +57,22 @@ def scheduler_like(other: SchedulerMixin, own: SchedulerMixin) -> SchedulerMixin
     # As keywords: of a config diffusers leaves out what were defaults there.
     made: SchedulerMixin = type(other).from_config(other.config, **of_model)
     return made
+
+
+def choose_scheduler(pipeline: StableDiffusionPipeline, name: str | None, *steps: int) -> str | None:
+    """Give a pipeline the scheduler called `name`; without a name, one that calls the UNet once per step.
+
+    Its own may call it more often in some of these numbers of steps, as SD 1.x's own PNDM does: then it is given
+    another, and what is returned is what people are to be told of that.
+    """
+    if name:
+        pipeline.scheduler = make_scheduler(name, pipeline)
+        return None
+    if all(evaluations(pipeline.scheduler, count) == count for count in steps):
+        return None
+    own = type(pipeline.scheduler).__name__
+    pipeline.scheduler = make_scheduler(ONE_CALL, pipeline)
+    return f"the model is sampled with {ONE_CALL}: its own {own} calls the UNet more than once per step"
 
 
 def evaluations(scheduler: SchedulerMixin, steps: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from asdm_compress.core.defaults import GUIDANCE, STEPS
 from asdm_compress.core.errors import AsdmError
+from asdm_compress.models.families import latent_size_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def latent_side(pipeline: StableDiffusionPipeline, settings: SamplingSettings) -
     """Height and width of the latents, in elements."""
     if settings.image_size:
         return int(settings.image_size // pipeline.vae_scale_factor)
-    return int(pipeline.unet.config["sample_size"])
+    return latent_size_of(pipeline.unet)
 
 
 def initial_latents(pipeline: StableDiffusionPipeline, count: int, settings: SamplingSettings) -> Tensor:

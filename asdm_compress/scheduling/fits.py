@@ -79,7 +79,7 @@ class Fitter:
             return kept
         found = _fit(self, tuple(actions), progress or (lambda done, total: None))
         if path is not None:
-            save_corrections(found.corrections, path)
+            save_corrections(found.corrections, path, CACHE_HINT)
             with output_file(path.with_suffix(".json"), CACHE_HINT) as aside:
                 aside.write_text(json.dumps(found.left), encoding="utf-8")
         return found

@@ -35,10 +35,15 @@ GAIN_PROMPTS: Final = 4
 Progress = Callable[[int, int], None]
 
 
-def sampler_timeline(pipeline: StableDiffusionPipeline, steps: int) -> Timeline:
-    """The evaluations of a run; raises AsdmError for one step, and for samplers that evaluate more than once a step."""
+def check_inheritable(steps: int) -> None:
+    """Raise AsdmError for a run of one step."""
     if steps < 2:
         raise AsdmError("a run of one sampling step has nothing to inherit", "Calibrate at least 2 steps.")
+
+
+def sampler_timeline(pipeline: StableDiffusionPipeline, steps: int) -> Timeline:
+    """The evaluations of a run; raises AsdmError for one step, and for samplers that evaluate more than once a step."""
+    check_inheritable(steps)
     check_one_evaluation_per_step(pipeline.scheduler, steps)
     scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config)
     scheduler.set_timesteps(steps)

@@ -18,7 +18,7 @@ from scipy.stats import t as student_t
 from torch import Tensor
 
 from asdm_compress.assembly.store import weights_hash
-from asdm_compress.core.files import CACHE_HINT, output_file
+from asdm_compress.core.files import CACHE_HINT, disk_errors, output_file
 from asdm_compress.evaluation.fidelity import compare_pairs
 from asdm_compress.sampling.images import decode
 from asdm_compress.sampling.settings import SamplingSettings, encode
@@ -107,9 +107,10 @@ class Judge:
             found = self._known[way.key] = Score((*found.psnr, *psnr), (*found.ssim, *ssim))
             if self._scores:
                 line = json.dumps({"way": way.key, "name": way.name, "psnr": found.psnr, "ssim": found.ssim})
-                self._scores.parent.mkdir(parents=True, exist_ok=True)
-                with self._scores.open("a", encoding="utf-8") as file:
-                    file.write(f"\n{line}\n")  # anew even behind a line that a kill cut short
+                with disk_errors(self._scores, CACHE_HINT):
+                    self._scores.parent.mkdir(parents=True, exist_ok=True)
+                    with self._scores.open("a", encoding="utf-8") as file:
+                        file.write(f"\n{line}\n")  # anew even behind a line that a kill cut short
         return Score(found.psnr[:count], found.ssim[:count])
 
     def scores(self, ways: Sequence[Way], progress: Progress | None = None) -> list[Score]:

@@ -38,7 +38,7 @@ class InRun:
 @dataclass(slots=True)
 class RunUnderWay:
     """A run under way; it began with evaluation `first` of its sampler. `guided` says that its calls' rows are two
-    halves, without and with the prompt.
+    halves, without and with the prompt, and `rows` how many of them the last call had.
 
     Its timesteps are not held: once nobody has them, nobody can call for its next step, and another run may have its
     timesteps in the same memory.
@@ -49,6 +49,7 @@ class RunUnderWay:
     first: int
     run: Run
     guided: bool = False
+    rows: int = 0
 
     @classmethod
     def at(cls, place: InRun, run: Run) -> RunUnderWay:

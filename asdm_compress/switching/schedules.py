@@ -86,7 +86,14 @@ class SwitchingSchedule:
             return self.actions
         if self.is_whole:
             return tuple(self.nearest(sigma) for sigma in self._sigmas(timeline))
-        return remap(self.actions, self._sigmas(self.timeline), self._sigmas(timeline))
+        try:
+            return remap(self.actions, self._sigmas(self.timeline), self._sigmas(timeline))
+        except AsdmError as error:
+            # What is said of an inheritance schedule's file does not help: this one is a part of the UNet.
+            raise AsdmError(
+                f"this UNet's own schedule is for other steps: {error.message}",
+                f"Sample with about {len(self.actions)} steps of the sampler in its folder, as `generate` does.",
+            ) from error
 
     def nearest(self, sigma: float) -> Action:
         """What computes at a noise level by itself: the member that does at the nearest one (in log σ)."""

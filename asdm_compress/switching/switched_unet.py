@@ -131,7 +131,11 @@ class SwitchedUNet2DConditionModel(AssembledUNet2DConditionModel):
         return self._names
 
     def member(self, name: str) -> UNet2DConditionModel:
-        """Another member than the body."""
+        """Another member than the body; raises AsdmError for the body, which this UNet is itself, and other names."""
+        if name not in self._names[1:]:
+            have = ", ".join(self._names[1:]) or "no member beside it"
+            what = "is this UNet's own body" if name in self._names else "is no member of this UNet"
+            raise AsdmError(f"{name!r} {what}", f"It has {have}; `alone` gives any of them as a UNet by itself.")
         found: UNet2DConditionModel = self.others[self._names.index(name) - 1]
         return found
 
@@ -152,13 +156,14 @@ class SwitchedUNet2DConditionModel(AssembledUNet2DConditionModel):
 
     def actions_at(self, timeline: Timeline) -> tuple[Action, ...]:
         """What the schedule does at each of these evaluations; people are told where it was made for others."""
+        actions = self.schedule.actions_at(timeline)
         if not self.schedule.fits(timeline) and len(set(self.schedule.actions)) > 1:
             self._tell(
                 f"this UNet's switching schedule was made for {len(self.schedule.actions)} evaluations from timestep "
                 f"{self.schedule.timesteps[0]:g} to {self.schedule.timesteps[-1]:g}, and is carried over by noise "
                 f"level to {len(timeline)} from {timeline.timesteps[0]:g} to {timeline.timesteps[-1]:g}"
             )
-        return self.schedule.actions_at(timeline)
+        return actions
 
     @apply_lora_scale("cross_attention_kwargs")  # type: ignore[untyped-decorator]
     def forward(
@@ -189,9 +194,10 @@ class SwitchedUNet2DConditionModel(AssembledUNet2DConditionModel):
         if opened is None:
             return self._by_noise(call, "a timestep that is no part of a sampler's timesteps")
         # Looked for at two calls, since only the pipeline knows: other halves may begin with the same noise, and then a
-        # run begins anew. Not at more, since that waits for the device.
-        if opened.run.step < 2:
+        # run begins anew. Not at more, since that waits for the device, unless guidance is switched off on the way.
+        if opened.run.step < 2 or opened.rows != len(call.sample):
             opened.guided = self.schedule.reuses_guidance and call.has_both_branches
+        opened.rows = len(call.sample)
         prediction = opened.run.evaluate(call, opened.guided)
         self._runs.keep(opened)
         return prediction

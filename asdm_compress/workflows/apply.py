@@ -32,7 +32,7 @@ from asdm_compress.models.saving import PLAIN, FileLayout, check_rest, copy_rest
 from asdm_compress.models.single_file import write_rest
 from asdm_compress.models.source import LoadOptions, Source
 from asdm_compress.models.streaming import Entry
-from asdm_compress.sampling.schedulers import make_scheduler
+from asdm_compress.sampling.schedulers import choose_scheduler
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.workflows.card import PYTHON, Origin, write_card
 from asdm_compress.workflows.progress import Progress
@@ -167,7 +167,7 @@ def _stream(recipe: Recipe, source: Source, writing: Writing, options: LoadOptio
         check_space(writing.out, sum(entry.bytes for entry in entries))
         with progress.stage("Writing"), output_folder(writing.out, writing.overwrite) as aside:
             if source.kind == "single file" and source.is_pipeline:
-                write_rest(source, aside, student, options)
+                write_rest(source, aside, student, options, writing.layout)
             save_unet(student, entries, aside / "unet" if source.is_pipeline else aside, writing.layout)
             if source.kind == "pipeline folder":
                 assert source.path is not None
@@ -195,7 +195,8 @@ def _tell(
     provenance = {name: value for name, value in recipe.provenance.items() if name != "weights"}
     kept = recipe.model_copy(update={"evidence": None, "inheritance": None, "base": base, "provenance": provenance})
     (folder / "recipe.yaml").write_text(dump_recipe(kept), encoding="utf-8")
-    write_card(folder, writing.repository or writing.out.name, origin, recipe, teacher, student)
+    name = writing.repository or writing.out.name
+    write_card(folder, name, origin, recipe, teacher, student, variant=writing.layout.variant)
 
 
 def _fit(
@@ -214,8 +215,8 @@ def _fit(
     check_fits(specs, bands)
     check_bands(start.sampling.steps, bands)
     pipeline = open_pipeline(source, replace(options, dtype=torch.float32, device=start.device))
-    if start.scheduler:
-        pipeline.scheduler = make_scheduler(start.scheduler, pipeline)
+    if notice := choose_scheduler(pipeline, start.scheduler, start.sampling.steps):
+        progress.note(notice)
     prompts = choose_prompts(pipeline, start.prompts, start.calibration_prompts, start.held_out_prompts).calibration
     check_prompts(len(prompts))
     with progress.bar("Recording the model's trajectories") as bar:

@@ -32,8 +32,9 @@ from asdm_compress.models.source import LoadOptions, Source
 from asdm_compress.profiling.profile import Profile
 from asdm_compress.reporting.assembly import GRID_COLUMNS, PlanRow, plan_rows, teacher_student_grid
 from asdm_compress.sampling.images import Samples, sample
-from asdm_compress.sampling.settings import SamplingSettings
+from asdm_compress.sampling.settings import SamplingSettings, check_size
 from asdm_compress.scheduling.goals import Goal
+from asdm_compress.scheduling.measure import check_inheritable
 from asdm_compress.scheduling.timing import REPEATS
 from asdm_compress.workflows.assembly_files import Facts, assembly_record, frontier_record, save_assembly
 from asdm_compress.workflows.calibrate import CalibrateSettings, find_schedule, write_schedule
@@ -98,6 +99,7 @@ def run_assemble(
         pipeline = open_pipeline(source, options)
     for note in source.notes:
         progress.note(note)
+    _check_schedule(inherit, pipeline, settings.sampling)
     teacher = pipeline.unet
     own_scheduler = pipeline.scheduler
     measured = measure(pipeline, limits, settings, progress, model, processes)
@@ -203,6 +205,13 @@ class _Schedule:
         """The schedule and its report into the student's folder."""
         if self.calibrated is not None and self.settings is not None:
             write_schedule(folder, self.model, self.calibrated, self.settings)
+
+
+def _check_schedule(inherit: Limit | None, pipeline: StableDiffusionPipeline, sampling: SamplingSettings) -> None:
+    """Refuse now what `_calibrated` would refuse last, when everything else is there."""
+    if inherit is not None:
+        check_size(pipeline, sampling)
+        check_inheritable(sampling.steps)
 
 
 def _calibrated(

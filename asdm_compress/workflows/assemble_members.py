@@ -28,6 +28,7 @@ from asdm_compress.workflows.progress import Progress
 from asdm_compress.workflows.students import Students, make_students, step_overhead
 
 TEACHER: Final = "teacher"
+_WITHIN: Final = ("the teacher is within this time already", "Ask for less than 1x.")
 SWITCH_PROMPTS: Final = 4  # that exchanges of members are measured on, and as many to choose on: each is a whole run
 
 
@@ -66,6 +67,8 @@ def run_assemble_members(
     """
     if most < 1 or len(limits) != 1 or limits[0].resource != "latency":
         raise AsdmError("students that take turns are made for a time", "Use --members 2 --budget latency=0.6x.")
+    if limits[0].relative and limits[0].value >= 1:
+        raise AsdmError(*_WITHIN)
     with progress.stage("Opening the model"):
         source = resolve(model, options)
         check_output(target.out, target.overwrite, source.path)
@@ -79,7 +82,7 @@ def run_assemble_members(
         return None
     share = limits[0].absolute(measured.profile.latency) / measured.profile.latency
     if share >= 1:
-        raise AsdmError("the teacher is within this time already", "Ask for less than 1x.")
+        raise AsdmError(*_WITHIN)
     with progress.stage("Timing what a step takes beside the UNet"):
         overhead = step_overhead(pipeline, measured.prompts.held_out[:1], settings)
     students = make_students(teacher, measured, share, overhead, settings, most, progress).as_stored(source, options)

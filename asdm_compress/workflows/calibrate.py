@@ -209,8 +209,12 @@ def prepare(
     one_batch: Tensor,
     progress: Progress,
     known: KindTimes | None = None,
+    judge: Judge | None = None,
 ) -> Choosing:
-    """Everything that is measured before anything is chosen. Kinds of steps that are `known` are not timed again."""
+    """Everything that is measured before anything is chosen. Kinds of steps that are `known` are not timed again.
+
+    Without a `judge` schedules are compared with the pipeline's own full run on the validation prompts.
+    """
     sampling = settings.sampling
     timeline = sampler_timeline(pipeline, sampling.steps)
     menus = find_menus(pipeline, sampling, timeline)
@@ -231,10 +235,11 @@ def prepare(
         program = DynamicProgram(surrogate, times)
         front = find_front(program)
         corrected = find_front(program.at(times.corrected())) if settings.corrections else front
-    with progress.stage("Sampling the full run on validation prompts"):
-        seeds = replace(sampling, seed=VALIDATION_SEED)
-        place = measurement_folder(pipeline, splits.validation, seeds, 0)
-        judge = Judge(pipeline, splits.validation, seeds, place, settings.batch)
+    if judge is None:
+        with progress.stage("Sampling the full run on validation prompts"):
+            seeds = replace(sampling, seed=VALIDATION_SEED)
+            place = measurement_folder(pipeline, splits.validation, seeds, 0)
+            judge = Judge(pipeline, splits.validation, seeds, place, settings.batch)
     fitter = None
     if settings.corrections:
         texts = encode(pipeline, splits.calibration, sampling.guidance)

@@ -98,14 +98,13 @@ def frontier_of(tried: Sequence[Candidate]) -> tuple[Candidate, ...]:
     return tuple(found)
 
 
-def tried_steps(teacher: int, fastest: int, reference: int, longer: Sequence[float]) -> list[int]:
-    """How many steps schedules are tried with, in which members and more are chosen together.
+def tried_steps(full: int, fastest: int, reference: int, longer: Sequence[float]) -> list[int]:
+    """How many steps schedules are tried with that run a member, or several.
 
-    `longer` times those that the teacher computes in full in the time, at most the reference's. From the steps of the
-    `fastest` member there would be so many that measuring takes hours, but few of them are cheap, and the teacher alone
-    may have time for next to none.
+    `longer` times those that it, of several the teacher, computes in `full` in the time, at most the reference's; where
+    it has time for next to none, times a few of those that the `fastest` member computes.
     """
-    most = max(teacher, min(fastest, CHEAP))
+    most = max(full, min(fastest, CHEAP))
     return list(dict.fromkeys(min(reference, max(2, round(factor * most))) for factor in longer))
 
 
@@ -158,16 +157,17 @@ class Search:
         `longer` are the steps of the tried schedules, as in `tried_steps`.
         """
         budget = share * self.whole - self.outside
+        if share < self.least:
+            return []
         ways = self._fewer(budget)
         reference, most = self.settings.sampling.steps, max((way.steps for _, way in ways), default=1)
         for member in (self.teacher, *self.students):
             own = self._full_steps(member, budget)
             for steps in tried_steps(max(own, 1), most, reference, longer):
-                solver = self._solver(steps)
                 if member == self.teacher:
-                    ways += self.joint(steps, solver, budget)
-                if steps != reference:
-                    ways += self.calibrated(steps, solver, budget, member)
+                    ways += self.joint(steps, self._solver(steps), budget)
+                if own < steps < reference:
+                    ways += self.calibrated(steps, self._solver(steps), budget, member)
             # What `calibrate` does: of the reference's own steps as many, on which only the member and what is
             # inherited err.
             ways += self.calibrated(reference, None, budget, member)
@@ -223,6 +223,12 @@ class Search:
                 role = "fewer steps" if member == self.teacher else "a student alone"
                 found.append((role, Way(name, count, self.times.run(actions), Schedule(actions), solver)))
         return found
+
+    @property
+    def least(self) -> float:
+        """The share of the time that the shortest of all schedules takes: a step of the fastest member, and none."""
+        fastest = min((self.teacher, *self.students), key=lambda member: self.times.seconds[member])
+        return (self.outside + self.times.run((fastest, SKIP))) / self.whole
 
     def _full_steps(self, member: Action, budget: float) -> int:
         """How many steps a member computes in full in a loop of `budget` seconds, at most the reference's."""
@@ -302,7 +308,7 @@ class Search:
             self.settings, sampling=replace(self.settings.sampling, steps=steps), corrections=False, curve=0
         )
         known = self._kinds.get((member, solver))
-        choosing = prepare(here, settings, self.splits, self.one_batch, self.progress, known)
+        choosing = prepare(here, settings, self.splits, self.one_batch, self.progress, known, self.judge)
         self._kinds[member, solver] = choosing.every_times
         again = partial(self._calibrated, solver, choosing, full, member)
         way = again(budget)

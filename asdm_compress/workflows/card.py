@@ -10,8 +10,10 @@ from diffusers import UNet2DConditionModel
 
 from asdm_compress.core.recipe import Recipe
 from asdm_compress.models.assembled_unet import AssembledUNet2DConditionModel
+from asdm_compress.models.families import latent_size_of
 from asdm_compress.models.loading import text_tokens_of
 from asdm_compress.models.names import HUB_NAMES, NAMES
+from asdm_compress.models.single_file import PIPELINES
 from asdm_compress.models.source import Source
 from asdm_compress.profiling.counting import count
 from asdm_compress.reporting.card import CardContent, CountedCosts, render_card
@@ -58,9 +60,10 @@ def write_card(
     teacher: UNet2DConditionModel,
     student: UNet2DConditionModel,
     measured_here: bool = False,
+    variant: str | None = None,
 ) -> None:
     """Write the card of a student folder that is to be called `name`; the two UNets may be on the meta device."""
-    size = int(teacher.config["sample_size"])
+    size = latent_size_of(teacher)
     tokens = text_tokens_of(origin.source)
     content = CardContent(
         name=name,
@@ -73,6 +76,8 @@ def write_card(
         is_stock=not isinstance(student, AssembledUNet2DConditionModel),
         is_pipeline=origin.source.is_pipeline,
         measured_here=measured_here,
+        pipeline_class=PIPELINES.get(int(student.config["in_channels"]), PIPELINES[4]),
+        variant=variant,
     )
     (folder / CARD).write_text(render_card(content), encoding="utf-8")
 

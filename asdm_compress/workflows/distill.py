@@ -40,7 +40,7 @@ from asdm_compress.models.source import LoadOptions
 from asdm_compress.models.tree import meta_copy
 from asdm_compress.reporting.grid import labelled_grid
 from asdm_compress.sampling.images import decode
-from asdm_compress.sampling.schedulers import evaluations, make_scheduler
+from asdm_compress.sampling.schedulers import choose_scheduler
 from asdm_compress.sampling.settings import SamplingSettings, check_text_to_image
 from asdm_compress.workflows.card import Origin, write_card
 from asdm_compress.workflows.progress import Progress, Silent
@@ -57,7 +57,6 @@ from asdm_compress.workflows.training_run import (
 from asdm_compress.workflows.training_section import choose_training, damage_before
 
 _PROBE_STEPS: Final = 10
-_SAMPLER: Final = "dpm++"
 _SAMPLES: Final = "samples"
 _SHOWN: Final = 4
 _HALF: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -149,7 +148,9 @@ def run_distill(
     if training.trains == "lora":
         add_lora(opened.student, training.lora_rank, training.seed)
     noising = noise_scheduler(opened.teacher.scheduler.config)
-    _sample_once_per_step(opened.teacher, training, progress)
+    # For latents made from captions, and for probes.
+    if notice := choose_scheduler(opened.teacher, None, _PROBE_STEPS, training.data.sampling_steps):
+        progress.note(notice)
     places = ([p.student for p in pairs], [p.teacher for p in pairs])
     with progress.stage("Estimating memory and time"):
         forecast = rehearse(
@@ -197,16 +198,6 @@ def _open(
         progress.note(note)
     check_text_to_image(opened.teacher)
     return opened
-
-
-def _sample_once_per_step(teacher: StableDiffusionPipeline, training: Distillation, progress: Progress) -> None:
-    """Give a teacher whose sampler calls the UNet more than once per step, as SD 1.x's own PNDM, another to be sampled
-    with: for latents made from captions, and for probes."""
-    steps = (_PROBE_STEPS, training.data.sampling_steps)
-    if any(evaluations(teacher.scheduler, count) != count for count in steps):
-        own = type(teacher.scheduler).__name__
-        progress.note(f"the teacher is sampled with {_SAMPLER}: {own} calls the UNet more than once per step")
-        teacher.scheduler = make_scheduler(_SAMPLER, teacher)
 
 
 def _pairs(opened: StudentAndTeacher, training: Distillation, progress: Progress) -> tuple[FeaturePair, ...]:

@@ -111,7 +111,10 @@ def _write_file(
     programs = verdicts(unet, "sdcpp" if form == "sdcpp" else "ldm", is_whole=pipeline is not None)
     if form == "sdcpp" and not any(program.opens for program in programs):
         other = any(program.opens for program in verdicts(unet, "ldm", is_whole=pipeline is not None))
-        hint = "Try --format ldm." if other else "No file format has names for it; portable and onnx take it."
+        # A UNet without edits has names there, whichever programs open it; one with edits has a loader of its own.
+        is_edited = isinstance(unet, AssembledUNet2DConditionModel)
+        hint = "No file format has names for it; portable and onnx take it." if is_edited else "Try --format ldm."
+        hint = "Try --format ldm." if other else hint
         raise AsdmError(f"stable-diffusion.cpp does not open this UNet: {programs[0].why}", hint)
     tensors: dict[str, Tensor] = unet_to_ldm(unet, with_gaps=form == "sdcpp")
     metadata = {"format": "pt"}

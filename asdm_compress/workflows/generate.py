@@ -92,6 +92,9 @@ def run_generate(
 ) -> GenerateResult:
     """Sample and write; raises AsdmError for models, schedulers or sizes that cannot be used."""
     names = [model] if settings.compare is None else [settings.compare, model]
+    if settings.compare == model and settings.inherit is None:
+        raise AsdmError(f"{model} is compared with itself", "Name another model with --compare, or give --inherit.")
+    given = tuple(names)
     check_apart(out, overwrite, names)
     prompts = [prompt for prompt in settings.prompts for _ in range(settings.images_per_prompt)]
     runs: list[Samples] = []
@@ -115,8 +118,10 @@ def run_generate(
     if len({run.latents.shape for run in runs}) > 1:
         raise AsdmError("the two models make images of different sizes", "Give both one --image-size.")
     if settings.inherit:
-        names[-1] += f" inheriting {Path(settings.inherit).name}"
-    labels = [f"{Path(name).name or name}\n{run.seconds:.2f} s/image" for name, run in zip(names, runs, strict=True)]
+        is_file = Path(settings.inherit).suffix in (".yaml", ".yml")
+        names[-1] += f" inheriting {Path(settings.inherit).name if is_file else settings.inherit}"
+    shown = [f"{Path(model).name or model}{name.removeprefix(model)}" for model, name in zip(given, names, strict=True)]
+    labels = [f"{name}\n{run.seconds:.2f} s/image" for name, run in zip(shown, runs, strict=True)]
     captions = [f"{prompt} [seed {settings.sampling.seed + i}]" for i, prompt in enumerate(prompts)]
     grid = labelled_grid(list(zip(labels, [run.images for run in runs], strict=True)), captions)
     files = []

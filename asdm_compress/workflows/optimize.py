@@ -99,9 +99,12 @@ def run_optimize(
     check_size(pipeline, settings.sampling)
     teacher, students = pipeline.unet, None if make is None else _students(pipeline, settings, make, models, progress)
     if students is not None:
-        members |= students.of(teacher)
+        made = students.of(teacher)
+        # The model itself may have the name of one, if it was a student.
+        members = {"teacher" if name in made else name: unet for name, unet in members.items()} | made
     search = Search(pipeline, members, settings, progress)
-    share = settings.goal.limit.absolute(search.whole) / search.whole
+    whole = search.whole / settings.images
+    share = settings.goal.limit.absolute(whole) / whole
     if share >= 1:
         raise AsdmError("the full run is within this time already", "Ask for less than 1x.")
     tried = search.tried(share)
@@ -110,7 +113,9 @@ def run_optimize(
     if chosen is None:
         raise AsdmError(
             f"nothing was found that takes {share:.4g}x of the time of a whole image",
-            f"Reached was latency={min(c.share for c in tried):.3f}x." if tried else "Allow more.",
+            f"Reached was latency={min(c.share for c in tried):.3f}x."
+            if tried
+            else f"The least that is tried takes latency={search.least:.3f}x.",
             ExitCode.INFEASIBLE,
         )
     with progress.bar("Reporting on test prompts") as bar:
@@ -161,7 +166,8 @@ def _students(
         if is_fitted and len(seen) <= FEWEST_PROMPTS:
             raise AsdmError(
                 f"of these prompts students would be fitted on {len(seen) - 1}, which are too few",
-                f"Give a file of {2 * (FEWEST_PROMPTS + 1)} prompts or more, or the students themselves by --members.",
+                "Give more prompts, more of them for --calibration-prompts and --validation-prompts beside "
+                "--test-prompts, or the students themselves by --members.",
             )
         plan = replace(plan, prompts=seen, calibration_prompts=max(1, len(seen) - 1), held_out_prompts=1)
     limits = [Limit("latency", STEP_SHARE, relative=True)]

@@ -45,7 +45,7 @@ from asdm_compress.profiling.profile import (
 )
 from asdm_compress.profiling.slot_costs import places_of, slot_costs
 from asdm_compress.sampling.run import check_one_evaluation_per_step
-from asdm_compress.sampling.schedulers import make_scheduler
+from asdm_compress.sampling.schedulers import choose_scheduler
 from asdm_compress.sampling.settings import SamplingSettings, check_text_to_image
 from asdm_compress.workflows.progress import Progress, Silent
 
@@ -164,8 +164,9 @@ def measure(
     check_teacher(teacher)
     check_text_to_image(pipeline)
     check_bands(sampling.steps, settings.bands)
-    if settings.scheduler:
-        pipeline.scheduler = make_scheduler(settings.scheduler, pipeline)
+    notice = choose_scheduler(pipeline, settings.scheduler, sampling.steps)
+    if notice and processes.is_main:
+        progress.note(notice)
     check_one_evaluation_per_step(pipeline.scheduler, sampling.steps)
     prompts = choose_prompts(pipeline, settings.prompts, settings.calibration_prompts, settings.held_out_prompts)
     is_fitted = bool(specs or settings.narrow or settings.refit != "none")

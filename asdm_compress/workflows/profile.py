@@ -29,6 +29,8 @@ def run_profile(
         check_output(out, overwrite)
     with progress.stage("Opening the model"):
         source = resolve(model, options)
+        if out is not None:
+            check_output(out, overwrite, source.path)
         unet = open_unet(source, options)
     if isinstance(unet, HasMembers):
         raise AsdmError(

@@ -54,7 +54,7 @@ def push(folder: Path, repository: str) -> str:
         commit = api.create_commit(repository, operations, commit_message="Upload a student of asdm-compress")
     # Of a large file that is not taken, huggingface_hub says so by a plain RuntimeError or ValueError.
     except (HfHubHTTPError, HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise _unreachable(repository, error) from error
+        raise _unreachable(repository, error, "; what was written here is complete") from error
     return str(commit.commit_url)
 
 
@@ -80,10 +80,10 @@ def stale_weights(old: Iterable[str], new: Collection[str]) -> list[CommitOperat
     return [CommitOperationDelete(name) for name in gone]
 
 
-def _unreachable(repository: str, error: Exception) -> AsdmError:
+def _unreachable(repository: str, error: Exception, written: str = "") -> AsdmError:
     why = ": ".join(first_line(each) for each in (error, error.__cause__) if each is not None)
     return AsdmError(
         f"the hub did not take {repository}: {why}",
-        "Check the network and `hf auth whoami`; what was written here is complete.",
+        f"Check the network and `hf auth whoami`{written}.",
         ExitCode.ENVIRONMENT,
     )

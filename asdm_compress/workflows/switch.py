@@ -17,6 +17,7 @@ from asdm_compress.inheritance.actions import Action
 from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.inheritance.schedule_file import load_schedule, save_schedule
 from asdm_compress.inheritance.timeline import timeline_of
+from asdm_compress.models.families import latent_size_of
 from asdm_compress.models.loading import open_pipeline, open_unet
 from asdm_compress.models.resolve import resolve
 from asdm_compress.models.saving import save_pipeline
@@ -188,7 +189,7 @@ def schedule_of(
 def by_size(pipeline: StableDiffusionPipeline, members: Mapping[str, UNet2DConditionModel]) -> list[str]:
     """The members' names, from the one that computes least to the one that computes most."""
     tokens = int(pipeline.tokenizer.model_max_length)
-    size = int(pipeline.unet.config["sample_size"])
+    size = latent_size_of(pipeline.unet)
     macs = {name: count(unet, 1, size, size, tokens).macs[""].total for name, unet in members.items()}
     return sorted(macs, key=lambda name: macs[name])
 
