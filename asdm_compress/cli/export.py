@@ -14,7 +14,7 @@ from asdm_compress.core.defaults import STEPS
 from asdm_compress.core.files import check_output
 from asdm_compress.core.units import format_bytes
 
-_COLLAPSED = ("static", "per-step")
+_OTHERS = ("ldm", "sdcpp", "onnx", "portable")
 
 
 def export(
@@ -42,9 +42,9 @@ def export(
     as_json: o.Json = False,
 ) -> None:
     """Write a model in the layout that another program reads."""
-    if form not in _COLLAPSED:
+    if form in _OTHERS:
         why = f"does nothing with --format {form}"
-        o.refuse_given(context, ("steps", "scheduler"), why, f"It is for {' and '.join(_COLLAPSED)}.")
+        o.refuse_given(context, ("steps", "scheduler"), why, "It is for static and per-step.")
     if out is not None:
         check_output(out, overwrite)
     output = Output(quiet, as_json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,6 @@ _KEPT: Final = (".json", ".txt", ".model")  # configs, vocabularies and merges
 # What was found for a model as it is.
 _MEASURED: Final = (
     "assembly.json", "frontier.json", "eval.json", "report.json", "calibration.json", "optimize.json", "sampling.json",
-    "profile.json",
 )  # fmt: skip
 
 
@@ -95,18 +94,21 @@ def copy_rest(
     unet: UNet2DConditionModel,
     dtype: torch.dtype | None,
     layout: FileLayout = PLAIN,
+    left: Collection[str] = (),
+    allow_pickle: bool = False,
 ) -> None:
     """Copy everything of a pipeline folder but its UNet, with `unet`'s class named in the index.
 
-    What was measured of the model in the folder does not hold for the new one, and is left behind. Of weights that are
-    there twice, only those are copied that would be read; with a `dtype` they are converted, one at a time.
+    What was measured of the model in the folder does not hold for the new one, and is left behind, as the files called
+    as in `left` are. Of weights that are there twice, only those are copied that would be read; with a `dtype` they are
+    converted, one at a time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     index, parts = _index(source), _parts(source)
     for part in sorted(source.iterdir()):
         if part in parts:
-            _copy_part(part, folder / part.name, dtype, layout)
-        elif part.is_file() and part.suffix in _KEPT and part.name not in _MEASURED:
+            _copy_part(part, folder / part.name, dtype, layout, allow_pickle)
+        elif part.is_file() and part.suffix in _KEPT and part.name not in (*_MEASURED, *left):
             shutil.copyfile(part, folder / part.name)
     library = "diffusers" if type(unet) is UNet2DConditionModel else type(unet).__module__
     index["unet"] = [library, type(unet).__name__]
@@ -126,7 +128,7 @@ def _parts(source: Path) -> set[Path]:
     return {folder for folder in named if folder.is_dir()}
 
 
-def _copy_part(source: Path, folder: Path, dtype: torch.dtype | None, layout: FileLayout) -> None:
+def _copy_part(source: Path, folder: Path, dtype: torch.dtype | None, layout: FileLayout, allow_pickle: bool) -> None:
     folder.mkdir()
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in _KEPT and not is_weights(path.name):  # of shards the index is made anew
@@ -141,7 +143,7 @@ def _copy_part(source: Path, folder: Path, dtype: torch.dtype | None, layout: Fi
         mark = f".{layout.variant}" if layout.variant else ""
         shutil.copyfile(first, folder / f"{stem}{mark}{first.suffix}")
         return
-    with reading(source) as reader:
+    with reading(source, allow_pickle) as reader:
         write_sharded(folder, _entries(reader, dtype), layout.shard_bytes, layout.variant, stem)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -38,6 +38,7 @@ from asdm_compress.workflows.card import PYTHON, Origin, write_card
 from asdm_compress.workflows.progress import Progress
 from asdm_compress.workflows.publish import check_hub, push
 
+PROFILE: Final = "profile.json"  # of what the model was made of, not of the model
 SlotStartName = Literal["fit", "zero", "random", "copied"]
 
 
@@ -171,7 +172,7 @@ def _stream(recipe: Recipe, source: Source, writing: Writing, options: LoadOptio
             save_unet(student, entries, aside / "unet" if source.is_pipeline else aside, writing.layout)
             if source.kind == "pipeline folder":
                 assert source.path is not None
-                copy_rest(source.path, aside, student, options.dtype, writing.layout)
+                copy_rest(source.path, aside, student, options.dtype, writing.layout, (PROFILE,), options.allow_pickle)
             _tell(aside, writing, recipe, source, teacher, student)
         return ApplyResult(len(spec.weight_map), len(removed_tensors(teacher, spec)), 0, spec.is_stock)
 

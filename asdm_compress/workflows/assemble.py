@@ -32,6 +32,7 @@ from asdm_compress.models.source import LoadOptions, Source
 from asdm_compress.profiling.profile import Profile
 from asdm_compress.reporting.assembly import GRID_COLUMNS, PlanRow, plan_rows, teacher_student_grid
 from asdm_compress.sampling.images import Samples, sample
+from asdm_compress.sampling.run import check_one_evaluation_per_step
 from asdm_compress.sampling.settings import SamplingSettings, check_size
 from asdm_compress.scheduling.goals import Goal
 from asdm_compress.scheduling.measure import check_inheritable
@@ -99,7 +100,7 @@ def run_assemble(
         pipeline = open_pipeline(source, options)
     for note in source.notes:
         progress.note(note)
-    _check_schedule(inherit, pipeline, settings.sampling)
+    _check_schedule(inherit, pipeline, settings)
     teacher = pipeline.unet
     own_scheduler = pipeline.scheduler
     measured = measure(pipeline, limits, settings, progress, model, processes)
@@ -207,11 +208,16 @@ class _Schedule:
             write_schedule(folder, self.model, self.calibrated, self.settings)
 
 
-def _check_schedule(inherit: Limit | None, pipeline: StableDiffusionPipeline, sampling: SamplingSettings) -> None:
-    """Refuse now what `_calibrated` would refuse last, when everything else is there."""
+def _check_schedule(inherit: Limit | None, pipeline: StableDiffusionPipeline, settings: PlanSettings) -> None:
+    """Refuse now what `_calibrated` would refuse last, when everything else is there.
+
+    And a model's own sampler of several calls per step, which stays the student's: the schedule would be for another.
+    """
     if inherit is not None:
-        check_size(pipeline, sampling)
-        check_inheritable(sampling.steps)
+        check_size(pipeline, settings.sampling)
+        check_inheritable(settings.sampling.steps)
+        if settings.scheduler is None:
+            check_one_evaluation_per_step(pipeline.scheduler, settings.sampling.steps)
 
 
 def _calibrated(

@@ -23,6 +23,7 @@ from asdm_compress.models.saving import link_equal_files, save_pipeline
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.reporting.frontier import frontier_svg
 from asdm_compress.sampling.own_steps import save_own_steps
+from asdm_compress.sampling.run import check_one_evaluation_per_step
 from asdm_compress.sampling.settings import check_size, check_text_to_image
 from asdm_compress.workflows.calibrate import CalibrateSettings, split_prompts
 from asdm_compress.workflows.candidates import LONGER, Candidate, Search, frontier_of
@@ -97,6 +98,7 @@ def run_optimize(
     pipeline, members = open_models(models, options, progress, settings.scheduler)
     check_text_to_image(pipeline)
     check_size(pipeline, settings.sampling)
+    check_one_evaluation_per_step(pipeline.scheduler, settings.sampling.steps)  # what all is compared with is its own
     teacher, students = pipeline.unet, None if make is None else _students(pipeline, settings, make, models, progress)
     if students is not None:
         made = students.of(teacher)
