@@ -78,6 +78,10 @@ def test_csv_and_text_files_say_the_same_as_jsonl(folder):
     found = read_all(ImageFolder.open(folder))
     assert [(i.name, i.caption) for i in found if not isinstance(i, BadItem)] == wanted
     assert {i.name for i in found if isinstance(i, BadItem)} == {"broken.png", "silent.png"}
+    (folder / "a.txt").write_bytes(b"caf\xe9")
+    bad = {i.name: i.reason for i in read_all(ImageFolder.open(folder)) if isinstance(i, BadItem)}
+    assert bad["a.png"] == "its caption is no UTF-8 text"
+    assert bad["silent.png"] == "it has no caption"
 
 
 def test_captions_may_hold_commas_ends_of_lines_and_what_looks_like_them(folder):
@@ -181,14 +185,14 @@ def test_shards_are_made_once_by_whichever_process_and_again_after_a_kill(pipeli
 
     def other_process():  # while the first waits, the second does its share
         waits.append(1)
-        if len(waits) == 1:
+        if len(waits) == 2:  # before, all have looked what is there
             cache_module._write_shards(place(), source, encoder, "refuse", Share(1, 2), None)
 
     def place():
         return next((tmp_path / "cache" / "latents").iterdir())
 
     whole = cached(source, encoder, "refuse", Share(0, 2), other_process)
-    assert len(waits) == 2
+    assert len(waits) == 3
     assert len(whole) == 10
     shards = sorted(place().glob("items-*.safetensors"))
     assert [len(load_file(s)["latents"]) for s in shards] == [4, 4, 2]
@@ -201,6 +205,9 @@ def test_shards_are_made_once_by_whichever_process_and_again_after_a_kill(pipeli
     again = cached(source, encoder, "refuse")
     assert torch.equal(again.latents(items), before)
     assert [s.stat().st_mtime_ns == t for s, t in zip(shards, times, strict=True)] == [True, False, True]
+    # Nor does what some program has cleared away, with the index still there.
+    shards[0].unlink()
+    assert torch.equal(cached(source, encoder, "refuse").latents(items), before)
     # Another pipeline's, another size's and another source's latents lie elsewhere.
     cached(SceneSource(10, seed=1), encoder, "refuse")
     cached(source, Encoder(pipeline, SamplingSettings(image_size=64)), "refuse")
@@ -252,6 +259,9 @@ def test_what_a_training_reads_is_not_replaced_by_its_student(folder, tmp_path):
         check_training(tmp_path / "models", probed, settings, 1)
     check_training(tmp_path / "models", probed, replace(settings, resume=True), 1)
     check_training(folder, training, replace(settings, dry_run=True), 1)
+    pattern = Distillation(data=Data(source=str(folder / "*.parquet")))
+    with pytest.raises(AsdmError, match="images, which is read"):
+        check_training(folder, pattern, settings, 1)
 
 
 def test_large_images_are_encoded_fewer_at_a_time(pipeline):

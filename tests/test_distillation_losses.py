@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.surgery import assemble, build, specify
 from asdm_compress.core.distillation import (
+    Data,
     Distillation,
     Losses,
     Pair,
@@ -360,4 +361,5 @@ def test_wrong_presets_and_values_are_named(tmp_path):
     for name in ("losses.taks", "loses.task", "seed.of.it"):
         with pytest.raises(AsdmError, match=r"no (such )?setting"):
             changed(Distillation(), {name: 1})
-    assert changed(Distillation(), {"losses.task": 0.25, "steps": None}).losses.task == 0.25
+    found = changed(Distillation(data=Data(size=5)), {"losses.task": 0.25, "data.size": None})
+    assert (found.losses.task, found.data.size) == (0.25, None)

@@ -114,7 +114,10 @@ def test_a_trained_student_opens_as_its_own_kind_and_says_how_it_was_trained(pla
     assert use == pytest.approx([0.25] * 4, abs=0.15)
     pipeline = load_pipeline(str(place / "whole"))
     assert type(pipeline.unet) is asdm_compress.AssembledUNet2DConditionModel
-    assert "distill student" in (place / "whole" / "README.md").read_text()
+    card = (place / "whole" / "README.md").read_text()
+    assert "distill student" in card
+    assert "stays was trained against the base model" in card
+    assert "keeps the base model's weights" not in card
 
 
 def test_a_training_killed_in_a_save_and_elsewhere_ends_bit_identical(place):

@@ -298,6 +298,8 @@ def test_captions_come_as_data_sets_publish_them(tmp_path):
         "list.json": json.dumps(["a dog", {"caption": "A cat"}]),
         "table.tsv": "file_name\ttext\nb.jpg\ta dog\na.jpg\tA cat\n",
         "table.csv": 'file_name,text\nb.jpg,"a dog"\na.jpg,A cat\n',
+        "table.CSV": "text\na dog\nA cat\n",
+        "metadata.jsonl": '{"file_name": "b.jpg", "text": "a dog"}\n\n{"text": "A cat"}\n',
         "lines.txt": "a dog\n\nA cat\n",
     }
     for name, text in files.items():

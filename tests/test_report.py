@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from report_folder import PLAN, make_folder
+from safetensors.torch import load_file, save_file
 
 from asdm_compress.assembly.frontier import Menu, Question, find_frontier, frontier_of, load_frontier
 from asdm_compress.assembly.options import Option
@@ -172,6 +173,9 @@ def test_the_card_holds_the_figures_and_keeps_the_rest(folder, tmp_path):
     once = card
     write_report(place)
     assert (place / "README.md").read_text() == once
+    (place / "README.md").write_bytes(b"caf\xe9")  # a user's own, in which nothing of ours is
+    write_report(place)
+    assert (place / "README.md").read_bytes() == b"caf\xe9"
 
 
 def test_the_same_folder_gives_the_same_report(folder, tmp_path):
@@ -302,3 +306,14 @@ def test_the_wheel_holds_what_the_page_is_made_of(tmp_path):
         names = set(wheel.namelist())
     for name in ("report.html.j2", "report.css", "report.js", "card.md.j2"):
         assert f"asdm_compress/reporting/templates/{name}" in names
+
+
+def test_experts_of_a_student_in_half_precision_are_drawn_too(folder, tmp_path):
+    """Numpy, in which figures are drawn, has no bfloat16."""
+    shutil.copytree(folder / "unet", tmp_path / "unet")
+    shutil.copy(folder / "recipe.yaml", tmp_path)
+    path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    exact, rounded = read_stages(folder).routes, read_stages(tmp_path).routes
+    assert [r.site for r in rounded] == [r.site for r in exact]
+    assert rounded[0].boundaries == pytest.approx(exact[0].boundaries, rel=1e-2)

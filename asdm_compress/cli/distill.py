@@ -183,8 +183,8 @@ def distill(
         "data.sampling_steps": sampling_steps,
         "data.guidance": guidance,
         "seed": seed,
-        **given,
     }
+    changes = {name: value for name, value in changes.items() if value is not None} | given
     settings = DistillSettings(
         teacher,
         recipe,

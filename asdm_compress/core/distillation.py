@@ -160,14 +160,12 @@ def load_preset(name: str) -> Distillation:
 
 
 def changed(base: Distillation, changes: dict[str, Any]) -> Distillation:
-    """A training with some values changed, by dotted names such as `losses.task`; None changes nothing.
+    """A training with some values changed, by dotted names such as `losses.task`.
 
     Raises AsdmError for names and values that the schema does not take.
     """
     content = base.model_dump()
     for name, value in changes.items():
-        if value is None:
-            continue
         *way, last = name.split(".")
         here: Any = content
         for part in way:

@@ -100,11 +100,13 @@ def cached(
     """
     content = {"version": CACHE_VERSION, "shard": SHARD_ITEMS, **encoder.identity(), "source": dict(source.identity())}
     folder = cache_folder() / "latents" / content_hash(content)
-    if not (folder / INDEX).is_file():
+    complete = _is_complete(folder)
+    barrier()  # all have looked before anything is written
+    if not complete:
         _check_disk(folder, source, encoder)
         _write_shards(folder, source, encoder, on_bad, share, progress)
     barrier()
-    if share.rank == 0 and not (folder / INDEX).is_file():
+    if share.rank == 0 and not complete:
         _write_index(folder, source)
     barrier()
     cache_index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -177,6 +179,15 @@ def _is_whole(path: Path) -> bool:
             return (file.metadata() or {}).get("bad") is not None
     except SafetensorError:
         return False
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether the index is there, and every file that it names: some program may have cleared away a few."""
+    try:
+        shards = [name for name, _ in json.loads((folder / INDEX).read_text(encoding="utf-8"))["shards"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return all(_is_whole(folder / name) for name in ("empty.safetensors", *shards))
 
 
 def _write_index(folder: Path, source: Source) -> None:

@@ -60,7 +60,7 @@ class ImageFolder:
         """Images resized by their shorter side and cropped in the middle."""
         for name, caption in self.entries[start:stop]:
             if not caption:
-                yield BadItem(name, "it has no caption")
+                yield BadItem(name, _without_caption(self.folder / name))
                 continue
             image = read_image(self.folder / name, image_size)
             yield BadItem(name, image) if isinstance(image, str) else Item(name, caption, image)
@@ -145,13 +145,31 @@ def _text(path: Path) -> str:
         raise AsdmError(f"{path} cannot be read: {error.strerror}") from error
 
 
+def _caption_in(path: Path) -> str | None:
+    """An image's caption in a file of its own; None where there is none that can be read."""
+    try:
+        return _caption(_text(path))
+    except AsdmError:
+        return None
+
+
+def _without_caption(image: Path) -> str:
+    """Why an image has no caption."""
+    try:
+        _text(image.with_suffix(".txt"))
+    except AsdmError as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            return "its caption is no UTF-8 text"
+    return "it has no caption"
+
+
 def _from_text_files(folder: Path) -> list[tuple[str, str | None]]:
     entries: list[tuple[str, str | None]] = []
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
         text = path.with_suffix(".txt")
         caption = None
         if text.is_file():
-            caption = _caption(_text(text))
+            caption = _caption_in(text)
         entries.append((path.relative_to(folder).as_posix(), caption))
     if entries and all(caption is None for _, caption in entries):
         raise AsdmError(f"none of the {len(entries)} images in {folder} has a caption", _HINT)

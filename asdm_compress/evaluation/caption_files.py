@@ -14,8 +14,8 @@ from asdm_compress.evaluation.prompts import read_prompts
 
 _COLUMNS: Final = ("caption", "text", "prompt", "sentence")
 _HINT: Final = (
-    "Give one caption per line (.txt), a table with a column named caption or text (.csv, .tsv), or COCO's captions "
-    "(.json)."
+    "Give one caption per line (.txt), a table with a column named caption or text (.csv, .tsv, .jsonl), or COCO's "
+    "captions (.json)."
 )
 
 
@@ -24,11 +24,15 @@ def read_captions(path: Path) -> list[str]:
 
     Raises AsdmError for a file that cannot be read or holds none.
     """
-    if path.suffix not in (".json", ".csv", ".tsv"):
+    kind = path.suffix.lower()
+    if kind not in (".json", ".jsonl", ".csv", ".tsv"):
         return read_prompts(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-        found = _of_json(json.loads(text)) if path.suffix == ".json" else _of_table(text, path)
+        if kind == ".jsonl":  # whose strings may hold what other programs take for ends of lines
+            found = _of_json([json.loads(line) for line in text.split("\n") if line.strip()])
+        else:
+            found = _of_json(json.loads(text)) if kind == ".json" else _of_table(text, path)
         captions = [" ".join(caption.split()) for caption in found]
     except OSError as error:
         raise AsdmError(f"the captions file {path} cannot be read: {error.strerror}") from error
@@ -59,7 +63,7 @@ def _column_of(record: Any) -> str:
 
 
 def _of_table(text: str, path: Path) -> list[str]:
-    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ","))
+    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
     if not rows:
         return []
     names = [name.strip().lower() for name in rows[0]]

@@ -108,10 +108,12 @@ def evaluation_prompts(pipeline: StableDiffusionPipeline, count: int) -> tuple[t
 
 
 def _held_out_prompts(count: int, use: int) -> tuple[str, ...]:
-    """So many of the prompts that no search sees, or all that there are; each use begins with others."""
+    """So many of the prompts that no search sees, or all that there are of one use: no two uses have one in common."""
     everything = _general_prompts(_HELD_OUT_SUBJECTS, len(_HELD_OUT_SUBJECTS) * len(_PLACES) * len(_STYLES), 0)
-    first = {HELD_OUT_SEED: 0, PROBE_SEED: len(everything) // 4, EVALUATION_SEED: len(everything) // 2}[use]
-    return (everything[first:] + everything[:first])[:count]
+    quarter = len(everything) // 4
+    parts = {HELD_OUT_SEED: (0, 1), PROBE_SEED: (1, 2), EVALUATION_SEED: (2, 4)}
+    first, last = (quarter * n for n in parts[use])
+    return everything[first:last][:count]
 
 
 def _general_prompts(subjects: Sequence[str], count: int, seed: int) -> tuple[str, ...]:

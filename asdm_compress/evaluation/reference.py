@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,11 +62,17 @@ class ImageFolder:
         """For `eval.json`; the hash is of all names and bytes."""
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(file.relative_to(self.path).as_posix().encode())
+            digest.update(os.fsencode(file.relative_to(self.path).as_posix()))
             digest.update(bytes.fromhex(sha256_of(file)))
         return Reference(
-            name=self.path.name, kind="image folder", count=len(self), sha256=digest.hexdigest()
+            name=_name(self.path), kind="image folder", count=len(self), sha256=digest.hexdigest()
         )  # fmt: skip
+
+
+def _name(path: Path) -> str:
+    """What a folder is called in reports, where `teacher` means the teacher's paired images."""
+    whole = path.resolve()
+    return f"{whole.parent.name}/{whole.name}" if whole.name == "teacher" else whole.name
 
 
 def read_moments(path: Path) -> tuple[Moments, Reference]:

@@ -322,13 +322,13 @@ def _routes(folder: Path) -> Iterator[Routes]:
     edits: dict[str, str] = (read_json(config).get("edits") or {}) if config.is_file() else {}
     for file in sorted(place.glob("*.safetensors")) if edits else ():
         try:
-            with safe_open(file, "np") as tensors:
+            with safe_open(file, "pt") as tensors:  # numpy has no bfloat16
                 for key in tensors.keys():  # noqa: SIM118 - it is no mapping
                     site = key.removesuffix(_BOUNDARIES)
                     spec = conv_spec(edits[site]) if key.endswith(_BOUNDARIES) and site in edits else None
                     if spec is not None:
-                        boundaries = tensors.get_tensor(key).astype(float).ravel().tolist()
-                        sharpness = tensors.get_tensor(f"{site}.slot.time_router.sharpness").astype(float)
+                        boundaries = tensors.get_tensor(key).float().ravel().tolist()
+                        sharpness = tensors.get_tensor(f"{site}.slot.time_router.sharpness")
                         yield Routes(site, spec, tuple(boundaries), float(sharpness))
         except (OSError, SafetensorError, TypeError) as error:
             raise AsdmError(f"{file} cannot be read: {error}", "The student's weights are damaged.") from error

@@ -203,6 +203,8 @@ def _open(
 def _pairs(opened: StudentAndTeacher, training: Distillation, progress: Progress) -> tuple[FeaturePair, ...]:
     if not training.losses.feature:
         return ()
+    if training.pairs is not None and not training.pairs:
+        raise AsdmError("the training compares features, and its pairs name no place", "Leave pairs out, or feature.")
     student, teacher = opened.student, opened.teacher.unet
     pairs = (
         find_pairs(student, teacher, opened.plan, training.losses.features)

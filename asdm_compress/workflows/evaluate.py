@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asdm_compress.core.files import check_apart, output_folder
+from asdm_compress.core.files import check_apart, check_output, output_folder
 from asdm_compress.core.processes import ALONE, Processes
 from asdm_compress.core.provenance import package_version, versions
 from asdm_compress.evaluation.chunks import Chunks
@@ -96,6 +96,7 @@ def run_evaluate(
     for input that cannot be used, weights that are missing, and a run under way that is of other settings.
     """
     check_apart(out, overwrite, [model, *([settings.against] if settings.against else [])])
+    check_output(out, overwrite, None, *settings.read())
     run = out.with_name(out.name + _RUN)
     rules, departures = choose_rules(settings.protocol, settings.changes)
     weights = find_all_weights(rules, settings)

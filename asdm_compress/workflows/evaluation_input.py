@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,12 @@ class EvaluateSettings:
     command: str = PYTHON
     model_steps: int | None = None
     model_sampler: str | None = None
+
+    def read(self) -> list[Path]:
+        """The files and folders that are read, the models aside."""
+        weights = (Path(value) for value in astuple(self.weights) if isinstance(value, (str, Path)))
+        named = [Path(self.inherit)] if self.inherit is not None else []
+        return [*named, *weights, *(path for path in (self.prompts, self.reference) if path is not None)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,10 @@ def write_report(folder: Path, name: str | None = None, out: Path | None = None)
             aside.write_text(text, encoding="utf-8")
     card = folder / CARD
     if place == folder and card.is_file():
-        before = card.read_text(encoding="utf-8")
+        try:
+            before = card.read_text(encoding="utf-8")
+        except UnicodeDecodeError:  # a file of a user's own, in which nothing of ours is
+            return ReportResult(place, report)
         after = with_figures(before, report)
         if after != before:
             with output_file(card) as aside:

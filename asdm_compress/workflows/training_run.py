@@ -134,7 +134,8 @@ def check_places(out: Path, run: Path, student: str, settings: DistillSettings) 
 def check_training(out: Path, training: Distillation, settings: DistillSettings, processes: int) -> None:
     """Raise AsdmError for a training that cannot be done here, or whose data its folders would replace."""
     if not settings.dry_run:
-        read = [Path(name).expanduser() for name in (training.data.source, training.probe_captions) if name is not None]
+        named = (training.data.source, training.probe_captions, settings.preset, settings.recipe)
+        read = [_fixed(Path(name).expanduser()) for name in named if name is not None]
         check_output(out, settings.overwrite, None, *read)
         if not settings.resume:
             check_output(run_folder(out), True, None, *read)
@@ -142,6 +143,11 @@ def check_training(out: Path, training: Distillation, settings: DistillSettings,
     if settings.loop.sharded and training.optimiser.name == "adamw-8bit":
         raise AsdmError("8-bit optimiser states cannot be sharded", "Use --optimiser adamw, or leave out --shard.")
     check_share(training.batch, processes)
+
+
+def _fixed(path: Path) -> Path:
+    """The part of a pattern such as data/*.parquet that names no files yet; of a path all of it."""
+    return next((p for p in (path, *path.parents) if not any(sign in str(p) for sign in "*?[")), path)
 
 
 def prepare_run(

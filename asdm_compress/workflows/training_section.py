@@ -84,5 +84,6 @@ def damage_before(recipe: Recipe) -> float | None:
 
 
 def _at_rate_for(training: Distillation, damage: float | None) -> Distillation:
-    rate = None if damage is None else rate_for(training.optimiser.learning_rate, damage)
-    return changed(training, {"optimiser.learning_rate": rate})
+    if damage is None:
+        return training
+    return changed(training, {"optimiser.learning_rate": rate_for(training.optimiser.learning_rate, damage)})
