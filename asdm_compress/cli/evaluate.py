@@ -27,7 +27,7 @@ def evaluate(
     ] = "own",
     images: Annotated[int | None, typer.Option("--images", "-n", min=2, help="Image pairs; own: 60.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Captions: lines (.txt), a table (.csv, .tsv), or COCO's (.json).")
+        Path | None, typer.Option(help="Captions: lines (.txt), a table (.csv, .tsv, .jsonl), or COCO's (.json).")
     ] = None,
     reference: Annotated[
         Path | None, typer.Option(help="Real images for FID, KID, CMMD: a folder, or pytorch-fid's statistics (.npz).")

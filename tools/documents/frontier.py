@@ -138,6 +138,8 @@ def frontier_predicted() -> str:
 def members() -> str:
     """Students that were made together, and what their schedule comes to beside others in the same time."""
     found = results("frontier")["students"]
+    if found is None:
+        return "Not measured on `mini-sd` as it is (`tools/bench_frontier.py` without `--members`)."
     ladder, calibration, lineup = found["ladder"], found["calibration"], found["lineup"]
     chosen = " and ".join(share(ladder[i]["latency"]) for i in lineup["students"])
     steps = calibration["steps"]
