@@ -206,6 +206,11 @@ def test_a_model_is_not_replaced_by_its_own_student(assembled, cli):
     out = str(folder / "out")
     result = cli("apply", f"{out}/recipe.yaml", out, "--out", out, "--overwrite")
     assert result.returncode == 2
+    assert "recipe.yaml, which is read and cannot be replaced" in " ".join(result.stderr.split())
+    recipe = folder / "apart.yaml"
+    shutil.copy(folder / "out/recipe.yaml", recipe)
+    result = cli("apply", str(recipe), out, "--out", out, "--overwrite")
+    assert result.returncode == 2
     assert "holds the model itself" in " ".join(result.stderr.split())
 
 
