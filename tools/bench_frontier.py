@@ -5,12 +5,13 @@
     python tools/bench_frontier.py --quick               # whether it runs; writes nothing
 
 Students come from `--members` (folders), or, without any, from `assemble mini-sd --members 2 --budget latency=0.7x`,
-which is run first and kept among cached measurements. Of every role the best way on validation prompts within a budget,
-as measured, is reported on held-out captions with seeds of their own; what is timed near a budget is timed again beside
-a full run of its own. Every way that is scored is written to tools/results/frontier.json at once, and a run that was
-cut off, or that asks for other budgets or roles, goes on behind the last one. Plots: frontier_psnr.svg,
-frontier_accuracy.svg, frontier_frechet.svg, and frontier_switching.svg, which has the final latents' error of switching
-alone and of T-Stitch's order in the same time.
+which is run first and kept among cached measurements. Of every role the best way within a budget, as measured, is
+reported on held-out captions with seeds of their own: the nearest to the full run on validation prompts, and of some
+roles also that whose pictures are best by themselves, as `optimize --criterion quality` has it, rivals' too
+(`--criteria`). What is timed near a budget is timed again beside a full run of its own. Every way that is scored is
+written to tools/results/frontier.json at once, and a run that was cut off, or that asks for other budgets, roles or
+criteria, goes on behind the last one. Plots: frontier_psnr.svg, frontier_accuracy.svg, frontier_frechet.svg, and
+frontier_switching.svg, which has the final latents' error of switching alone and of T-Stitch's order in the same time.
 """
 
 from __future__ import annotations
@@ -51,20 +52,24 @@ from asdm_compress.scenes.draw import draw_scenes
 from asdm_compress.scenes.reader import load_reader
 from asdm_compress.scenes.world import Scene, sample_scene
 from asdm_compress.scheduling.goals import Goal
+from asdm_compress.scheduling.quality import best_of
 from asdm_compress.scheduling.rollouts import Judge
 from asdm_compress.scheduling.switch_search import small_first
 from asdm_compress.scheduling.switch_times import SKIP
 from asdm_compress.scheduling.timing import time_runs
 from asdm_compress.scheduling.ways import SOLVERS, Way
+from asdm_compress.workflows.budget_search import FEWER, LONGER, TIGHTER, Search
 from asdm_compress.workflows.calibrate import CalibrateSettings, keeps_in_time
-from asdm_compress.workflows.candidates import LONGER, TIGHTER, Search, tried_steps
+from asdm_compress.workflows.candidates import Criterion, tried_steps
 from asdm_compress.workflows.progress import Silent
 from asdm_compress.workflows.switch import open_members
 
 TEST_SEED, IMAGE_SEED = 5_151, 90_000
-FULL_STEPS = (50, 25, 20, 15, 10, 8)
+FULL_STEPS = (50, 25, 20, 15, 12, 10, 8, 6)
 OURS = ("ddim", "dpm++")  # samplers of what takes long to measure
 ROLES = ("full model", "DeepCache", "guidance reuse", "inheritance", "switching", "T-Stitch", "all together")
+QUALITY_ROLES = ("DeepCache", "inheritance", "all together")
+QUALITY_PROMPTS = 64  # on which is chosen where quality is the criterion, as in `optimize`
 REPORTED = {"joint": "all together", "calibrated": "all together"}  # roles of the search under one name
 ONCE_MORE = 0.2  # of the budget: how far from it a time may be for the way to be timed again
 AT_ONCE = 6  # ways that are then timed beside one full run
@@ -82,8 +87,7 @@ def full_model(search: Search, steps: Sequence[int]) -> Iterator[tuple[str, Way]
     """The full model at different numbers of steps."""
     for solver in SOLVERS:
         for count in steps:
-            rule = Schedule((search.teacher,) * count)
-            yield "full model", Way(f"{count} steps of {solver}", count, search.times.full(count), rule, solver)
+            yield "full model", search.schedules.full_run(count, solver)
 
 
 class Plain:
@@ -113,7 +117,8 @@ def rivals(search: Search, share: float, arguments: argparse.Namespace) -> Itera
     steps, budget = arguments.steps, share * search.whole - search.outside
     cuts = range(sum(place.level == "cut" for place in find_places(search.pipeline.unet).values()))
     full = max(int((budget - search.times.outside) / search.times.teacher), 1)
-    counts = dict.fromkeys([steps, *tried_steps(full, full, steps, [n for n in arguments.longer if n > 1])])
+    longer = [*(FEWER if search.criterion.is_quality else ()), *(n for n in arguments.longer if n > 1)]
+    counts = dict.fromkeys([steps, *tried_steps(full, full, steps, longer)])
     yield from full_model(search, [n for n in (full - 1, full, full + 1) if 1 < n <= steps])
     for solver, count in product(SOLVERS, counts):
         rules = {f"uniform:{n},branch={branch},forecast=hold": "DeepCache" for n in range(2, 9) for branch in cuts}
@@ -123,7 +128,7 @@ def rivals(search: Search, share: float, arguments: argparse.Namespace) -> Itera
             way = Way(f"{rule}, {count} steps of {solver}", count, 0.0, parse_mode(rule), solver)
             if MACS[0] * share <= plain.macs_share(way) <= MACS[1] * share:
                 yield role, way
-    for solver in arguments.solvers:
+    for solver in () if search.criterion.is_quality else arguments.solvers:
         for student in search.students:
             order = small_first(student, search.teacher, steps, search.times, budget)
             if order is None:
@@ -140,14 +145,18 @@ def parts(
     search: Search, share: float, roles: Sequence[str], arguments: argparse.Namespace
 ) -> Iterator[tuple[str, Way]]:
     """Our parts alone."""
+    if search.criterion.is_quality:  # the teacher's own are among what is tried
+        return
     budget, teacher = share * search.whole - search.outside, search.teacher
     light = [a for a in search.times.seconds if a.member == teacher.member and not a.is_whole]
+    schedules = search.schedules
     for solver in arguments.solvers:
+        run = (arguments.steps, solver, budget, search.reference)
         if "switching" in roles:
-            yield from search.joint(arguments.steps, solver, budget, (teacher, *search.students, SKIP), "switching")
+            yield from schedules.joint(*run, (teacher, *search.students, SKIP), "switching")
         if "inheritance" in roles:
-            yield from search.joint(arguments.steps, solver, budget, (teacher, *light, SKIP), "inheritance")
-            yield from search.calibrated(arguments.steps, solver, budget, teacher, "inheritance")
+            yield from schedules.joint(*run, (teacher, *light, SKIP), "inheritance")
+            yield from schedules.calibrated(*run[:3], teacher, search.reference, "inheritance")
 
 
 class Report:
@@ -183,13 +192,15 @@ class Report:
         """What is scored."""
         return self.bench.rows
 
-    def has(self, role: str, budget: float) -> bool:
-        """Whether the best of a role within a budget is known."""
-        return any(row["budget"] == budget and row["role"] == role for row in self.rows)
+    def has(self, role: str, budget: float | None, criterion: str, key: str | None = None) -> bool:
+        """Whether the best of a role within a budget is known, or whether a way is."""
+        wanted = (role, budget, criterion)
+        known = [row for row in self.rows if (row["role"], row["budget"], row["criterion"]) == wanted]
+        return any(key in (None, row["key"]) for row in known)
 
-    def add(self, role: str, way: Way, budget: float | None) -> None:
-        """Score a way, if it is not known yet."""
-        if any(row["key"] == way.key and row["budget"] == budget and row["role"] == role for row in self.rows):
+    def add(self, role: str, way: Way, budget: float | None, criterion: str = "fidelity") -> None:
+        """Score a way that a criterion chose, if it is not known yet."""
+        if self.has(role, budget, criterion, way.key):
             return
         latents = self.judge.latents_of(way)
         errors = (latents - self.judge.full).double().square().flatten(1).mean(1)
@@ -199,7 +210,8 @@ class Report:
         predicted = (way.seconds + self.search.outside) / self.search.whole if way.seconds else None
         self.bench.add(
             {
-                "role": role, "way": way.name, "key": way.key, "budget": budget, "loop_share": loop,
+                "role": role, "way": way.name, "key": way.key, "budget": budget, "criterion": criterion,
+                "loop_share": loop,
                 "image_share": whole, "predicted_share": predicted, "psnr": float(np.mean(psnr)), "psnr_each": psnr,
                 "latent_error": float(errors.mean()), "latent_error_each": errors.tolist(),
                 **self._quality(to_tensor(pictures)),
@@ -255,19 +267,28 @@ def made_students(out: Path, more: Sequence[str]) -> list[str]:
 
 def measure_budget(search: Search, report: Report, share: float, roles: Sequence[str], longer: Sequence[float]) -> None:
     """The best of every role within a share of the time, on validation prompts, is reported."""
-    roles = [role for role in roles if not report.has(role, share)]
+    criterion = search.criterion
+    if criterion.is_quality:
+        roles = [role for role in roles if role in QUALITY_ROLES]
+    roles = [role for role in roles if not report.has(role, share, criterion.name)]
     if not roles:
         return
     found = [*rivals(search, share, report.arguments), *parts(search, share, roles, report.arguments)]
     if "all together" in roles:
         # The rest of what the search tries are what a user would do instead.
         found += [(role, way) for role, way in search.ways(share, longer) if role in REPORTED]
+    if criterion.is_quality:
+        found += [("inheritance", way) for role, way in found if role in REPORTED and runs_teacher(search, way)]
     found = [(role, way) for role, way in found if REPORTED.get(role, role) in roles]
     shares = timed(search, found, share)
     latest, taken = found, shares
     for _ in range(TIGHTER):  # those of ours that took slightly more, for less
         known = {(role, way.key) for role, way in found}
-        latest = [new for new in search.tighter(latest, taken, share) if (new[0], new[1].key) not in known]
+        latest = [
+            new
+            for new in search.schedules.tighter(latest, taken, share, search.outside)
+            if (new[0], new[1].key) not in known
+        ]
         taken = timed(search, latest, share)
         found, shares = found + latest, shares + taken
     groups: dict[str, list[Way]] = {}
@@ -275,8 +296,18 @@ def measure_budget(search: Search, report: Report, share: float, roles: Sequence
         if keeps_in_time(own, share):
             groups.setdefault(REPORTED.get(role, role), []).append(way)
     for role, ways in groups.items():
-        scores = search.judge.scores(ways)
-        report.add(role, ways[max(range(len(ways)), key=lambda i: scores[i].mean())], share)
+        if criterion.is_quality:
+            best = best_of([search.worth(way) for way in ways])
+        else:
+            scores = search.judge.scores(ways)
+            best = max(range(len(ways)), key=lambda i: scores[i].mean())
+        report.add(role, ways[best], share, criterion.name)
+
+
+def runs_teacher(search: Search, way: Way) -> bool:
+    """Whether a schedule runs no member but the teacher."""
+    assert isinstance(way.rule, Schedule)
+    return {action.member for action in way.rule.actions} <= {search.teacher.member, None}
 
 
 def timed(search: Search, ways: Sequence[tuple[str, Way]], share: float) -> list[float]:
@@ -295,6 +326,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.7, 0.5, 0.4, 0.33, 0.25, 0.2])
     parser.add_argument("--roles", nargs="+", choices=ROLES, default=ROLES)
+    parser.add_argument("--criteria", nargs="+", choices=("fidelity", "quality"), default=["fidelity", "quality"])
     parser.add_argument("--members", nargs="*", default=None, help="folders of students, or of a switched pipeline")
     parser.add_argument("--solvers", nargs="+", default=OURS, help="of our parts and T-Stitch's order")
     parser.add_argument("--steps", type=int, default=25)
@@ -325,12 +357,19 @@ def main() -> None:
     )  # fmt: skip
     search = Search(pipeline, members, settings, Silent())
     report = Report(search, arguments)
+    report.bench.facts["quality_prompts"] = QUALITY_PROMPTS
     report.bench.facts["students"] = together
     if "full model" in arguments.roles:
         for role, way in full_model(search, sorted(set(arguments.full_steps), reverse=True)):
             report.add(role, way, None)
-    for share in arguments.budgets:
-        measure_budget(search, report, share, arguments.roles, arguments.longer)
+    for criterion in arguments.criteria:
+        if criterion == "quality":
+            pipeline.register_modules(unet=next(iter(members.values())))
+            count = 4 if arguments.quick else QUALITY_PROMPTS
+            settings = replace(settings, validation_prompts=count, test_prompts=count)
+            search = Search(pipeline, members, settings, Silent(), Criterion(criterion))
+        for share in arguments.budgets:
+            measure_budget(search, report, share, arguments.roles, arguments.longer)
 
 
 if __name__ == "__main__":

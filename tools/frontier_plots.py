@@ -15,6 +15,7 @@ COLOURS: Final = {
     "switching": "#2563eb", "T-Stitch": "#7c3aed", "all together": "#dc2626",
 }  # fmt: skip
 RIVALS: Final = ("full model", "DeepCache", "T-Stitch")  # what is there without us
+NEARNESS: Final = ("psnr", "latent_error")  # to the full run
 MORE_IS_BETTER: Final = ("psnr", "right")
 AXES: Final = {
     "psnr": ("psnr", "PSNR to the full run, dB"),
@@ -46,20 +47,20 @@ def beaten(rows: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any
     ]
 
 
-def _plot(content: Mapping[str, Any], key: str, label: str, roles: tuple[str, ...] = ()) -> str:
+def _plot(content: Mapping[str, Any], key: str, title: str, roles: tuple[str, ...] = ()) -> str:
     figure = Figure(figsize=(7, 4.5))
     axes = figure.add_subplot()
-    for role in roles or dict.fromkeys(row["role"] for row in content["rows"]):
-        # The full run against itself would leave no room for the rest.
-        rows = [row for row in content["rows"] if row["role"] == role and (key != "psnr" or row["latent_error"])]
-        points = sorted((row["image_share"], row[key]) for row in rows)
-        if not points:
-            continue
-        # Ways of the full model are of two samplers, between which there is no line.
-        style = "o" if role == "full model" else "o-"
-        axes.plot(*zip(*points, strict=True), style, label=role, color=COLOURS[role], markersize=4)
-    lost = beaten([row for row in content["rows"] if key != "psnr" or row["latent_error"]], key)
-    lost = [row for row in lost if not roles or row["role"] in roles]
+    rows = [row for row in content["rows"] if not roles or row["role"] in roles]
+    if key in NEARNESS:  # The full run against itself would leave no room for the rest.
+        rows = [row for row in rows if row["latent_error"] and row["criterion"] == "fidelity"]
+    for role, criterion in dict.fromkeys((row["role"], row["criterion"]) for row in rows):
+        some = [row for row in rows if (row["role"], row["criterion"]) == (role, criterion)]
+        points = sorted((row["image_share"], row[key]) for row in some)
+        # Ways of the full model are of several samplers, between which there is no line.
+        style = "o" if role == "full model" else "o-" if criterion == "fidelity" else "s--"
+        label = role if criterion == "fidelity" else f"{role}, chosen for quality"
+        axes.plot(*zip(*points, strict=True), style, label=label, color=COLOURS[role], markersize=4)
+    lost = beaten(rows, key)
     if lost:
         places = [row["image_share"] for row in lost], [row[key] for row in lost]
         axes.plot(*places, "x", color="#111827", markersize=9, label="a rival is as good in no more time")
@@ -70,6 +71,6 @@ def _plot(content: Mapping[str, Any], key: str, label: str, roles: tuple[str, ..
     if roles:
         axes.set_yscale("log")
     axes.set_xlabel("time of a whole image, over the full run's")
-    axes.set_ylabel(label)
+    axes.set_ylabel(title)
     axes.legend(frameon=False)
     return as_svg(figure)

@@ -14,6 +14,9 @@ from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_output
 from asdm_compress.core.units import parse_budget
 
+# Of one picture its nearness to another says more than what it shows. To choose on, and for the report.
+FIDELITY_PROMPTS, QUALITY_PROMPTS = (16, 32), (64, 64)
+
 
 def optimize(
     model: o.Model = "mini-sd",
@@ -37,10 +40,22 @@ def optimize(
     guidance: o.Guidance = GUIDANCE,
     seed: o.Seed = 0,
     scheduler: o.Scheduler = None,
+    criterion: Annotated[
+        str,
+        typer.Option(
+            help="`fidelity`: how near pictures are to the full run's; `quality`: how much of their prompts they show, "
+            "and how like the full run's they are as a set, for the bundled world's reader or for --clip."
+        ),
+    ] = "fidelity",
+    clip: Annotated[Path | None, typer.Option(help="Folder of a CLIP model, which judges quality.")] = None,
     prompts: o.Prompts = None,
     calibration_prompts: Annotated[int, typer.Option(min=1, help="Prompts that are measured on.")] = 8,
-    validation_prompts: Annotated[int, typer.Option(min=1, help="Prompts on which is chosen.")] = 16,
-    test_prompts: Annotated[int, typer.Option(min=1, help="Other prompts, for the report alone.")] = 32,
+    validation_prompts: Annotated[
+        int | None, typer.Option(min=1, help="Prompts on which is chosen: 16, or 64 where quality counts.")
+    ] = None,
+    test_prompts: Annotated[
+        int | None, typer.Option(min=1, help="Other prompts, for the report alone: 32, or 64 where quality counts.")
+    ] = None,
     images: Annotated[int, typer.Option(min=1, help="Images sampled at once where runs are timed.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Images sampled at once everywhere else.")] = 8,
     repeats: Annotated[int, typer.Option(min=2, help="Timed runs.")] = 9,
@@ -62,7 +77,7 @@ def optimize(
     if members is not None and not names:
         raise AsdmError("--members names none", "Give students' folders, separated by commas.")
     limits = parse_budget(budget)
-    check_output(out, overwrite, None, prompts)
+    check_output(out, overwrite, None, prompts, clip)
     output = Output(quiet, as_json)
     with output.stage("Starting torch"):
         load = o.load_options(device, dtype, threads, allow_pickle)
@@ -72,34 +87,43 @@ def optimize(
     from asdm_compress.profiling.profile import ProfileSettings
     from asdm_compress.reporting.frontier import tried_table
     from asdm_compress.sampling.settings import SamplingSettings
+    from asdm_compress.workflows.candidates import Criterion
     from asdm_compress.workflows.optimize import Make, run_optimize
     from asdm_compress.workflows.plan import PlanSettings
 
+    counts = Criterion(criterion, clip)
+    usual = QUALITY_PROMPTS if counts.is_quality else FIDELITY_PROMPTS
     settings = CalibrateSettings(
         goal_of(limits, None, None),
         SamplingSettings(steps, guidance, seed, image_size),
         scheduler,
         None if prompts is None else tuple(read_prompts(prompts)),
         calibration_prompts,
-        validation_prompts,
-        test_prompts,
+        validation_prompts or usual[0],
+        test_prompts or usual[1],
         images,
         batch,
         repeats,
         command=o.command_line(),
     )
     make = Make(students, PlanSettings(ProfileSettings(image_size))) if students else None
-    found = run_optimize([model, *names], out, load, settings, output, overwrite, make)
+    found = run_optimize([model, *names], out, load, settings, output, overwrite, make, counts)
     if found.students is not None:
         output.show(found.students.line())
     best = found.best
-    output.show(tried_table(found.rows()))
+    output.show(tried_table(found.rows(), found.what))
     output.show(
         f"Best within the budget: {best.way.name}. Wrote {out}; sample with `generate {out} …`, which takes the "
         f"{best.way.steps} steps that it is made for, or, after `import asdm_compress`, by diffusers with "
         f"`num_inference_steps={best.way.steps}`."
     )
     reference = found.content["reference"]
+    if "test_worth" in reference:
+        own = reference["test_worth"]
+        output.show(
+            f"The full run's own on test prompts: {own['shown']:.3f}; {own['distance']:.3g} from its pictures of other "
+            "seeds, as all distances are."
+        )
     decoding = reference["decoding"] / (best.share * reference["seconds"])
     output.show(f"The VAE's decoder, which is left as it is, takes {decoding:.0%} of that way's time.")
     if (out / "frontier").is_dir():

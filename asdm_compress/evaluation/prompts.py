@@ -43,12 +43,14 @@ _STYLES: Final = (
 class PromptSplit:
     """Prompts that a search may see, and prompts that only reports use.
 
-    `captions` are the held-out prompts' claims, where they are of the bundled model's world.
+    `captions` are the held-out prompts' claims, `seen_captions` the others', where they are of the bundled model's
+    world.
     """
 
     calibration: tuple[str, ...]
     held_out: tuple[str, ...]
     captions: tuple[Caption, ...] | None = None
+    seen_captions: tuple[Caption, ...] | None = None
 
 
 def distinct(prompts: Sequence[str]) -> tuple[str, ...]:
@@ -77,7 +79,7 @@ def choose_prompts(
     if understands_scenes(pipeline):
         seen = sample_captions(calibration, CALIBRATION_SEED, held_out=False)
         unseen = sample_captions(held_out, HELD_OUT_SEED, held_out=True)
-        return PromptSplit(tuple(c.text for c in seen), tuple(c.text for c in unseen), unseen)
+        return PromptSplit(tuple(c.text for c in seen), tuple(c.text for c in unseen), unseen, seen)
     return PromptSplit(
         _general_prompts(_SUBJECTS, calibration, CALIBRATION_SEED), _held_out_prompts(held_out, HELD_OUT_SEED)
     )

@@ -48,34 +48,43 @@ class Score:
 
     def text(self) -> str:
         """Mean PSNR and half the width of its two-sided 95 % interval."""
-        return f"{self.mean():.2f} ± {_half_width(self.psnr, (1 + CONFIDENCE) / 2):.2f} dB"
+        return f"{self.mean():.2f} ± {mean_interval(self.psnr):.2f} dB"
 
     def as_json(self) -> dict[str, float]:
         """For files: means, and half the width of their two-sided 95 % intervals (Student)."""
-        two_sided = (1 + CONFIDENCE) / 2
         return {
             "pairs": len(self.psnr),
             "psnr": self.mean(),
-            "psnr_interval": _finite(_half_width(self.psnr, two_sided)),
+            "psnr_interval": _finite(mean_interval(self.psnr)),
             "ssim": self.mean("ssim"),
-            "ssim_interval": _finite(_half_width(self.ssim, two_sided)),
+            "ssim_interval": _finite(mean_interval(self.ssim)),
         }
 
 
 def is_behind(one: Score, other: Score, metric: str = "psnr") -> bool:
-    """Whether one is surely, by `SURE`, of a lower mean than another of the same prompts, pair by pair (Student)."""
-    ahead = tuple(b - a for a, b in zip(getattr(one, metric), getattr(other, metric), strict=True))
+    """Whether one is surely of a lower mean than another of the same prompts."""
+    return surely_less(getattr(one, metric), getattr(other, metric))
+
+
+def surely_less(ones: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether the mean of some values is lower than that of their partners, pair by pair and by `SURE` (Student)."""
+    ahead = tuple(b - a for a, b in zip(ones, others, strict=True))
     return float(np.mean(ahead)) > _half_width(ahead, SURE)
+
+
+def mean_interval(values: Sequence[float]) -> float:
+    """Half the width of the two-sided 95 % interval of a mean (Student); infinity of a single value."""
+    return _half_width(values, (1 + CONFIDENCE) / 2)
 
 
 def gain(ours: Score, theirs: Score) -> tuple[float, float]:
     """Mean difference of PSNR in dB, pair by pair, and half the width of its 95 % interval."""
     differences = tuple(a - b for a, b in zip(ours.psnr, theirs.psnr, strict=True))
-    return float(np.mean(differences)), _half_width(differences, (1 + CONFIDENCE) / 2)
+    return float(np.mean(differences)), mean_interval(differences)
 
 
 class Judge:
-    """Prompts and seeds of one split, and the full run's pictures of them.
+    """Prompts and seeds of one split, and the full run's pictures of them, or those of another `target`.
 
     Everything is kept in `folder`, one line or file as soon as it is known, so that a run that was cut off goes on.
     """
@@ -87,8 +96,10 @@ class Judge:
         settings: SamplingSettings,
         folder: Path | None = None,
         batch: int = 8,
+        target: Way | None = None,
     ) -> None:
         self.pipeline, self.prompts, self.settings = pipeline, tuple(prompts), settings
+        self.target = target or Way("full", settings.steps, 0.0)
         self.texts = encode(pipeline, prompts, settings.guidance)
         self.folder, self.batch = folder, batch
         # The folder is of everything that latents hang on; pictures also hang on the VAE.
@@ -100,18 +111,29 @@ class Judge:
     def score(self, way: Way, count: int | None = None) -> Score:
         """A way's score on the first `count` prompts, or on all; only what is not known yet is sampled."""
         count = min(len(self.prompts), len(self.prompts) if count is None else count)
-        found = self._known.get(way.key, Score((), ()))
-        known = len(found.psnr)
+        known = len(self._known.get(way.key, Score((), ())).psnr)
         if known < count:
-            psnr, ssim = compare_pairs(self._pictures(way, known, count), self.pictures[known:count])
-            found = self._known[way.key] = Score((*found.psnr, *psnr), (*found.ssim, *ssim))
-            if self._scores:
-                line = json.dumps({"way": way.key, "name": way.name, "psnr": found.psnr, "ssim": found.ssim})
-                with disk_errors(self._scores, CACHE_HINT):
-                    self._scores.parent.mkdir(parents=True, exist_ok=True)
-                    with self._scores.open("a", encoding="utf-8") as file:
-                        file.write(f"\n{line}\n")  # anew even behind a line that a kill cut short
+            self._note(way, self._pictures(way, known, count), known)
+        found = self._known[way.key]
         return Score(found.psnr[:count], found.ssim[:count])
+
+    def note(self, way: Way, pictures: Sequence[Image]) -> None:
+        """Take a way's pictures of all prompts, which were sampled for something else, for its score too."""
+        known = len(self._known.get(way.key, Score((), ())).psnr)
+        if known < len(self.prompts):
+            self._note(way, pictures[known:], known)
+
+    def _note(self, way: Way, pictures: Sequence[Image], first: int) -> None:
+        """Score the next pictures, and keep it."""
+        psnr, ssim = compare_pairs(pictures, self.pictures[first : first + len(pictures)])
+        before = self._known.get(way.key, Score((), ()))
+        found = self._known[way.key] = Score((*before.psnr, *psnr), (*before.ssim, *ssim))
+        if self._scores:
+            line = json.dumps({"way": way.key, "name": way.name, "psnr": found.psnr, "ssim": found.ssim})
+            with disk_errors(self._scores, CACHE_HINT):
+                self._scores.parent.mkdir(parents=True, exist_ok=True)
+                with self._scores.open("a", encoding="utf-8") as file:
+                    file.write(f"\n{line}\n")  # anew even behind a line that a kill cut short
 
     def scores(self, ways: Sequence[Way], progress: Progress | None = None) -> list[Score]:
         """The scores of several ways."""
@@ -158,7 +180,7 @@ class Judge:
                 return load_file(path)["latents"].to(self.pipeline.device)
             except (SafetensorError, KeyError):
                 pass
-        found = self.latents_of(Way("full", self.settings.steps, 0.0))
+        found = self.latents_of(self.target)
         if path is not None:
             with output_file(path, CACHE_HINT) as aside:
                 save_file({"latents": found.cpu().contiguous()}, aside)

@@ -256,7 +256,8 @@ def split_prompts(pipeline: StableDiffusionPipeline, settings: CalibrateSettings
     seen = settings.calibration_prompts + settings.validation_prompts
     split = choose_prompts(pipeline, None, seen, settings.test_prompts)
     first = settings.calibration_prompts
-    return Splits(split.calibration[:first], split.calibration[first:] or split.calibration, split.held_out)
+    captions = {caption.text: caption for caption in (*(split.seen_captions or ()), *(split.captions or ()))}
+    return Splits(split.calibration[:first], split.calibration[first:] or split.calibration, split.held_out, captions)
 
 
 def timed_batch(pipeline: StableDiffusionPipeline, splits: Splits, settings: CalibrateSettings) -> Tensor:

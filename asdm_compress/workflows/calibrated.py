@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL.Image import Image
@@ -15,6 +15,7 @@ from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.reporting.calibration import Point, Row
 from asdm_compress.reporting.grid import labelled_grid
 from asdm_compress.sampling.settings import SamplingSettings
+from asdm_compress.scenes.captions import Caption
 from asdm_compress.scheduling.check_steps import StepCheck
 from asdm_compress.scheduling.goals import Choosing, Goal, Plan
 from asdm_compress.scheduling.rollouts import Score, gain
@@ -36,11 +37,12 @@ class Contestant:
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Prompts for measuring, for choosing, and for the report alone."""
+    """Prompts for measuring, for choosing, and for the report alone; what those of the bundled world claim."""
 
     calibration: tuple[str, ...]
     validation: tuple[str, ...]
     test: tuple[str, ...]
+    captions: Mapping[str, Caption] = field(default_factory=dict)
 
 
 def own_splits(prompts: Sequence[str], calibration: int, validation: int, test: int) -> Splits:

@@ -25,8 +25,9 @@ from asdm_compress.reporting.frontier import frontier_svg
 from asdm_compress.sampling.own_steps import save_own_steps
 from asdm_compress.sampling.run import check_one_evaluation_per_step
 from asdm_compress.sampling.settings import check_size, check_text_to_image
+from asdm_compress.workflows.budget_search import LONGER, Search
 from asdm_compress.workflows.calibrate import CalibrateSettings, split_prompts
-from asdm_compress.workflows.candidates import LONGER, Candidate, Search, frontier_of
+from asdm_compress.workflows.candidates import FIDELITY, Candidate, Criterion, best_within, frontier_of
 from asdm_compress.workflows.card import Origin
 from asdm_compress.workflows.plan import PlanSettings, measure
 from asdm_compress.workflows.progress import Progress
@@ -45,6 +46,7 @@ class Optimized:
     tried: tuple[Candidate, ...]
     content: Mapping[str, Any]
     students: Students | None = None
+    what: str = "PSNR"  # of what the columns of scores are
 
     def rows(self) -> list[tuple[bool, str, float, str, str]]:
         """For the table, the fastest first: whether it is the best, the way, its time, both scores. Each way once."""
@@ -53,15 +55,15 @@ class Optimized:
             by_key.setdefault(candidate.way.key, candidate)
         return [
             (
-                c is self.best, f"{c.role}: {c.way.name}", c.share, c.validation.text(),
-                c.test.text() if c.test else "",
+                c is self.best, f"{c.role}: {c.way.name}", c.share,
+                *(c.texts() if self.best.worth is None or c.worth is not None else ("", "")),
             )
             for c in sorted(by_key.values(), key=lambda c: c.share)
         ]  # fmt: skip
 
     @property
     def frontier(self) -> tuple[Candidate, ...]:
-        """What nothing that is faster is as near to the reference as, on validation prompts."""
+        """What nothing that is faster is as good as, on validation prompts."""
         return frontier_of(self.tried)
 
 
@@ -81,8 +83,12 @@ def run_optimize(
     progress: Progress,
     overwrite: bool = False,
     make: Make | None = None,
+    criterion: Criterion = FIDELITY,
 ) -> Optimized:
     """Find the way of sampling within the goal's time that comes nearest to the first model's full run, and write it.
+
+    With quality as the `criterion`, that whose pictures show most of their prompts and are like the full run's as a
+    set.
 
     The other models are students that it may switch to; where there are none, `make` says to make some first. For the
     samplers and numbers of steps that the time allows, every step's member, what it inherits and whether guidance is
@@ -104,14 +110,13 @@ def run_optimize(
         made = students.of(teacher)
         # The model itself may have the name of one, if it was a student.
         members = {"teacher" if name in made else name: unet for name, unet in members.items()} | made
-    search = Search(pipeline, members, settings, progress)
+    search = Search(pipeline, members, settings, progress, criterion)
     whole = search.whole / settings.images
     share = settings.goal.limit.absolute(whole) / whole
     if share >= 1:
         raise AsdmError("the full run is within this time already", "Ask for less than 1x.")
     tried = search.tried(share)
-    within = [number for number, c in enumerate(tried) if c.share <= share]
-    chosen = max(within, key=lambda number: tried[number].validation.mean(), default=None)
+    chosen = best_within(tried, share)
     if chosen is None:
         raise AsdmError(
             f"nothing was found that takes {share:.4g}x of the time of a whole image",
@@ -125,6 +130,7 @@ def run_optimize(
     best = tried[chosen]  # by its place: two ways may come to the same, timed each by itself
     content: dict[str, Any] = {
         "command": settings.command, "models": list(models), "goal": settings.goal.as_json(), "share": share,
+        "criterion": criterion.name,
         "reference": {"scheduler": search.sampler, "steps": settings.sampling.steps, "seconds": search.whole,
                       "outside_the_unet_loop": search.outside, "decoding": search.decoding},
         "measured_on": {"processor": processor_name(), "device": str(pipeline.device),
@@ -132,16 +138,19 @@ def run_optimize(
         "best": best.as_json(), "tried": [c.as_json() for c in tried],
         "students": None if students is None else students.as_json(),
     }  # fmt: skip
+    if criterion.is_quality:
+        judges = {"worth": search.quality, "test_worth": search.tested_quality}
+        content["reference"] |= {name: judge.full.as_json() for name, judge in judges.items()}
     with progress.stage("Writing"), output_folder(out, overwrite) as aside:
         content["frontier"] = _write(aside, search, best, frontier_of(tried))
         (aside / "optimize.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        points = [(c.role, c.share, c.test.mean()) for c in tried if c.test]
-        (aside / "frontier.svg").write_text(frontier_svg(points, share), encoding="utf-8")
+        (aside / "frontier.svg").write_text(_plot(search, tried, share), encoding="utf-8")
         if students is not None:
             origin = Origin(resolve(models[0], options))
             refit = make.plan.refit if make else "none"
             students.write(aside, students.names.values(), origin.reference, teacher, refit, settings.command)
-    return Optimized(out, best, tuple(tried), content, students)
+    what = "; ".join(search.quality.names) if criterion.is_quality else "PSNR"
+    return Optimized(out, best, tuple(tried), content, students, what)
 
 
 def _students(
@@ -204,6 +213,15 @@ def _write(
             link_equal_files(folder / name, folder)
         found.append({"way": way.name, "steps": way.steps, "scheduler": way.scheduler, "folder": name})
     return found
+
+
+def _plot(search: Search, tried: Sequence[Candidate], share: float) -> str:
+    """What every candidate is on test prompts, over its time."""
+    if not search.criterion.is_quality:
+        return frontier_svg([(c.role, c.share, c.test.mean()) for c in tried if c.test], share)
+    shown, _ = search.quality.names
+    points = [(c.role, c.share, c.test_worth.mean()) for c in tried if c.test_worth]
+    return frontier_svg(points, share, shown, search.tested_quality.full.mean())
 
 
 def _save(ready: tuple[StableDiffusionPipeline, Schedule | None], steps: int, folder: Path) -> None:

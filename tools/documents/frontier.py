@@ -42,7 +42,7 @@ def frontier() -> str:
     for row in sorted(found["rows"], key=lambda row: -row["image_share"]):
         lines.append(
             [
-                f"{row['role']}: {row['way']}", share(row["image_share"]), _interval(row["psnr_each"]),
+                f"{_named(row)}: {row['way']}", share(row["image_share"]), _interval(row["psnr_each"]),
                 small(row["latent_error"]), str(row["right"]), f"{row['frechet']:.2f}",
             ]
         )  # fmt: skip
@@ -53,7 +53,8 @@ def frontier() -> str:
 def frontier_outer() -> str:
     """Where all together is on the outer side, and where it is not."""
     rows = results("frontier")["rows"]
-    ours = sorted((row for row in rows if row["role"] == OURS), key=lambda row: -row["image_share"])
+    near = (row for row in rows if row["role"] == OURS and row["criterion"] == "fidelity")
+    ours = sorted(near, key=lambda row: -row["image_share"])
     if not ours:
         return NOT_RUN
     said = []
@@ -162,6 +163,10 @@ def members() -> str:
 def _is_as_good(row: Row, reference: Mapping[str, Any]) -> bool:
     as_right = row["right"] >= reference["right"] - POINT * reference["count"]
     return bool(as_right and row["frechet"] <= DISTANCE * reference["frechet"])
+
+
+def _named(row: Row) -> str:
+    return str(row["role"]) + ("" if row["criterion"] == "fidelity" else ", chosen for quality")
 
 
 def _as_fast(rows: Sequence[Row], ours: Row) -> list[Row]:
