@@ -33,9 +33,10 @@ from asdm_compress.scheduling.switch_search import small_first, solve
 from asdm_compress.scheduling.switch_times import SKIP, StepTimes
 from asdm_compress.switching.schedules import SwitchingSchedule, noise_of
 from asdm_compress.switching.switched_unet import SwitchedUNet2DConditionModel
+from asdm_compress.workflows.budget_search import LONGER
 from asdm_compress.workflows.calibrate import CalibrateSettings, find_schedule
 from asdm_compress.workflows.calibrate_members import run_calibrate_members
-from asdm_compress.workflows.candidates import LONGER, tried_steps
+from asdm_compress.workflows.candidates import tried_steps
 from asdm_compress.workflows.members_search import MembersSearch
 from asdm_compress.workflows.progress import Silent
 from asdm_compress.workflows.report import write_report

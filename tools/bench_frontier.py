@@ -52,13 +52,13 @@ from asdm_compress.scenes.draw import draw_scenes
 from asdm_compress.scenes.reader import load_reader
 from asdm_compress.scenes.world import Scene, sample_scene
 from asdm_compress.scheduling.goals import Goal
-from asdm_compress.scheduling.quality import best_of
 from asdm_compress.scheduling.rollouts import Judge
 from asdm_compress.scheduling.switch_search import small_first
 from asdm_compress.scheduling.switch_times import SKIP
 from asdm_compress.scheduling.timing import time_runs
 from asdm_compress.scheduling.ways import SOLVERS, Way
-from asdm_compress.workflows.budget_search import FEWER, LONGER, TIGHTER, Search
+from asdm_compress.scheduling.worth import best_of
+from asdm_compress.workflows.budget_search import FEWER, LONGER, TIGHTER, Search, open_instruments
 from asdm_compress.workflows.calibrate import CalibrateSettings, keeps_in_time
 from asdm_compress.workflows.candidates import Criterion, tried_steps
 from asdm_compress.workflows.progress import Silent
@@ -68,8 +68,8 @@ TEST_SEED, IMAGE_SEED = 5_151, 90_000
 FULL_STEPS = (50, 25, 20, 15, 12, 10, 8, 6)
 OURS = ("ddim", "dpm++")  # samplers of what takes long to measure
 ROLES = ("full model", "DeepCache", "guidance reuse", "inheritance", "switching", "T-Stitch", "all together")
-QUALITY_ROLES = ("DeepCache", "inheritance", "all together")
-QUALITY_PROMPTS = 64  # on which is chosen where quality is the criterion, as in `optimize`
+QUALITY_ROLES = ("full model", "DeepCache", "T-Stitch", "all together")
+QUALITY_PROMPTS = 128  # on which is chosen where quality is the criterion, as in `optimize`
 REPORTED = {"joint": "all together", "calibrated": "all together"}  # roles of the search under one name
 ONCE_MORE = 0.2  # of the budget: how far from it a time may be for the way to be timed again
 AT_ONCE = 6  # ways that are then timed beside one full run
@@ -117,7 +117,7 @@ def rivals(search: Search, share: float, arguments: argparse.Namespace) -> Itera
     steps, budget = arguments.steps, share * search.whole - search.outside
     cuts = range(sum(place.level == "cut" for place in find_places(search.pipeline.unet).values()))
     full = max(int((budget - search.times.outside) / search.times.teacher), 1)
-    longer = [*(FEWER if search.criterion.is_quality else ()), *(n for n in arguments.longer if n > 1)]
+    longer = [*(FEWER if search.by_quality else ()), *(n for n in arguments.longer if n > 1)]
     counts = dict.fromkeys([steps, *tried_steps(full, full, steps, longer)])
     yield from full_model(search, [n for n in (full - 1, full, full + 1) if 1 < n <= steps])
     for solver, count in product(SOLVERS, counts):
@@ -128,24 +128,24 @@ def rivals(search: Search, share: float, arguments: argparse.Namespace) -> Itera
             way = Way(f"{rule}, {count} steps of {solver}", count, 0.0, parse_mode(rule), solver)
             if MACS[0] * share <= plain.macs_share(way) <= MACS[1] * share:
                 yield role, way
-    for solver in () if search.criterion.is_quality else arguments.solvers:
-        for student in search.students:
-            order = small_first(student, search.teacher, steps, search.times, budget)
-            if order is None:
-                continue
-            # Some steps fewer and more of the student's too: which of them is in time is measured.
-            fewest = order.count(student)
-            for count in range(max(fewest - NEAR, 0), min(fewest + NEAR, steps) + 1):
-                actions = (student,) * count + (search.teacher,) * (steps - count)
-                name = f"{count} of {steps} steps of {solver} by {student.member} first"
-                yield "T-Stitch", Way(name, steps, search.times.run(actions), Schedule(actions), solver)
+    orders = product(SOLVERS, counts) if search.by_quality else product(arguments.solvers, [steps])
+    for (solver, most), student in product(orders, search.students):
+        order = small_first(student, search.teacher, most, search.times, budget)
+        if order is None:
+            continue
+        # Some steps fewer and more of the student's too: which of them is in time is measured.
+        fewest = order.count(student)
+        for count in range(max(fewest - NEAR, 0), min(fewest + NEAR, most) + 1):
+            actions = (student,) * count + (search.teacher,) * (most - count)
+            name = f"{count} of {most} steps of {solver} by {student.member} first"
+            yield "T-Stitch", Way(name, most, search.times.run(actions), Schedule(actions), solver)
 
 
 def parts(
     search: Search, share: float, roles: Sequence[str], arguments: argparse.Namespace
 ) -> Iterator[tuple[str, Way]]:
     """Our parts alone."""
-    if search.criterion.is_quality:  # the teacher's own are among what is tried
+    if search.by_quality:  # the teacher's own are among what is tried
         return
     budget, teacher = share * search.whole - search.outside, search.teacher
     light = [a for a in search.times.seconds if a.member == teacher.member and not a.is_whole]
@@ -173,6 +173,7 @@ class Report:
             "sampling": {"steps": arguments.steps, "guidance": arguments.guidance},
             "prompts": {name: len(getattr(search.splits, name)) for name in ("calibration", "validation")},
             "test_prompts": len(self.captions),
+            "quality_prompts": QUALITY_PROMPTS,
             "tried": {name: list(getattr(arguments, name)) for name in ("solvers", "longer")},
             "mini_sd": bundled_weights(),
             "weights": weights_hash(search.unet),  # of all members
@@ -222,9 +223,9 @@ class Report:
 
     def _quality(self, images: Any) -> dict[str, Any]:
         """Captions that are wholly right, and the Fréchet distance to the rendered scenes of the same captions."""
-        right = int(sum(self.reader.accuracy(images, self.captions)))
+        right = self.reader.accuracy(images, self.captions)
         return {
-            "right": right, "count": len(self.captions),
+            "right": int(sum(right)), "count": len(self.captions), "right_each": [int(one) for one in right],
             "frechet": float(frechet_distance(scene_features(images), self.rendered)),
         }  # fmt: skip
 
@@ -267,18 +268,16 @@ def made_students(out: Path, more: Sequence[str]) -> list[str]:
 
 def measure_budget(search: Search, report: Report, share: float, roles: Sequence[str], longer: Sequence[float]) -> None:
     """The best of every role within a share of the time, on validation prompts, is reported."""
-    criterion = search.criterion
-    if criterion.is_quality:
+    criterion = "quality" if search.by_quality else "fidelity"
+    if search.by_quality:
         roles = [role for role in roles if role in QUALITY_ROLES]
-    roles = [role for role in roles if not report.has(role, share, criterion.name)]
+    roles = [role for role in roles if not report.has(role, share, criterion)]
     if not roles:
         return
     found = [*rivals(search, share, report.arguments), *parts(search, share, roles, report.arguments)]
     if "all together" in roles:
         # The rest of what the search tries are what a user would do instead.
         found += [(role, way) for role, way in search.ways(share, longer) if role in REPORTED]
-    if criterion.is_quality:
-        found += [("inheritance", way) for role, way in found if role in REPORTED and runs_teacher(search, way)]
     found = [(role, way) for role, way in found if REPORTED.get(role, role) in roles]
     shares = timed(search, found, share)
     latest, taken = found, shares
@@ -296,18 +295,12 @@ def measure_budget(search: Search, report: Report, share: float, roles: Sequence
         if keeps_in_time(own, share):
             groups.setdefault(REPORTED.get(role, role), []).append(way)
     for role, ways in groups.items():
-        if criterion.is_quality:
+        if search.by_quality:
             best = best_of([search.worth(way) for way in ways])
         else:
             scores = search.judge.scores(ways)
             best = max(range(len(ways)), key=lambda i: scores[i].mean())
-        report.add(role, ways[best], share, criterion.name)
-
-
-def runs_teacher(search: Search, way: Way) -> bool:
-    """Whether a schedule runs no member but the teacher."""
-    assert isinstance(way.rule, Schedule)
-    return {action.member for action in way.rule.actions} <= {search.teacher.member, None}
+        report.add(role, ways[best], share, criterion)
 
 
 def timed(search: Search, ways: Sequence[tuple[str, Way]], share: float) -> list[float]:
@@ -357,7 +350,6 @@ def main() -> None:
     )  # fmt: skip
     search = Search(pipeline, members, settings, Silent())
     report = Report(search, arguments)
-    report.bench.facts["quality_prompts"] = QUALITY_PROMPTS
     report.bench.facts["students"] = together
     if "full model" in arguments.roles:
         for role, way in full_model(search, sorted(set(arguments.full_steps), reverse=True)):
@@ -367,7 +359,8 @@ def main() -> None:
             pipeline.register_modules(unet=next(iter(members.values())))
             count = 4 if arguments.quick else QUALITY_PROMPTS
             settings = replace(settings, validation_prompts=count, test_prompts=count)
-            search = Search(pipeline, members, settings, Silent(), Criterion(criterion))
+            instruments = open_instruments(pipeline, settings, Criterion(criterion), Silent())
+            search = Search(pipeline, members, settings, Silent(), instruments)
         for share in arguments.budgets:
             measure_budget(search, report, share, arguments.roles, arguments.longer)
 

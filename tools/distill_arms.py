@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rival_plans import BK_PATTERNS
 from safetensors.torch import load_file, save_file
 
 from asdm_compress.assembly.calibration import DEFAULT_BANDS, Calibration, record
+from asdm_compress.assembly.damage import compare_predictions
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.plan_fit import fit_plan
 from asdm_compress.assembly.store import measurement_folder, recorded
@@ -26,10 +28,10 @@ from asdm_compress.core.recipe import Recipe, find_recipe, load_recipe
 from asdm_compress.distillation.selection import SMALL_CUT
 from asdm_compress.evaluation.prompts import choose_prompts
 from asdm_compress.sampling.settings import SamplingSettings
-from asdm_compress.workflows.training_section import damage_before
 
 PLANS = Path(__file__).parent / "results" / "assembly.json"  # what the searches of bench_assembly.py have found
 BUDGETS = (0.7, 0.5)
+DAMAGE_PROMPTS = 64  # on which a student's damage before training is measured
 
 
 @dataclass(frozen=True)
@@ -55,24 +57,24 @@ class Arms:
     ) -> None:
         self.pipeline, self.teacher, self.ours, self.folder = pipeline, pipeline.unet, ours, folder
         self.rivals_rate = rivals_rate
-        self._calibration: Calibration | None = None
 
     def recovery(self, budget: float) -> Iterator[Arm]:
         """Ours, BK-SDM's pattern nearest to the budget and its recipe, LAPTOP-Diff's, and random weights."""
-        ours, damage = our_plan(budget), our_damage(budget)
+        ours = our_plan(budget)
+        damage = self.damage(self.fitted(ours))
         yield Arm("ours", ours, lambda: self.fitted(ours), at_rate_for(self.ours, damage), damage)
         bk = "bk-sdm-base" if budget >= 0.65 else "bk-sdm-tiny"
         pattern = BK_PATTERNS[bk]
-        yield Arm("bk-sdm", pattern, lambda: assemble(self.teacher, pattern), self.like("bk-sdm-v1", None, bk))
-        maker = "drop-only knapsack"
-        rival = searched_plan(budget, maker)
-        yield Arm("laptop", rival, lambda: assemble(self.teacher, rival), self.like("laptop", budget, maker))
+        yield Arm("bk-sdm", pattern, lambda: assemble(self.teacher, pattern), self.like("bk-sdm-v1", pattern))
+        rival = searched_plan(budget, "drop-only knapsack")
+        yield Arm("laptop", rival, lambda: assemble(self.teacher, rival), self.like("laptop", rival))
         at_random = changed(self.ours, {"trains": "all"})
         yield Arm("random weights", ours, lambda: _reinitialised(assemble(self.teacher, ours)), at_random)
 
     def parts(self, budget: float) -> Iterator[Arm]:
         """Ours with one part left out, or put in; of a small cut the order of training and the images alone."""
-        ours, damage = our_plan(budget), our_damage(budget)
+        ours = our_plan(budget)
+        damage = self.damage(self.fitted(ours))
         training = at_rate_for(self.ours, damage)
 
         def start() -> UNet2DConditionModel:
@@ -107,12 +109,12 @@ class Arms:
         swapped = changed(training, {"losses.random_conditioning": 5.0})
         yield Arm("image-free, random conditioning", ours, start, swapped, captions_only=True)
 
-    def like(self, preset: str, budget: float | None, maker: str) -> Distillation:
+    def like(self, preset: str, plan: Plan) -> Distillation:
         """Another's losses with the steps, data and optimiser that everybody has, and the rate by the same rule."""
         losses = load_preset(preset).losses
         theirs = self.ours.model_copy(update={"losses": losses, "preset": preset, "trains": "all"})
-        trained = at_rate_for(theirs, _row(budget, maker)["damage"])
-        return changed(trained, {"optimiser.learning_rate": self.rivals_rate})
+        trained = at_rate_for(theirs, self.damage(assemble(self.teacher, plan)))
+        return trained if self.rivals_rate is None else changed(trained, {"optimiser.learning_rate": self.rivals_rate})
 
     def fitted(self, plan: Plan) -> UNet2DConditionModel:
         """The student of a plan with everything fitted in closed form, as `assemble` makes it."""
@@ -120,20 +122,30 @@ class Arms:
         text = json.dumps(dict(plan.edits), sort_keys=True)
         path = self.folder / f"student-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
         if not path.is_file():
-            weights = fit_plan(self.teacher, plan, self._recorded(), refit="full")
+            weights = fit_plan(self.teacher, plan, self._calibration, refit="full")
             student = assemble(self.teacher, plan, weights)
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file({name: t.contiguous() for name, t in student.state_dict().items()}, path)
         student.load_state_dict(load_file(path))
         return student
 
-    def _recorded(self) -> Calibration:
-        if self._calibration is None:
-            prompts = choose_prompts(self.pipeline, None, CALIBRATION_PROMPTS, 1).calibration
-            sampling = SamplingSettings()
-            folder = measurement_folder(self.pipeline, prompts, sampling, DEFAULT_BANDS)  # as `assemble` keeps them
-            self._calibration = recorded(folder / "triples.pt", lambda: record(self.pipeline, prompts, sampling))
-        return self._calibration
+    def damage(self, student: UNet2DConditionModel) -> float:
+        """What a student lacks before any training, on prompts that nothing was fitted to."""
+        found: float = compare_predictions(self.teacher, student, self._unseen).total
+        return found
+
+    @cached_property
+    def _calibration(self) -> Calibration:
+        return self._recorded(choose_prompts(self.pipeline, None, CALIBRATION_PROMPTS, 1).calibration)
+
+    @cached_property
+    def _unseen(self) -> Calibration:
+        return self._recorded(choose_prompts(self.pipeline, None, 1, DAMAGE_PROMPTS).held_out)
+
+    def _recorded(self, prompts: Sequence[str]) -> Calibration:
+        sampling = SamplingSettings()
+        folder = measurement_folder(self.pipeline, prompts, sampling, DEFAULT_BANDS)  # as `assemble` keeps them
+        return recorded(folder / "triples.pt", lambda: record(self.pipeline, prompts, sampling))
 
 
 def mini_training(steps: int, batch: int, items: int) -> Distillation:
@@ -154,14 +166,6 @@ def our_plan(budget: float) -> Plan:
     return searched_plan(budget, "ours") if recipe is None else Plan(recipe.as_edits())
 
 
-def our_damage(budget: float) -> float:
-    """What was measured on that plan's student on held-out prompts, before any training."""
-    recipe = _bundled(budget)
-    damage: float | None = _row(budget, "ours")["damage"] if recipe is None else damage_before(recipe)
-    assert damage is not None
-    return damage
-
-
 def _bundled(budget: float) -> Recipe | None:
     return load_recipe(find_recipe("mini-sd-latency-0.7x")) if budget == 0.7 else None
 
@@ -171,7 +175,7 @@ def searched_plan(budget: float, maker: str) -> Plan:
     return Plan(_row(budget, maker)["edits"])
 
 
-def _row(budget: float | None, maker: str) -> dict[str, Any]:
+def _row(budget: float, maker: str) -> dict[str, Any]:
     rows = json.loads(PLANS.read_text(encoding="utf-8"))["rows"]
     found: dict[str, Any] = next(row for row in rows if (row["budget"], row["maker"]) == (budget, maker))
     return found

@@ -16,8 +16,15 @@ from asdm_compress.core.files import check_output
 from asdm_compress.core.recipe import find_recipe, load_recipe, telling_lines
 from asdm_compress.core.units import parse_bytes
 
+# What only a recipe takes that brings weights of its own along.
+_FITTED = (
+    "slot_start", "prompts", "calibration_prompts", "calibration_triples", "bands", "steps", "guidance", "seed",
+    "scheduler",
+)  # fmt: skip
+
 
 def apply(
+    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="The recipe.yaml of an assembled model, or a bundled recipe's name.")],
     model: o.Model = "mini-sd",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the student.")] = Path("out"),
@@ -61,7 +68,9 @@ def apply(
     check_output(out, overwrite, None, prompts)
     check_output(out, overwrite, None, path)
     shard_bytes = parse_bytes(max_shard_size)
-    dtype = _dtype_of(variant, dtype)
+    dtype = _dtype_of(variant, o.own_name(dtype))
+    if not content.brings_weights:
+        o.refuse_given(context, _FITTED, "does nothing with a recipe that fits nothing", "Leave it out.")
     if slot_start not in ("fit", "zero", "random", "copied"):
         raise AsdmError(f"unknown slot start {slot_start!r}", "Use fit, zero, random or copied.")
     output = Output(quiet, as_json)

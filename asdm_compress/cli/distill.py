@@ -126,6 +126,8 @@ def distill(
         str, typer.Option(help="fp32, bf16 or fp16, mixed; auto is fp32 on a CPU, bf16 on a GPU, or the launcher's.")
     ] = "auto",
     threads: o.Threads = None,
+    prediction_type: o.PredictionType = None,
+    allow_pickle: o.AllowPickle = False,
     overwrite: o.Overwrite = False,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
@@ -135,13 +137,14 @@ def distill(
     Everything is in the recipe's distillation section, or in a preset; the options here change single values of it.
     --dry-run prints memory and duration first. Checkpoints lie in OUT.run, and --resume goes on from the last one.
     """
+    dtype = o.own_name(dtype)
     if dtype not in _PRECISIONS:
         raise AsdmError(f"unknown dtype {dtype!r}", f"Use {', '.join(_PRECISIONS)}.")
     first = is_main_process()
     output = Output(quiet or not first, as_json and first)
     given = _settings(setting or [])
     with output.stage("Starting torch"):
-        load = o.load_options(device, "fp32", threads)
+        load = o.load_options(device, "fp32", threads, allow_pickle, prediction_type=prediction_type)
         from asdm_compress.workflows.distill import run_distill
         from asdm_compress.workflows.training_run import DistillSettings
 

@@ -14,9 +14,6 @@ from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_output
 from asdm_compress.core.units import parse_budget
 
-# Of one picture its nearness to another says more than what it shows. To choose on, and for the report.
-FIDELITY_PROMPTS, QUALITY_PROMPTS = (16, 32), (64, 64)
-
 
 def optimize(
     model: o.Model = "mini-sd",
@@ -51,10 +48,10 @@ def optimize(
     prompts: o.Prompts = None,
     calibration_prompts: Annotated[int, typer.Option(min=1, help="Prompts that are measured on.")] = 8,
     validation_prompts: Annotated[
-        int | None, typer.Option(min=1, help="Prompts on which is chosen: 16, or 64 where quality counts.")
+        int | None, typer.Option(min=1, help="Prompts on which is chosen: 16, or 128 where quality counts.")
     ] = None,
     test_prompts: Annotated[
-        int | None, typer.Option(min=1, help="Other prompts, for the report alone: 32, or 64 where quality counts.")
+        int | None, typer.Option(min=1, help="Other prompts, for the report alone: 32, or 128 where quality counts.")
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Images sampled at once where runs are timed.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Images sampled at once everywhere else.")] = 8,
@@ -63,6 +60,7 @@ def optimize(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     threads: o.Threads = None,
+    prediction_type: o.PredictionType = None,
     allow_pickle: o.AllowPickle = False,
     overwrite: o.Overwrite = False,
     quiet: o.Quiet = False,
@@ -80,7 +78,7 @@ def optimize(
     check_output(out, overwrite, None, prompts, clip)
     output = Output(quiet, as_json)
     with output.stage("Starting torch"):
-        load = o.load_options(device, dtype, threads, allow_pickle)
+        load = o.load_options(device, dtype, threads, allow_pickle, prediction_type=prediction_type)
         from asdm_compress.workflows.calibrate import CalibrateSettings, goal_of
 
     from asdm_compress.evaluation.prompts import read_prompts
@@ -92,15 +90,16 @@ def optimize(
     from asdm_compress.workflows.plan import PlanSettings
 
     counts = Criterion(criterion, clip)
-    usual = QUALITY_PROMPTS if counts.is_quality else FIDELITY_PROMPTS
+    own = None if prompts is None else tuple(read_prompts(prompts))
+    measured, chosen, reported = counts.prompts(calibration_prompts, len(set(own)) if own else None)
     settings = CalibrateSettings(
         goal_of(limits, None, None),
         SamplingSettings(steps, guidance, seed, image_size),
         scheduler,
-        None if prompts is None else tuple(read_prompts(prompts)),
-        calibration_prompts,
-        validation_prompts or usual[0],
-        test_prompts or usual[1],
+        own,
+        measured,
+        validation_prompts or chosen,
+        test_prompts or reported,
         images,
         batch,
         repeats,

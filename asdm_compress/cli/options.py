@@ -58,6 +58,11 @@ def refuse_given(context: typer.Context, names: Iterable[str], why: str, hint: s
 _TORCHS_OWN: Final = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
+def own_name(dtype: str) -> str:
+    """A precision by the name that it has here, of torch's names too."""
+    return _TORCHS_OWN.get(dtype, dtype)
+
+
 def command_line() -> str:
     """The command under way, as it can be typed again."""
     return shlex.join(["asdm-compress", *sys.argv[1:]])
@@ -93,7 +98,7 @@ def load_options(
     if place.type == "cuda" and place.index is not None:
         torch.cuda.set_device(place)
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = _TORCHS_OWN.get(dtype, dtype)
+    dtype = own_name(dtype)
     if dtype == "auto":
         dtype = "fp32" if place.type == "cpu" else "fp16"
     if dtype not in types:

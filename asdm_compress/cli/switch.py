@@ -33,6 +33,7 @@ def switch(
     device: o.Device = "auto",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; auto keeps the teacher's own.")] = "auto",
     threads: o.Threads = None,
+    prediction_type: o.PredictionType = None,
     allow_pickle: o.AllowPickle = False,
     overwrite: o.Overwrite = False,
     quiet: o.Quiet = False,
@@ -46,7 +47,8 @@ def switch(
     with output.stage("Starting torch"):
         from dataclasses import replace
 
-        load = o.load_options(device, "fp32" if dtype == "auto" else dtype, threads, allow_pickle)
+        precision = "fp32" if dtype == "auto" else dtype
+        load = o.load_options(device, precision, threads, allow_pickle, prediction_type=prediction_type)
         load = replace(load, dtype=None) if dtype == "auto" else load
         from asdm_compress.workflows.switch import SwitchSettings, run_switch
 

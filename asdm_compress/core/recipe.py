@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from asdm_compress.core.checked_yaml import Strict, as_yaml, read_checked
 from asdm_compress.core.distillation import Distillation
-from asdm_compress.core.edits import EDIT_GRAMMAR, Edit, conv_spec
+from asdm_compress.core.edits import EDIT_GRAMMAR, Edit, conv_spec, has_weights
 from asdm_compress.core.errors import AsdmError, SiteError
 
 
@@ -102,6 +102,11 @@ class Recipe(Strict):
     def as_edits(self) -> dict[str, Edit]:
         """Site path to edit."""
         return {entry.site: entry.edit for entry in self.edits}
+
+    @property
+    def brings_weights(self) -> bool:
+        """Whether a student by it has weights that are none of the teacher's."""
+        return self.refit != "none" or any(map(has_weights, self.as_edits().values()))
 
 
 def bundled_recipes() -> dict[str, Path]:

@@ -28,6 +28,10 @@ def open_source(data: Data, understands_scenes: bool) -> Source:
     if is_table(data.source):
         return open_table(data)
     path = Path(data.source).expanduser()
+    if data.image_column != Data.model_fields["image_column"].default and (path.is_dir() or path.is_file()):
+        raise AsdmError(f"{data.source} is no table, and has no columns of images", "Leave --image-column out.")
+    if data.caption_column != Data.model_fields["caption_column"].default and path.is_file():
+        raise AsdmError(f"{data.source} is no table, and has no columns of captions", "Leave --caption-column out.")
     if path.is_dir():
         return ImageFolder.open(path, data.caption_column, data.size)
     if path.is_file() and path.suffix == ".txt":

@@ -13,6 +13,7 @@ from torch import Tensor
 from asdm_compress.assembly.store import weights_hash
 from asdm_compress.core.provenance import content_hash
 from asdm_compress.distillation.sources import Item
+from asdm_compress.models.families import latent_size_of
 from asdm_compress.sampling.run import SamplingRun
 from asdm_compress.sampling.settings import SamplingSettings, encode
 
@@ -35,7 +36,7 @@ class Encoder:
     def image_size(self) -> int:
         """Pixels per side."""
         size = self.sampling.image_size
-        return size or int(self.pipeline.unet.config["sample_size"]) * int(self.pipeline.vae_scale_factor)
+        return size or latent_size_of(self.pipeline.unet) * int(self.pipeline.vae_scale_factor)
 
     @property
     def at_once(self) -> int:

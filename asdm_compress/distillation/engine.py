@@ -9,6 +9,7 @@ and its optimiser together once, where a training has phases with an optimiser e
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,10 +22,12 @@ from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from asdm_compress.core.errors import AsdmError
 from asdm_compress.distillation.features import FeatureUNet
 from asdm_compress.models.walk import steps_of
 
 _SHARDS: Final = "shards"
+_KIND: Final = "engine.json"
 
 
 class Engine:
@@ -32,6 +35,12 @@ class Engine:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
+
+    @property
+    def kind(self) -> str:
+        """What has to be the same for a training to go on, in words: weights and scaler lie there otherwise."""
+        several = "in one process" if self.accelerator.num_processes == 1 else "in several processes"
+        return several + (", with --dtype fp16" if self.accelerator.mixed_precision == "fp16" else "")
 
     def begin(self, student: UNet2DConditionModel) -> None:
         """Called once, before anything is hung onto the student."""
@@ -74,6 +83,7 @@ class Engine:
         """Write weights, optimiser and averages; every process calls this with the same folder."""
         self.accelerator.save_state(str(folder))
         if self.accelerator.is_main_process:
+            self.leave_kind(folder)
             torch.save(average.state_dict(), folder / "averages.pt")
 
     def load_average(self, folder: Path, student: nn.Module, average: EMAModel) -> None:
@@ -93,10 +103,18 @@ class Engine:
             student.load_state_dict(weights)
         return student
 
+    def leave_kind(self, folder: Path) -> None:
+        """Write down what kind of engine a checkpoint is of."""
+        (folder / _KIND).write_text(json.dumps({"kind": self.kind}), encoding="utf-8")
+
     def check(self, folder: Path) -> None:
-        """Raise an error of reading for a checkpoint that another kind of engine has written."""
-        if (folder / _SHARDS).exists():
-            raise ValueError("it is one of a sharded training, as --shard goes on with")
+        """Raise AsdmError for a checkpoint that another kind of engine has written, an error of reading for none."""
+        written = json.loads((folder / _KIND).read_text(encoding="utf-8"))["kind"]
+        if written != self.kind:
+            raise AsdmError(
+                f"the checkpoint {folder} is of a training {written}, and this is one {self.kind}",
+                "Go on as it was begun: the same launch, --shard and --dtype.",
+            )
 
 
 class ShardedEngine(Engine):
@@ -107,6 +125,11 @@ class ShardedEngine(Engine):
         self._whole: UNet2DConditionModel | None = None
         self._trained: frozenset[str] = frozenset()
         self._numbers: list[nn.Parameter] = []
+
+    @property
+    def kind(self) -> str:
+        """As the base's; of how many processes does not matter."""
+        return f"{super().kind}, with --shard"
 
     def begin(self, student: UNet2DConditionModel) -> None:
         """The main process keeps a whole one on the CPU, for probes and the end."""
@@ -195,6 +218,8 @@ class ShardedEngine(Engine):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on formats that torch itself uses
             save(_shares(student, optimiser, average), checkpoint_id=str(folder / _SHARDS))
+        if self.accelerator.is_main_process:
+            self.leave_kind(folder)
 
     def load_average(self, folder: Path, student: nn.Module, average: EMAModel) -> None:
         """As the base's; the number of processes may be another than when it was written."""
@@ -212,11 +237,6 @@ class ShardedEngine(Engine):
         if weights is not None:
             self._whole.load_state_dict(weights)
         return self._whole
-
-    def check(self, folder: Path) -> None:
-        """As the base's."""
-        if not (folder / _SHARDS).exists():
-            raise ValueError("it is one of a training without --shard")
 
     def _thaw(self, student: nn.Module) -> None:
         """Let everything that trains in any phase have gradients: torch fixes at the first pass what has."""

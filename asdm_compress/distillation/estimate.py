@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from asdm_compress.core.distillation import Losses
+from asdm_compress.models.families import latent_size_of
 from asdm_compress.models.tree import meta_copy
 from asdm_compress.models.walk import run, start, steps_of
 
@@ -102,7 +103,7 @@ def saved_bytes(unet: UNet2DConditionModel, text_tokens: int, gradient_checkpoin
     With gradient checkpointing these are the units' inputs, and everything inside the one that keeps most.
     """
     twin = meta_copy(unet).float().requires_grad_(True)
-    size = int(unet.config["sample_size"])
+    size = latent_size_of(unet)
     sample = torch.empty(1, int(unet.config["in_channels"]), size, size, device="meta")
     text = torch.empty(1, text_tokens, int(unet.config["cross_attention_dim"]), device="meta")
     state = start(twin, sample, torch.empty((), device="meta"), text)

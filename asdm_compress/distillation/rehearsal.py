@@ -20,6 +20,7 @@ from asdm_compress.distillation.losses import Batch, loss_terms, noise_scheduler
 from asdm_compress.distillation.selection import Phase, choose_parameters
 from asdm_compress.distillation.trainer import LoopSettings
 from asdm_compress.distillation.trajectory import rolled_rows
+from asdm_compress.models.families import latent_size_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ def _made_up(
     student: UNet2DConditionModel, rows: int, text_tokens: int, trajectory_steps: int, device: torch.device
 ) -> Batch:
     generator = torch.Generator().manual_seed(0)
-    size, channels = int(student.config["sample_size"]), int(student.config["out_channels"])
+    size, channels = latent_size_of(student), int(student.config["out_channels"])
     clean, noise = torch.randn(2, rows, channels, size, size, generator=generator).to(device)
     text = torch.randn(rows, text_tokens, int(student.config["cross_attention_dim"]), generator=generator).to(device)
     timesteps = torch.randint(0, 1000, (rows,), generator=generator).to(device)

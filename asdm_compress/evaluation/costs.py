@@ -194,6 +194,12 @@ def check_pair(teacher: StableDiffusionPipeline, model: StableDiffusionPipeline,
     """Raise AsdmError for two models whose images cannot be laid side by side, or a size that one cannot make."""
     for pipeline in (teacher, model):
         check_size(pipeline, settings)
+    reads, writes = (model.unet.config["cross_attention_dim"], model.text_encoder.config.hidden_size)
+    if reads != writes:
+        raise AsdmError(
+            f"the model's UNet reads text of width {reads}, and its text encoder writes {writes}",
+            "A UNet alone is put into its teacher's pipeline: give a teacher of its own kind with --against.",
+        )
     shapes = [(p.unet.config["in_channels"], latent_side(p, settings)) for p in (teacher, model)]
     if shapes[0] != shapes[1]:
         raise AsdmError("the two models make images of different sizes", "Give both one --image-size.")

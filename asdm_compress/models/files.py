@@ -95,13 +95,15 @@ def variant_of(folder: Path) -> str | None:
     return choose_weights(path.name for path in folder.iterdir())[1] if folder.is_dir() else None
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The precision of a folder's weights; raises AsdmError where there are none."""
+def stored_dtype(folder: Path, allow_pickle: bool = False) -> torch.dtype:
+    """The precision of a folder's weights, of the first that are no counts; raises AsdmError where there are none."""
     path = weight_files(folder)[0]
     if path.suffix == ".bin":
-        return next(iter(read_pickle(path, allow_pickle=False).values())).dtype
+        kept = (tensor.dtype for tensor in read_pickle(path, allow_pickle).values())
+        return next((dtype for dtype in kept if dtype.is_floating_point), torch.float32)
     with safe_open(path, framework="pt") as file:
-        return _DTYPES.get(file.get_slice(next(iter(file.keys()))).get_dtype(), torch.float32)
+        names = (file.get_slice(key).get_dtype() for key in file.keys())  # noqa: SIM118
+        return next((_DTYPES[name] for name in names if name in _DTYPES), torch.float32)
 
 
 def read_pickle(path: Path, allow_pickle: bool) -> Mapping[str, Tensor]:

@@ -45,7 +45,7 @@ def open_unet(source: Source, options: LoadOptions) -> UNet2DConditionModel:
             unet = lazy.filled(options)
     else:
         built = unet_class(folder, read_json(folder / "config.json"))
-        unet = open_part(built, folder, options.dtype or stored_dtype(folder), options)
+        unet = open_part(built, folder, options.dtype or stored_dtype(folder, options.allow_pickle), options)
         check_supported(unet)
     return unet.to(options.device).eval().requires_grad_(False)
 
@@ -96,13 +96,13 @@ def _resolved(reference: str, options: LoadOptions) -> Source:
 def _pipeline_from_folder(source: Source, options: LoadOptions) -> Any:
     assert source.path is not None
     assert source.unet_folder is not None
-    unet_dtype = options.dtype or stored_dtype(source.unet_folder)
+    unet_dtype = options.dtype or stored_dtype(source.unet_folder, options.allow_pickle)
     # Passed at once, the UNet's class would be looked up by the index, which may name the folder's own loader.
     parts: dict[str, Any] = {"unet": None}
     index = read_json(source.path / "model_index.json")
     for name, part_class in _CHECKED_PARTS.items():
         if index.get(name, [None, None])[1] == part_class.__name__:
-            part_dtype = options.dtype or stored_dtype(source.path / name)
+            part_dtype = options.dtype or stored_dtype(source.path / name, options.allow_pickle)
             parts[name] = open_part(part_class, source.path / name, part_dtype, options)
     # diffusers wants some parts named even where a folder goes without them, such as a depth estimator.
     parts |= {name: None for name, value in index.items() if value == [None, None]}
@@ -113,6 +113,11 @@ def _pipeline_from_folder(source: Source, options: LoadOptions) -> Any:
         pipeline = pipeline_class.from_pretrained(
             source.path, **parts, dtype=unet_dtype, variant=variant_of(source.unet_folder), local_files_only=True
         )
-    whole = {**pipeline.components, "unet": open_unet(source, options)}
-    flags = {"requires_safety_checker"} & set(inspect.signature(pipeline_class.__init__).parameters)
-    return pipeline_class(**whole, **{flag: pipeline.config.get(flag, False) for flag in flags})
+    return with_parts(pipeline, unet=open_unet(source, options))
+
+
+def with_parts(pipeline: StableDiffusionPipeline, **parts: Any) -> StableDiffusionPipeline:
+    """Another pipeline of the same class with some parts in the place of its own; not every class has the flag."""
+    flags = {"requires_safety_checker"} & set(inspect.signature(type(pipeline).__init__).parameters)
+    whole = {**pipeline.components, **parts}
+    return type(pipeline)(**whole, **{flag: pipeline.config.get(flag, False) for flag in flags})

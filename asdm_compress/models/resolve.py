@@ -28,15 +28,17 @@ _OWN: Final = ("recipe.yaml", "inheritance.yaml", "switching.yaml")  # a student
 _HUB_ID: Final = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
-def resolve(reference: str, options: LoadOptions) -> Source:
+def resolve(reference: str, options: LoadOptions, beside: bool = False) -> Source:
     """Find what `reference` names, and what it is; of weights, names and shapes alone are read.
 
+    A UNet alone that is opened `beside` another model leaves the prediction type that is asked for to that.
     Raises AsdmError for an unknown name (with the nearest known one), a missing path, a named model that is not on this
     machine, files that are damaged or of another kind of model, and a prediction type that is asked for and is not the
     model's.
     """
     source = _find(reference, options)
-    check_asked(source, options.prediction_type)
+    if not (beside and source.kind == "unet folder"):
+        check_asked(source, options.prediction_type)
     return source
 
 

@@ -1,4 +1,4 @@
-"""What was tried within budgets of time: nearness to the reference over time."""
+"""What was tried within budgets of time: nearness to the reference, or what pictures are worth, over time."""
 
 from __future__ import annotations
 

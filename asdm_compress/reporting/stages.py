@@ -120,6 +120,21 @@ class SwitchingFacts(_Loose):
     verdict: str = ""
 
 
+class WorthFacts(_Loose):
+    """What pictures are worth by themselves: the mean of what they show, and their distance as a set."""
+
+    pictures: int
+    shown: float
+    shown_interval: float | None = None
+    distance: float
+
+    @property
+    def text(self) -> str:
+        """For tables."""
+        interval = "" if self.shown_interval is None else f" ± {self.shown_interval:.3f}"
+        return f"{self.shown:.3f}{interval}; {self.distance:.3g}"
+
+
 class TriedFacts(_Loose):
     """A way that `optimize` tried."""
 
@@ -129,6 +144,8 @@ class TriedFacts(_Loose):
     share: float
     validation: dict[str, Any] = {}
     test: dict[str, Any] | None = None
+    worth: WorthFacts | None = None
+    test_worth: WorthFacts | None = None
 
 
 class ReferenceFacts(_Loose):
@@ -138,6 +155,8 @@ class ReferenceFacts(_Loose):
     steps: int
     seconds: float
     outside_the_unet_loop: float
+    worth: WorthFacts | None = None
+    test_worth: WorthFacts | None = None
 
 
 class OptimizedFacts(_Loose):
@@ -146,10 +165,17 @@ class OptimizedFacts(_Loose):
     command: str = ""
     models: list[str] = []
     share: float
+    criterion: str = "fidelity"
+    judged_by: list[str] = []  # what pictures show, and the distance
     reference: ReferenceFacts
     measured_on: dict[str, Any] = {}
     best: TriedFacts
     tried: list[TriedFacts] = []
+
+    @property
+    def by_quality(self) -> bool:
+        """Whether it was the pictures by themselves that counted."""
+        return self.criterion == "quality"
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,8 +67,13 @@ def verdict(stages: Stages) -> Iterator[str]:
         yield f"The members take {stages.switched.time.measured_share:.3f}x of a run's time. {stages.switched.verdict}"
     elif recipe is None and stages.optimized is not None:
         best = stages.optimized.best
-        nearness = score(best.test or best.validation).text
-        yield f"A whole image takes {best.share:.3f}x of the reference's time: {best.way}, {nearness} from it."
+        said = f"A whole image takes {best.share:.3f}x of the reference's time: {best.way}"
+        worth, full = best.test_worth, stages.optimized.reference.test_worth
+        if worth is not None and full is not None:
+            what = " and ".join(stages.optimized.judged_by)
+            yield f"{said}. On test prompts {what}: {worth.text}; of the full run {full.text}."
+        else:
+            yield f"{said}, {score(best.test or best.validation).text} from it."
     elif recipe is not None and evidence is None and stages.evaluation is None:
         yield f"{len(recipe.edits)} edits of {recipe.base.model}; what they cost and damage has not been measured."
 

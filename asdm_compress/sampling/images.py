@@ -71,6 +71,9 @@ def sample(
         if progress:
             progress(rows.stop, len(prompts))
     together = torch.cat(latents)
+    if not together.isfinite().all():
+        precision = str(pipeline.unet.dtype).removeprefix("torch.")
+        raise AsdmError(f"the latents are no numbers: the UNet overflows in {precision}", "Use --dtype bf16 or fp32.")
     images = decode(pipeline, together)
     synchronise(pipeline.device)
     return Samples(images, together, (time.perf_counter() - began) / len(prompts))

@@ -66,10 +66,10 @@ def is_behind(one: Score, other: Score, metric: str = "psnr") -> bool:
     return surely_less(getattr(one, metric), getattr(other, metric))
 
 
-def surely_less(ones: Sequence[float], others: Sequence[float]) -> bool:
-    """Whether the mean of some values is lower than that of their partners, pair by pair and by `SURE` (Student)."""
+def surely_less(ones: Sequence[float], others: Sequence[float], sure: float = SURE) -> bool:
+    """Whether the mean of some values is lower than that of their partners, pair by pair and as `sure` (Student)."""
     ahead = tuple(b - a for a, b in zip(ones, others, strict=True))
-    return float(np.mean(ahead)) > _half_width(ahead, SURE)
+    return float(np.mean(ahead)) > _half_width(ahead, sure)
 
 
 def mean_interval(values: Sequence[float]) -> float:

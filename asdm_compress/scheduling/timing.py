@@ -19,6 +19,7 @@ from asdm_compress.inheritance.attach import enable
 from asdm_compress.inheritance.corrections import Correction, CorrectionKey
 from asdm_compress.inheritance.schedule import Rule, Schedule
 from asdm_compress.inheritance.shapes import value_shapes
+from asdm_compress.models.loading import with_parts
 from asdm_compress.profiling.latency import FEWEST_REPEATS, clock_for, time_side_by_side
 from asdm_compress.sampling.settings import SamplingSettings, initial_latents, step_generators
 from asdm_compress.scheduling.menu import (
@@ -106,11 +107,8 @@ class Loop:
         rule: Rule | None = None,
         scheduler: Any = None,
     ) -> None:
-        parts = dict(pipeline.components)
-        parts["scheduler"] = copy.deepcopy(pipeline.scheduler if scheduler is None else scheduler)
-        self.pipeline = type(pipeline)(
-            **parts, requires_safety_checker=pipeline.config.get("requires_safety_checker", False)
-        )
+        own = copy.deepcopy(pipeline.scheduler if scheduler is None else scheduler)
+        self.pipeline = with_parts(pipeline, scheduler=own)
         self.pipeline.set_progress_bar_config(disable=True)
         if rule is not None:
             enable(self.pipeline, rule)

@@ -17,7 +17,7 @@ from asdm_compress.assembly.plan_fit import RefitChoice, fit_plan, for_memory
 from asdm_compress.assembly.slot_fit import check_fits, check_prompts
 from asdm_compress.assembly.surgery import assemble, build, removed_tensors, specify
 from asdm_compress.core.defaults import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS
-from asdm_compress.core.edits import conv_spec, has_weights
+from asdm_compress.core.edits import conv_spec
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_output, check_space, output_folder
 from asdm_compress.core.recipe import Recipe, dump_recipe
@@ -106,10 +106,10 @@ def run_apply(
             check_hub(writing.repository)
     for note in source.notes:
         progress.note(note)
-    if recipe.refit == "none" and not any(map(has_weights, recipe.as_edits().values())):
-        result = _stream(recipe, source, writing, options, progress)
-    else:
+    if recipe.brings_weights:
         result = _assemble(recipe, source, writing, options, start, progress)
+    else:
+        result = _stream(recipe, source, writing, options, progress)
     if writing.repository is None:
         return result
     with progress.stage("Sending to the hub"):

@@ -24,7 +24,7 @@ from asdm_compress.core.units import Limit
 from asdm_compress.evaluation.prompts import HELD_OUT_SEED
 from asdm_compress.evaluation.quality import Quality, assess
 from asdm_compress.models.families import architecture
-from asdm_compress.models.loading import open_pipeline
+from asdm_compress.models.loading import open_pipeline, with_parts
 from asdm_compress.models.resolve import resolve
 from asdm_compress.models.rounding import rounded_as_stored
 from asdm_compress.models.saving import save_pipeline
@@ -173,8 +173,7 @@ def _pictures(
 
 def with_unet(pipeline: StableDiffusionPipeline, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
     """The same pipeline with another UNet; everything else is shared."""
-    parts = {**pipeline.components, "unet": unet}
-    twin = type(pipeline)(**parts, requires_safety_checker=pipeline.config.get("requires_safety_checker", False))
+    twin = with_parts(pipeline, unet=unet)
     twin.set_progress_bar_config(disable=True)
     return twin
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
@@ -22,17 +21,18 @@ from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.inheritance.validity import Validity, mark_of, solver_of
 from asdm_compress.profiling.latency import median_ratio, time_side_by_side
 from asdm_compress.sampling.images import decode
-from asdm_compress.sampling.settings import encode, initial_latents
+from asdm_compress.sampling.settings import encode, initial_latents, latent_side
+from asdm_compress.scenes.world import IMAGE_SIZE
 from asdm_compress.scheduling.measure import sampler_timeline
-from asdm_compress.scheduling.quality import QualityJudge, Worth
 from asdm_compress.scheduling.rollouts import Judge
 from asdm_compress.scheduling.switch_times import SKIP, time_options
 from asdm_compress.scheduling.timing import time_runs
 from asdm_compress.scheduling.ways import SOLVERS, Way
+from asdm_compress.scheduling.worth import QualityJudge, Worth, best_of
 from asdm_compress.switching.schedules import SwitchingSchedule, noise_of
 from asdm_compress.switching.switched_unet import SwitchedUNet2DConditionModel
-from asdm_compress.workflows.calibrate import TEST_SEED, CalibrateSettings, split_prompts, timed_batch
-from asdm_compress.workflows.candidates import FIDELITY, Candidate, Criterion, tried_steps
+from asdm_compress.workflows.calibrate import TEST_SEED, VALIDATION_SEED, CalibrateSettings, split_prompts, timed_batch
+from asdm_compress.workflows.candidates import Candidate, Criterion, tried_steps
 from asdm_compress.workflows.progress import Progress
 from asdm_compress.workflows.schedule_search import ScheduleSearch, Target
 
@@ -43,12 +43,38 @@ TIGHTER: Final = 3  # times at most
 # to the one of fewest steps whose pictures are as good as the reference's, and to the next ones.
 FEWER: Final = (1.3, 1.6, 2.0, 2.5, 3.2, 4.0)
 TARGETS: Final = 3
-FEWEST: Final = 2  # pictures with a distance to others
+FEWEST, FEW = 2, 32  # pictures: those without have no distance to others, and up to there they say little
 NEAR_PROMPTS: Final = 16  # on which nearness is judged then: it takes fewer than quality
 
 
+def open_instruments(
+    pipeline: StableDiffusionPipeline, settings: CalibrateSettings, criterion: Criterion, progress: Progress
+) -> Instruments | None:
+    """What judges pictures where quality is the criterion; raises AsdmError where nothing can judge these."""
+    if not criterion.is_quality:
+        return None
+    splits = split_prompts(pipeline, settings)
+    side = latent_side(pipeline, settings.sampling) * pipeline.vae_scale_factor
+    if criterion.clip is None and not (splits.captions and side == IMAGE_SIZE):
+        raise AsdmError(
+            "nothing here can judge the quality of these pictures",
+            "Name the folder of a CLIP model with --clip; only the bundled world's own captions need none, in "
+            f"{IMAGE_SIZE} pixels.",
+        )
+    count = min(len(splits.validation), len(splits.test))
+    if count < FEWEST:
+        raise AsdmError(
+            f"the quality of fewer than {FEWEST} pictures cannot be judged",
+            "Give more prompts, or more of them for --validation-prompts and --test-prompts.",
+        )
+    if count < FEW:
+        progress.note(f"Quality is judged on {count} pictures, which say little: {FEW} and more are better.")
+    clip = criterion.clip
+    return Instruments(Weights(clip=clip, cmmd=clip), reads_scenes=clip is None, device=pipeline.device)
+
+
 class Search:
-    """The reference, what it is compared on, and the candidates."""
+    """The reference, what it is compared on, and the candidates; with `instruments` quality is the criterion."""
 
     def __init__(
         self,
@@ -56,12 +82,11 @@ class Search:
         members: Mapping[str, UNet2DConditionModel],
         settings: CalibrateSettings,
         progress: Progress,
-        criterion: Criterion = FIDELITY,
+        instruments: Instruments | None = None,
     ) -> None:
         self.pipeline, self.members, self.settings, self.progress = pipeline, members, settings, progress
-        self.criterion, self.sampler = criterion, type(pipeline.scheduler).__name__
-        self.splits = split_prompts(pipeline, settings)
-        self._instruments = self._opened(criterion.clip) if criterion.is_quality else None
+        self.by_quality, self._instruments = instruments is not None, instruments
+        self.sampler, self.splits = type(pipeline.scheduler).__name__, split_prompts(pipeline, settings)
         self.teacher, *self.students = (Action(member=name) for name in members)
         steps = settings.sampling.steps
         self.unet = self._switched((self.teacher,) * steps, pipeline)
@@ -78,23 +103,10 @@ class Search:
             self.outside = self.encoding + self.decoding
         self.whole = self.outside + self.times.full(steps)
         self.schedules = ScheduleSearch(pipeline, members, settings, self.splits, self.one_batch, self.times, progress)
-        near = NEAR_PROMPTS if criterion.is_quality else None
-        self.reference = self.schedules.target(steps, None, self.splits.validation[:near])
-        self.judge = self.reference.judge
-
-    def _opened(self, clip: Path | None) -> Instruments:
-        """The networks that judge pictures."""
-        if min(len(self.splits.validation), len(self.splits.test)) < FEWEST:
-            raise AsdmError(
-                f"the quality of fewer than {FEWEST} pictures cannot be judged",
-                "Give more prompts, or more of them for --validation-prompts and --test-prompts.",
-            )
-        if clip is None and not self.splits.captions:
-            raise AsdmError(
-                "nothing here can judge the quality of these pictures",
-                "Name the folder of a CLIP model with --clip; only the bundled world's own captions need none.",
-            )
-        return Instruments(Weights(clip=clip, cmmd=clip), reads_scenes=clip is None, device=self.pipeline.device)
+        near = self.splits.validation[: NEAR_PROMPTS if self.by_quality else None]
+        self.reference = self.schedules.target(steps, None, near)
+        # Nearness to the reference on all validation prompts, which its own judge has where nothing else counts.
+        self.judge = self.quality.judge if self.by_quality else self.reference.judge
 
     def _light(self, member: Action) -> tuple[Action, ...]:
         """What a step of a member may leave out: layers inside of a cut, the unconditional branch, or both."""
@@ -115,7 +127,7 @@ class Search:
         if share < self.least:
             return []
         ways = self._fewer(budget)
-        if self.criterion.is_quality:
+        if self.by_quality:
             return ways + [way for target in self.targets(budget) for way in self._near(target, budget)]
         reference, most = self.settings.sampling.steps, max((way.steps for _, way in ways), default=1)
         for member in (self.teacher, *self.students):
@@ -142,24 +154,30 @@ class Search:
     def targets(self, budget: float) -> list[Target]:
         """Full runs of the teacher's in few steps, of the sampler that needs the fewest for pictures as good.
 
-        As good as the reference's, that is; where no other is, the reference alone.
+        As good as the reference's, that is. Where no other is, the best of those of the most steps.
         """
         reference, own = self.settings.sampling.steps, max(1, self._full_steps(self.teacher, budget))
         counts = sorted({max(2, round(own * more)) for more in FEWER if round(own * more) < reference})
-        fewest: dict[str, int] = {}
-        for solver in SOLVERS:
-            low, high = 0, len(counts)
-            while low < high:  # more steps are taken to be no worse
-                middle = (low + high) // 2
-                if self.worth(self.schedules.full_run(counts[middle], solver)).is_as_good_as(self.quality.full):
-                    high = middle
-                else:
-                    low = middle + 1
-            fewest[solver] = low
-        solver = min(SOLVERS, key=lambda name: fewest[name])
-        found = [(count, solver) for count in counts[fewest[solver] :][:TARGETS]]
+        if not counts:
+            return [self.reference]
+        fewest = {solver: self._fewest(counts, solver) for solver in SOLVERS}
+        least = min(fewest.values())
+        tied = [solver for solver in SOLVERS if fewest[solver] == least]
+        first = min(least, len(counts) - 1)
+        solver = tied[best_of([self.worth(self.schedules.full_run(counts[first], solver)) for solver in tied])]
         near = self.splits.validation[:NEAR_PROMPTS]
-        return [self.schedules.target(*one, near) for one in found] or [self.reference]
+        return [self.schedules.target(count, solver, near) for count in counts[first:][:TARGETS]]
+
+    def _fewest(self, counts: Sequence[int], solver: str) -> int:
+        """The place of the fewest steps with which a sampler is as good as the reference; behind the last for none."""
+        low, high = 0, len(counts)
+        while low < high:  # more steps are taken to be no worse
+            middle = (low + high) // 2
+            if self.worth(self.schedules.full_run(counts[middle], solver)).is_as_good_as(self.quality.full):
+                high = middle
+            else:
+                low = middle + 1
+        return low
 
     def worth(self, way: Way) -> Worth:
         """What a way's pictures of the validation prompts are worth."""
@@ -169,13 +187,19 @@ class Search:
     @cached_property
     def quality(self) -> QualityJudge:
         """Judges pictures of the validation prompts."""
-        return self._quality(self._judge(self.splits.validation, self.judge.settings.seed))
+        return self._quality(self._judge(self.splits.validation, VALIDATION_SEED))
+
+    @cached_property
+    def tested_quality(self) -> QualityJudge:
+        """Judges pictures of the test prompts."""
+        return self._quality(self._judge(self.splits.test, TEST_SEED))
 
     def _quality(self, judge: Judge) -> QualityJudge:
         assert self._instruments is not None
         known = self.splits.captions
         captions = [known[prompt] for prompt in judge.prompts] if self._instruments.reader is not None else None
-        return QualityJudge(judge, self._instruments, captions)
+        with self.progress.stage("Judging the full run"):
+            return QualityJudge(judge, self._instruments, captions)
 
     def tried(self, share: float) -> list[Candidate]:
         """The same with measured times and scores, and what is found for less where a schedule takes too much.
@@ -197,7 +221,7 @@ class Search:
                 taken = self.shares([way for _, way in latest])
             ways, shares = ways + latest, shares + taken
         worths: list[Worth | None] = [None] * len(ways)
-        if self.criterion.is_quality:
+        if self.by_quality:
             within = [number for number, taken_share in enumerate(shares) if taken_share <= share]
             with self.progress.bar("Judging pictures of validation prompts") as bar:
                 for number, worth in zip(within, self.quality.worths([ways[n][1] for n in within], bar), strict=True):
@@ -208,12 +232,13 @@ class Search:
         return [Candidate(*way, taken_share, score, worth=worth) for way, taken_share, score, worth in rows]
 
     def tested(self, tried: Sequence[Candidate], bar: Any) -> list[Candidate]:
-        """The candidates with their scores on test prompts."""
-        judge = self._judge(self.splits.test, TEST_SEED)
+        """The candidates with their scores on test prompts, and what their pictures of these are worth."""
         worths: list[Worth | None] = [None] * len(tried)
-        if self.criterion.is_quality:
-            self.tested_quality = self._quality(judge)
-            worths = [self.tested_quality.worth(c.way) if c.worth is not None else None for c in tried]
+        if self.by_quality:
+            judged = [number for number, candidate in enumerate(tried) if candidate.worth is not None]
+            for number in judged:
+                worths[number] = self.tested_quality.worth(tried[number].way)
+        judge = self.tested_quality.judge if self.by_quality else self._judge(self.splits.test, TEST_SEED)
         scores = judge.scores([c.way for c in tried], bar)
         rows = zip(tried, scores, worths, strict=True)
         return [replace(c, test=score, test_worth=worth) for c, score, worth in rows]

@@ -11,10 +11,11 @@ from typing import Any, Final
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.inheritance.actions import Action
 from asdm_compress.inheritance.schedule import Schedule
-from asdm_compress.scheduling.quality import Worth, best_of
 from asdm_compress.scheduling.rollouts import Score
 from asdm_compress.scheduling.ways import Way
+from asdm_compress.scheduling.worth import Worth, best_of
 
+FIDELITY_PROMPTS, QUALITY_PROMPTS = (16, 32), (128, 128)  # to choose on, and for the report
 CHEAP: Final = 8  # steps, that are soon measured
 
 
@@ -40,6 +41,20 @@ class Criterion:
         """Whether it is the pictures by themselves."""
         return self.name == "quality"
 
+    def prompts(self, calibration: int, own: int | None = None) -> tuple[int, int, int]:
+        """How many prompts are usually measured on, chosen on and reported on.
+
+        Of one picture its nearness to another says more than what it shows, so that quality takes many; of a user's
+        `own` as many as are left of those that are measured on, at most a third.
+        """
+        if not self.is_quality:
+            return calibration, *FIDELITY_PROMPTS
+        if own is None:
+            return calibration, *QUALITY_PROMPTS
+        first = min(calibration, max(1, own // 3))
+        half = (own - first) // 2
+        return first, max(1, min(half, QUALITY_PROMPTS[0])), max(1, min(own - first - half, QUALITY_PROMPTS[1]))
+
 
 FIDELITY: Final = Criterion()
 
@@ -59,12 +74,6 @@ class Candidate:
     test: Score | None = None
     worth: Worth | None = None
     test_worth: Worth | None = None
-
-    def is_better_than(self, other: Candidate) -> bool:
-        """On validation prompts; test ones choose nothing."""
-        if self.worth is None or other.worth is None:
-            return self.validation.mean() > other.validation.mean()
-        return best_of([other.worth, self.worth]) == 1
 
     def texts(self) -> tuple[str, str]:
         """What chose it, on validation and on test prompts, for tables."""
@@ -88,20 +97,29 @@ class Candidate:
 def best_within(tried: Sequence[Candidate], share: float) -> int | None:
     """The place of the best candidate that takes no more than a share of the time; None where none does."""
     within = [number for number, candidate in enumerate(tried) if candidate.share <= share]
-    worths = [worth for number in within if (worth := tried[number].worth) is not None]
-    if worths and len(worths) == len(within):
-        return within[best_of(worths)]
-    return max(within, key=lambda number: tried[number].validation.mean(), default=None)
+    if not within:
+        return None
+    return within[_best([tried[number] for number in within])]
 
 
 def frontier_of(tried: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """The candidates that none which takes less time is as good as; of those whose worth is known, where any's is."""
+    """For every time the best candidate that takes no more; of those whose worth is known, where any's is."""
     known = [candidate for candidate in tried if candidate.worth is not None] or tried
+    ordered = sorted(known, key=lambda c: c.share)
     found: list[Candidate] = []
-    for candidate in sorted(known, key=lambda c: c.share):
-        if not found or candidate.is_better_than(found[-1]):
-            found.append(candidate)
+    for count in range(1, len(ordered) + 1):
+        best = ordered[_best(ordered[:count])]
+        if not found or best is not found[-1]:
+            found.append(best)
     return tuple(found)
+
+
+def _best(candidates: Sequence[Candidate]) -> int:
+    """The place of the best on validation prompts, the first of equals; test ones choose nothing."""
+    worths = [candidate.worth for candidate in candidates if candidate.worth is not None]
+    if len(worths) == len(candidates):
+        return best_of(worths)
+    return max(range(len(candidates)), key=lambda number: candidates[number].validation.mean())
 
 
 def schedule_way(steps: int, solver: str | None, actions: tuple[Action, ...], seconds: float) -> Way:

@@ -34,6 +34,7 @@ from asdm_compress.distillation.selection import add_lora, fold_lora, phases_of,
 from asdm_compress.distillation.sources import CaptionSource, Source
 from asdm_compress.distillation.trainer import Outcome, Subjects, Trainer
 from asdm_compress.evaluation.prompts import probe_prompts, read_prompts, understands_scenes
+from asdm_compress.models.families import architecture
 from asdm_compress.models.quiet import quiet_libraries
 from asdm_compress.models.saving import copy_rest
 from asdm_compress.models.source import LoadOptions
@@ -333,10 +334,14 @@ def _write(
         "device": processor_name() if accelerator.device.type == "cpu" else torch.cuda.get_device_name(),
         "versions": versions(),
     }
+    teacher = Origin(opened.teacher_source).reference  # which need not be the one that the recipe was made for
+    base = opened.recipe.base.model_copy(update={"model": teacher, "architecture": architecture(opened.teacher.unet)})
     recipe = opened.recipe.model_copy(
         update={
+            "base": base,
             "distillation": result.training,
-            "provenance": {**opened.recipe.provenance, "distilled": report},
+            "inheritance": None,  # a schedule is calibrated to weights, and these are others
+            "provenance": {**opened.recipe.provenance, "weights": opened.hashes[1], "distilled": report},
         }
     )
     (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")

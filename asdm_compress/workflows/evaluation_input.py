@@ -23,7 +23,8 @@ from asdm_compress.evaluation.protocols import OWN, Rules
 from asdm_compress.evaluation.record import GENERAL_PROMPTS, WORLD_PROMPTS, ModelFacts, OwnSampling, Reference
 from asdm_compress.evaluation.reference import ImageFolder, read_moments
 from asdm_compress.evaluation.weights import find_weights
-from asdm_compress.models.loading import open_pipeline, open_unet
+from asdm_compress.models.families import latent_size_of
+from asdm_compress.models.loading import open_pipeline, open_unet, with_parts
 from asdm_compress.models.resolve import resolve
 from asdm_compress.models.source import LoadOptions, Source
 from asdm_compress.sampling.own_steps import own_steps
@@ -112,7 +113,7 @@ class Opened:
     def side(self) -> int:
         """Pixels per side of the images."""
         pipeline = self.pipelines["teacher"]
-        return self.rules.image_size or int(pipeline.unet.config["sample_size"]) * int(pipeline.vae_scale_factor)
+        return self.rules.image_size or latent_size_of(pipeline.unet) * int(pipeline.vae_scale_factor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +185,12 @@ def open_models(
     nothing else is asked for. Raises AsdmError for models that cannot be opened, or that make no images of one size.
     """
     with progress.stage("Opening teacher and model"):
-        ours = resolve(model, options)
+        ours = resolve(model, options, beside=True)
         theirs = _resolve_teacher(model, ours, settings, options)
         teacher = open_pipeline(theirs, options)
         if ours.kind == "unet folder":
             # A UNet alone is measured inside the teacher's pipeline.
-            parts = {**teacher.components, "unet": open_unet(ours, options)}
-            student = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+            student = with_parts(teacher, unet=open_unet(ours, options))
         else:
             student = open_pipeline(ours, options)
     for note in dict.fromkeys([*theirs.notes, *ours.notes]):

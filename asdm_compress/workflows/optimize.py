@@ -25,7 +25,7 @@ from asdm_compress.reporting.frontier import frontier_svg
 from asdm_compress.sampling.own_steps import save_own_steps
 from asdm_compress.sampling.run import check_one_evaluation_per_step
 from asdm_compress.sampling.settings import check_size, check_text_to_image
-from asdm_compress.workflows.budget_search import LONGER, Search
+from asdm_compress.workflows.budget_search import LONGER, Search, open_instruments
 from asdm_compress.workflows.calibrate import CalibrateSettings, split_prompts
 from asdm_compress.workflows.candidates import FIDELITY, Candidate, Criterion, best_within, frontier_of
 from asdm_compress.workflows.card import Origin
@@ -51,7 +51,8 @@ class Optimized:
     def rows(self) -> list[tuple[bool, str, float, str, str]]:
         """For the table, the fastest first: whether it is the best, the way, its time, both scores. Each way once."""
         by_key: dict[str, Candidate] = {}
-        for candidate in (self.best, *self.tried):
+        judged = sorted(self.tried, key=lambda c: c.worth is None)  # of a way that was timed twice what says more
+        for candidate in (self.best, *judged):
             by_key.setdefault(candidate.way.key, candidate)
         return [
             (
@@ -105,12 +106,13 @@ def run_optimize(
     check_text_to_image(pipeline)
     check_size(pipeline, settings.sampling)
     check_one_evaluation_per_step(pipeline.scheduler, settings.sampling.steps)  # what all is compared with is its own
+    instruments = open_instruments(pipeline, settings, criterion, progress)
     teacher, students = pipeline.unet, None if make is None else _students(pipeline, settings, make, models, progress)
     if students is not None:
         made = students.of(teacher)
         # The model itself may have the name of one, if it was a student.
         members = {"teacher" if name in made else name: unet for name, unet in members.items()} | made
-    search = Search(pipeline, members, settings, progress, criterion)
+    search = Search(pipeline, members, settings, progress, instruments)
     whole = search.whole / settings.images
     share = settings.goal.limit.absolute(whole) / whole
     if share >= 1:
@@ -141,6 +143,8 @@ def run_optimize(
     if criterion.is_quality:
         judges = {"worth": search.quality, "test_worth": search.tested_quality}
         content["reference"] |= {name: judge.full.as_json() for name, judge in judges.items()}
+        content["judged_by"] = list(search.quality.names)
+        content["networks"] = [record.model_dump() for record in search.quality.instruments.records]
     with progress.stage("Writing"), output_folder(out, overwrite) as aside:
         content["frontier"] = _write(aside, search, best, frontier_of(tried))
         (aside / "optimize.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -162,8 +166,9 @@ def _students(
 ) -> Students | None:
     """Students for the time that a step has on average; None, with a note, where none take so little.
 
-    Schedules are tried with several times as many steps as the teacher alone has time for, whatever the budget. Of a
-    user's own prompts those for the test are kept from the students too.
+    Schedules are tried with several times as many steps as the teacher alone has time for, whatever the budget; what
+    more is to be saved of a step is left to inheritance. Of a user's own prompts those for the test are kept from the
+    students too.
     """
     if len(models) > 1:
         raise AsdmError("students are given and are to be made", "Use --members or --students.")
@@ -217,7 +222,7 @@ def _write(
 
 def _plot(search: Search, tried: Sequence[Candidate], share: float) -> str:
     """What every candidate is on test prompts, over its time."""
-    if not search.criterion.is_quality:
+    if not search.by_quality:
         return frontier_svg([(c.role, c.share, c.test.mean()) for c in tried if c.test], share)
     shown, _ = search.quality.names
     points = [(c.role, c.share, c.test_worth.mean()) for c in tried if c.test_worth]

@@ -14,6 +14,7 @@ from asdm_compress.assembly.store import measurement_folder
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.inheritance.actions import Action
 from asdm_compress.inheritance.schedule import Schedule
+from asdm_compress.models.loading import with_parts
 from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.scheduling.goals import Choosing
 from asdm_compress.scheduling.measure import sampler_timeline
@@ -68,11 +69,8 @@ class ScheduleSearch:
 
     def with_sampler(self, solver: str | None) -> StableDiffusionPipeline:
         """The pipeline with another sampler, or its own."""
-        parts = dict(self.pipeline.components)
-        if solver:
-            parts["scheduler"] = make_scheduler(solver, self.pipeline)
-        checked = self.pipeline.config.get("requires_safety_checker", False)
-        return type(self.pipeline)(**parts, requires_safety_checker=checked)
+        parts = {"scheduler": make_scheduler(solver, self.pipeline)} if solver else {}
+        return with_parts(self.pipeline, **parts)
 
     def full_run(self, steps: int, solver: str | None) -> Way:
         """The teacher's, by the name that people give it."""

@@ -54,7 +54,7 @@ def open_student(
     architecture, and a student that is not what its recipe makes of the teacher.
     """
     exact = replace(options, dtype=torch.float32, device=torch.device("cpu"))
-    source = resolve(student, exact)
+    source = resolve(student, exact, beside=True)
     recipe = _recipe_of(student, source, recipe_of)
     assert source.unet_folder is not None
     reference = teacher or recipe.base.model
@@ -65,7 +65,7 @@ def open_student(
     plan = Plan(recipe.as_edits())
     check_student(unet, pipeline.unet, plan)
     hashes = (weights_hash(unet), weights_hash(pipeline.unet))
-    stored = stored_dtype(source.unet_folder)
+    stored = stored_dtype(source.unet_folder, options.allow_pickle)
     return StudentAndTeacher(source, recipe, plan, unet, stored, teacher_source, pipeline, hashes)
 
 

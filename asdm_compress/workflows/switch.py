@@ -18,7 +18,7 @@ from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.inheritance.schedule_file import load_schedule, save_schedule
 from asdm_compress.inheritance.timeline import timeline_of
 from asdm_compress.models.families import latent_size_of
-from asdm_compress.models.loading import open_pipeline, open_unet
+from asdm_compress.models.loading import open_pipeline, open_unet, with_parts
 from asdm_compress.models.resolve import resolve
 from asdm_compress.models.saving import save_pipeline
 from asdm_compress.models.source import LoadOptions
@@ -119,7 +119,7 @@ def open_models(
     opened: dict[Path, str] = {}
     for model in models:
         with progress.stage(f"Opening {model}"):
-            source = resolve(model, options)
+            source = resolve(model, options, beside=pipeline is not None)
             if source.path is not None and source.path.resolve() in opened:
                 raise AsdmError(
                     f"{model} is given twice, before as {opened[source.path.resolve()]}", "Name every member once."
@@ -202,8 +202,7 @@ def switched_pipeline(
     pipeline: StableDiffusionPipeline, switched: SwitchedUNet2DConditionModel
 ) -> StableDiffusionPipeline:
     """The pipeline with this UNet in the place of its own."""
-    parts = {**pipeline.components, "unet": switched}
-    return type(pipeline)(**parts, requires_safety_checker=pipeline.config.get("requires_safety_checker", False))
+    return with_parts(pipeline, unet=switched)
 
 
 def parameter_bytes(unets: Sequence[UNet2DConditionModel]) -> int:

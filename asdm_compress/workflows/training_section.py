@@ -25,6 +25,7 @@ from asdm_compress.core.recipe import Recipe
 from asdm_compress.distillation.estimate import encoder_bytes, estimate_memory, rows_kept
 from asdm_compress.distillation.pairs import find_pairs
 from asdm_compress.evaluation.prompts import understands_scenes
+from asdm_compress.models.families import latent_size_of
 from asdm_compress.profiling.counting import count_macs
 
 
@@ -40,7 +41,7 @@ def training_section(
     training = load_preset(MINI_PRESET if understands_scenes(pipeline) else DEFAULT_PRESET)
     training = _at_rate_for(training, damage)
     pairs = find_pairs(student, teacher, plan, training.losses.features)
-    tokens, size = int(pipeline.tokenizer.model_max_length), int(teacher.config["sample_size"])
+    tokens, size = int(pipeline.tokenizer.model_max_length), latent_size_of(teacher)
     parameters = sum(p.numel() for p in student.parameters())
     memory = estimate_memory(student, teacher, parameters, rows_kept(training.batch, training.losses), tokens)
     memory = replace(memory, encoders=encoder_bytes(pipeline))
