@@ -24,7 +24,7 @@ from asdm_compress.workflows.candidates import Candidate, Criterion, best_within
 from asdm_compress.workflows.report import write_report
 
 QUICK = (
-    "optimize", "mini-sd", "--criterion", "quality", "--steps", "6", "--repeats", "2", "--json",
+    "optimize", "mini-sd", "--criterion", "quality", "--steps", "4", "--repeats", "2", "--json",
     "--calibration-prompts", "1", "--validation-prompts", "4", "--test-prompts", "3",
 )  # fmt: skip
 SAME = (0.9, 0.8, 1.0, 0.7)
@@ -152,7 +152,7 @@ def test_own_prompts_are_judged_by_a_clip_model(cli, tmp_path):
         f"a {size} {colour} circle" for size in ("small", "large") for colour in ("red", "blue", "green", "white")
     ]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
-    own = ("--prompts", "prompts.txt", "-b", "latency=0.6x")
+    own = ("--prompts", "prompts.txt", "-b", "latency=0.6x", "--guidance", "1")
     result = cli(*QUICK, *own, "--clip", "clip", "--out", "fast")
     assert result.returncode == 0, result.stderr
     content = json.loads(result.stdout)

@@ -71,6 +71,8 @@ LEAST_ATTEMPTS: Final = 2
 class Search:
     """Everything that a verified search is made with. `limits` are the user's.
 
+    `of_options` are the moments that single edits were fitted and measured on, by default those of `calibration`, which
+    may be fewer: a plan's fit holds more of each.
     `damages` are of edits with what is fitted for each, `plain_damages` of those that only take out, without: none
     where nothing is refitted, since they would be the same.
     """
@@ -85,6 +87,7 @@ class Search:
     refit: RefitChoice = "none"
     neighbours_seconds: float = NEIGHBOURS_SECONDS
     plain_damages: Mapping[str, Damage] = field(default_factory=dict)
+    of_options: tuple[Calibration, Calibration] | None = None
 
     def fit(self, plan: Plan, calibration: Calibration) -> SlotWeights:
         """The weights of a plan fitted on some moments."""

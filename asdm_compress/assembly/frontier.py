@@ -54,9 +54,10 @@ class FrontierImage(_Record):
 class FrontierPoint(_Record):
     """The plan of least damage under a budget.
 
-    `summed_damage` is what the search minimised and `bound` what no plan can be under; they are the same where
-    `proven`. `predicted_damage` has the terms of all pairs of its edits. `measured_damage` and `measured_latency` (a
-    share of the teacher's) are None where the plan was not built, fitted and measured.
+    `summed_damage` is what the search minimised and `bound` what no plan can be under, with the terms of pairs only as
+    far as those that were looked at go; they are the same where `proven`. `predicted_damage` has the terms of all pairs
+    of its edits. `measured_damage` and `measured_latency` (a share of the teacher's) are None where the plan was not
+    built, fitted and measured.
     """
 
     budget: str
@@ -93,6 +94,12 @@ class Frontier(_Record):
     def save(self, path: Path) -> None:
         """Write `frontier.json`."""
         path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    def proof(self, point: FrontierPoint) -> str:
+        """What is known of a point's optimality, for tables: with pairs, among those of them that were looked at."""
+        if not point.proven:
+            return f"at least {point.bound:.3g}"
+        return "of the pairs looked at" if self.pairs else "yes"
 
     def share(self, point: FrontierPoint) -> float:
         """A point's predicted share of the teacher's resource."""
@@ -214,8 +221,8 @@ def parse_shares_of(text: str) -> tuple[float, ...]:
     """Budgets such as `0.9x,0.8x,70%` as shares; raises AsdmError for anything else."""
     shares = []
     for word in text.split(","):
+        if not word.strip().endswith(("x", "%")):
+            raise AsdmError(f"{word.strip()!r} is no share of the teacher's", "For example 0.9x,0.8x,70%.")
         limit = parse_budget([f"latency={word.strip()}"])[0]
-        if not limit.relative:
-            raise AsdmError(f"{word.strip()!r} is no share of the teacher's", "For example 0.9x,0.8x,0.7x.")
         shares.append(limit.value)
     return tuple(shares)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -23,11 +24,12 @@ PLACES: Final = 64
 def memory_of(device: torch.device) -> int:
     """The bytes that a device has beside its weights, or the host for what is not CUDA.
 
-    All there is, not what is free at the moment: what is fitted, and whether, should not hang on what else runs.
+    All there is, not what is free at the moment: what is fitted, and whether, should not hang on what else runs. Of a
+    host's each of several processes that share the work there has its part.
     """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory * SHARE_OF_CUDA)
-    return int(psutil.virtual_memory().total)
+    return int(psutil.virtual_memory().total) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def memory_for_sums(device: torch.device) -> int:

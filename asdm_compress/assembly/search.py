@@ -73,8 +73,17 @@ def solve(
     began = time.perf_counter()
     at = {o.name: i for i, o in enumerate(options)}
     best: tuple[int, ...] | None = None
+    bound = 0.0  # the solver's last; of fewer pairs than are known where the next took too long
     while True:
-        found, bound, proven = _solve_known(options, damages, teacher, limits, known, patience)
+        newest = _solve_known(options, damages, teacher, limits, known, patience)
+        if newest is None:  # with the newest pairs it takes longer than there is patience for
+            if best is None:
+                raise AsdmError(
+                    f"no plan was found in {patience:.3g} s", "Give the search more time.", ExitCode.INFEASIBLE
+                )
+            found, proven = tuple(options[i] for i in best), False
+        else:
+            found, bound, proven = newest
         solved = tuple(at[o.name] for o in found)
         polished = polish(problem, solved) if interaction else solved
         if best is None or problem.damage(polished) < problem.damage(best):
@@ -87,7 +96,7 @@ def solve(
         new = {pair: term for pair, term in new.items() if pair not in known}
         known |= new
         seconds = time.perf_counter() - began
-        if new and seconds < patience:
+        if new and newest is not None and seconds < patience:
             continue
         picked = tuple(options[i] for i in best)
         damage = _summed_damage(picked, damages, known)
@@ -139,8 +148,8 @@ def _solve_known(
     limits: Sequence[Limit],
     known: Pairs,
     patience: float,
-) -> tuple[tuple[Option, ...], float, bool]:
-    """The best options under these pair terms alone, the bound, and whether it is proven."""
+) -> tuple[tuple[Option, ...], float, bool] | None:
+    """The best options under these pair terms alone, the bound, and whether it is proven; None if none was found."""
     total = sum(damages[o.name] for o in options) + sum(abs(term) for term in known.values())
     if not math.isfinite(total):
         broken = [o.name for o in options if not math.isfinite(damages[o.name])]
@@ -163,7 +172,7 @@ def _solve_known(
     if status == cp_model.INFEASIBLE:
         raise _infeasible(options, teacher, limits)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        raise AsdmError(f"no plan was found in {patience:.0f} s", "Try a larger budget.", ExitCode.INFEASIBLE)
+        return None
     picked = tuple(o for o in options if solver.boolean_value(chosen[o.name]))
     return picked, solver.best_objective_bound / scale, status == cp_model.OPTIMAL
 

@@ -148,7 +148,10 @@ def check_fits(specs: Sequence[ConvSpec], bands: int) -> None:
     """Raise AsdmError for convolutions that have no closed form: whose experts do not own a timestep band each."""
     for spec in specs:
         if spec.needs_timestep and spec.experts > bands:
-            raise AsdmError(f"{spec.experts} experts cannot be fitted on {bands} timestep bands", "Use fewer experts.")
+            raise AsdmError(
+                f"{spec.experts} experts cannot be fitted on {bands} timestep bands",
+                f"Use --bands {spec.experts} or more, or --experts {bands} or fewer.",
+            )
         if spec.experts > 1 and (spec.mixing != "softmax" or spec.temperature != 1):
             raise AsdmError(
                 f"{spec.name} cannot be fitted: its experts do not add up to one kernel per timestep",
@@ -156,13 +159,12 @@ def check_fits(specs: Sequence[ConvSpec], bands: int) -> None:
             )
 
 
-def check_prompts(count: int) -> None:
-    """Raise AsdmError for too few prompts to fit on some and measure on others."""
+def check_prompts(count: int, instead: str = "--slot none --narrow none --refit none") -> None:
+    """Raise AsdmError for too few prompts to fit on some and measure on others; `instead` are options without a fit."""
     if count < FEWEST_PROMPTS:
         raise AsdmError(
             f"{count} calibration prompts are too few to fit convolutions on some and measure them on others",
-            f"Use --calibration-prompts {FEWEST_PROMPTS} or more (with --prompts, a file that has more), "
-            "or --slot none --narrow none --refit none.",
+            f"Use --calibration-prompts {FEWEST_PROMPTS} or more (with --prompts, a file that has more), or {instead}.",
         )
 
 
@@ -196,9 +198,12 @@ class SlotFits:
         layer = MultiExpertConv2d(channels, solutions[0].shape[1], spec)
         is_dense = spec.rank is None and not spec.separable
         of_experts = None if is_dense else self._sums[spec.kernel].together(experts)
+        of_all = None if is_dense else self._sums[spec.kernel].together(1).gram(0)
         shortcut = getattr(self.module, "conv_shortcut", None)
         for expert, solution in enumerate(solutions):
             gram = None if of_experts is None else of_experts.gram(expert % experts)
+            if gram is not None and gram[-1, -1] == 0:  # no moments there, for which it has the weights of all bands
+                gram = of_all
             kernels, bias = _kernels(solution, spec, channels, gram)
             if is_dense and shortcut is not None:
                 middle, scale = spec.kernel // 2, self.module.output_scale_factor

@@ -19,7 +19,7 @@ from asdm_compress.assembly.in_time import Clock, InTime, search_in_time
 from asdm_compress.assembly.option_fit import absorber
 from asdm_compress.assembly.options import Option
 from asdm_compress.assembly.plan import Plan
-from asdm_compress.assembly.plan_fit import RefitChoice, fit_plan
+from asdm_compress.assembly.plan_fit import RefitChoice, fit_plan, for_memory
 from asdm_compress.assembly.search import TIME_LIMIT_SECONDS, Pairs, Solution
 from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.edits import Edit, has_weights
@@ -165,10 +165,16 @@ def _attempts(
         found.append(_Found(attempt, in_time, measured, seconds))
         settled |= number >= LEAST_ATTEMPTS and abs(measured - predicted) <= DAMAGE_TOLERANCE * predicted
         if attempt.with_weights and not settled and number < len(ATTEMPTS):
-            # On the prompts that single edits were measured on: what a pair adds is a difference of the two.
-            as_single = as_single or _Moments.of(search.teacher, search.calibration.for_options())
+            # On the moments that single edits were measured on: what a pair adds is a difference of the two.
+            as_single = as_single or _Moments.of(search.teacher, _of_options(search))
             pairs |= _measure_pairs(search, solution.options, pairs, as_single)
     return found, refused
+
+
+def _of_options(search: Search) -> tuple[Calibration, Calibration]:
+    """What pairs of edits are fitted on, as far as there is memory for it, and what they are measured on."""
+    fitting, measuring = search.of_options or search.calibration.for_options()
+    return for_memory(search.teacher, fitting), measuring
 
 
 def _neighbours(

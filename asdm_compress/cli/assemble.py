@@ -67,7 +67,10 @@ def assemble(
             help="Convolutions for the places of what is taken out: auto (1x1 and 3x3), all, 1x1, 3x3, separable, none."
         ),
     ] = "auto",
-    experts: Annotated[int, typer.Option(min=1, help="Experts of a routed convolution; 1 for plain ones only.")] = 8,
+    experts: Annotated[
+        int | None,
+        typer.Option(min=1, help="Experts of a routed convolution; 1 is plain ones only. By default 8, or one a band."),
+    ] = None,
     routing: Annotated[str, typer.Option(help="What routes the experts: timestep, feature, both, none.")] = "timestep",
     narrow: Annotated[
         str, typer.Option(help="Shares to which inner widths may be narrowed, with commas; or none.")

@@ -48,7 +48,10 @@ def frontier(
         bool,
         typer.Option("--pairs", help="Minimise what pairs of edits add too, which is seldom proven in time."),
     ] = False,
-    patience: Annotated[float, typer.Option(min=0.1, help="Seconds that the search for one budget may take.")] = 10.0,
+    patience: Annotated[
+        float,
+        typer.Option(min=0.1, help="Seconds that one solve for a budget may take; with --pairs there are several."),
+    ] = 10.0,
     images: Annotated[
         int, typer.Option(min=0, help="Build, fit and measure every plan, and show so many images of each.")
     ] = 0,
@@ -61,7 +64,7 @@ def frontier(
     scheduler: o.Scheduler = None,
     prompts: o.Prompts = None,
     slot: Annotated[str, typer.Option(help="As of assemble: auto, all, 1x1, 3x3, separable, none.")] = "auto",
-    experts: Annotated[int, typer.Option(min=1, help="As of assemble.")] = 8,
+    experts: Annotated[int | None, typer.Option(min=1, help="As of assemble.")] = None,
     routing: Annotated[str, typer.Option(help="As of assemble: timestep, feature, both, none.")] = "timestep",
     narrow: Annotated[str, typer.Option(help="As of assemble.")] = _SHARES,
     refit: Annotated[str, typer.Option(help="As of assemble: full, scale, none.")] = "full",
@@ -108,7 +111,7 @@ def frontier(
         found = of_folder(Path(model), place, wanted, output, overwrite)
     else:
         place = Path("frontier") if out is None else out
-        check_output(place, overwrite)
+        check_output(place, overwrite, None, prompts, profile)
         load = o.load_options(device, dtype, threads, allow_pickle, prediction_type=prediction_type)
         settings = PlanSettings(
             ProfileSettings(None, 2, None, False, repeats),

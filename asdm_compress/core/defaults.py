@@ -9,6 +9,7 @@ GUIDANCE: Final = 5.0
 CALIBRATION_PROMPTS: Final = 512
 MOMENTS: Final = 1024  # of their runs, that are kept
 BANDS: Final = 8  # of timesteps
+EXPERTS: Final = 8  # of a routed convolution
 PROBES: Final = 8  # runs whose response is measured
 HELD_OUT_PROMPTS: Final = 16
 NEIGHBOURS_SECONDS: Final = 240.0  # in which the best plan's neighbours are tried

@@ -20,7 +20,7 @@ OUT_HINT: Final = "Choose another --out, or free some space."
 CACHE_HINT: Final = "Set ASDM_COMPRESS_CACHE to a folder that can be written and has space."
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXTS: Final = tuple(os.strerror(code) for code in _FULL)
-_FORBIDDEN: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+_FORBIDDEN: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EBUSY)
 
 
 def cache_folder() -> Path:
@@ -32,8 +32,8 @@ def cache_folder() -> Path:
 def check_output(out: Path, overwrite: bool, source: Path | None = None, *read: Path | None) -> None:
     """Refuse a place that cannot become the output, before any time is spent.
 
-    That is one that exists (without `overwrite`), that holds the current folder, `source`, or another file that is
-    `read`, or whose nearest existing parent is no folder that can be written.
+    That is one that exists (without `overwrite`), that is a mount point, that holds the current folder, `source`, or
+    another file that is `read`, or whose nearest existing parent is no folder that can be written.
     """
     if out.exists() and not overwrite:
         raise AsdmError(f"{out} exists already", "Choose another --out, or replace it with --overwrite.")
@@ -42,6 +42,10 @@ def check_output(out: Path, overwrite: bool, source: Path | None = None, *read: 
     for what, holder in (("the current folder", Path.cwd()), ("the model itself", source), *files):
         if holder is not None and out.exists() and place in (holder.resolve(), *holder.resolve().parents):
             raise AsdmError(f"{out} holds {what} and cannot be replaced", "Choose another --out.")
+    if place.is_mount():
+        raise AsdmError(
+            f"{out} is mounted and cannot be replaced", "Name a new folder inside of it, such as --out FOLDER/new."
+        )
     parent = next(p for p in place.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise AsdmError(f"{out} cannot be written: {parent} is no folder that can be written", "Choose another --out.")

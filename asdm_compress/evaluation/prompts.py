@@ -28,6 +28,7 @@ _SUBJECTS: Final = (
 )  # fmt: skip
 _HELD_OUT_SUBJECTS: Final = (
     "a mountain goat", "a grand piano", "a loaf of bread", "a young carpenter", "a market stall", "a glass vase",
+    "a rowing boat", "an open umbrella", "two musicians", "a basket of lemons", "a windmill", "a white horse",
 )  # fmt: skip
 _PLACES: Final = (
     "on a beach", "in an empty room", "at a crowded night market", "beside a mountain lake", "in front of a brick wall",
@@ -80,9 +81,15 @@ def choose_prompts(
         seen = sample_captions(calibration, CALIBRATION_SEED, held_out=False)
         unseen = sample_captions(held_out, HELD_OUT_SEED, held_out=True)
         return PromptSplit(tuple(c.text for c in seen), tuple(c.text for c in unseen), unseen, seen)
-    return PromptSplit(
-        _general_prompts(_SUBJECTS, calibration, CALIBRATION_SEED), _held_out_prompts(held_out, HELD_OUT_SEED)
-    )
+    general = _general_prompts(_SUBJECTS, calibration, CALIBRATION_SEED)
+    others = _held_out_prompts(held_out, HELD_OUT_SEED)
+    for found, wanted in ((general, calibration), (others, held_out)):
+        if len(found) < wanted:
+            raise AsdmError(
+                f"there are {len(found)} general prompts for this, and {wanted} are asked for",
+                "Give your own with --prompts, or ask for fewer.",
+            )
+    return PromptSplit(general, others)
 
 
 def probe_prompts(pipeline: StableDiffusionPipeline, count: int, own: Sequence[str] | None = None) -> tuple[str, ...]:

@@ -14,7 +14,8 @@ from asdm_compress.core.errors import AsdmError
 from asdm_compress.inheritance.actions import Action
 
 CALIBRATE_HINT: Final = (
-    "Calibrate a schedule for these settings with `asdm-compress calibrate`, or use a mode such as uniform:3."
+    "Sample as it was made for (--scheduler, --guidance, --image-size), calibrate a schedule for these settings with "
+    "`asdm-compress calibrate`, or use a mode such as uniform:3."
 )
 # The σs of two runs do not divide each other evenly; by so much of a step a computed one may come early.
 _SLACK: Final = 0.25

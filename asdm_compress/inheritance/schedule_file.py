@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -10,8 +12,9 @@ from pydantic import Field, field_validator
 from asdm_compress.core.checked_yaml import Strict, as_yaml, read_checked
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import output_file
+from asdm_compress.core.provenance import content_hash
 from asdm_compress.inheritance.actions import FULL, Action, Inherit
-from asdm_compress.inheritance.corrections_file import load_corrections, save_corrections
+from asdm_compress.inheritance.corrections_file import fitted_along, load_corrections, save_corrections
 from asdm_compress.inheritance.forecast import Forecast, parse_forecast
 from asdm_compress.inheritance.modes import MODE_GRAMMAR, parse_mode
 from asdm_compress.inheritance.places import Thing
@@ -114,8 +117,20 @@ def load_schedule(path: Path) -> Schedule:
     if content.corrections is not None:
         if Path(content.corrections).name != content.corrections:
             raise AsdmError(f"{read.line('corrections')}: the corrections are a file in the same folder")
-        corrections = load_corrections(path.parent / content.corrections)
+        beside = path.parent / content.corrections
+        corrections = load_corrections(beside)
+        if fitted_along(beside) not in ("", _fingerprint(actions)):
+            warnings.warn(
+                f"{path.name} has other steps than those that its corrections were fitted along, which are left out",
+                stacklevel=2,
+            )
+            corrections = {}
     return Schedule(actions, corrections, None if made is None else _validity(made))
+
+
+def _fingerprint(actions: Sequence[Action]) -> str:
+    """The same for schedules that do the same at every step."""
+    return content_hash({"actions": [repr(action) for action in actions]})
 
 
 def save_schedule(schedule: Schedule, path: Path) -> None:
@@ -141,7 +156,7 @@ def save_schedule(schedule: Schedule, path: Path) -> None:
         steps=[action.name for action in schedule.actions],
     )
     if schedule.corrections:
-        save_corrections(schedule.corrections, beside)
+        save_corrections(schedule.corrections, beside, fitted_along=_fingerprint(schedule.actions))
     with output_file(path) as aside:
         aside.write_text(as_yaml(content.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
 

@@ -76,7 +76,8 @@ def _fixed(layer: MultiExpertConv2d, spec: ConvSpec, steps: Tensor) -> dict[str,
         twin.time_router.boundaries.copy_(boundaries)
         # Steps may lie so close that the usual transition would reach into the next one's kernel.
         gap = float((steps[:-1] - steps[1:]).min()) / 2 / TRAIN_TIMESTEPS
-        sharpest = torch.tensor(LEAST_LEAD / max(gap, 1e-6)).to(twin.time_router.sharpness)
+        own = twin.time_router.sharpness
+        sharpest = torch.tensor(min(LEAST_LEAD / max(gap, 1e-6), torch.finfo(own.dtype).max / 2)).to(own)
         twin.time_router.sharpness.copy_(torch.maximum(twin.time_router.sharpness, sharpest))
     return twin.state_dict()
 

@@ -39,6 +39,8 @@ class Family:
     image_size: int
 
 
+MINI_LATENTS: Final = 16  # the side of the bundled model's
+
 FAMILIES: Final = {
     family.name: family
     for family in (
@@ -103,6 +105,21 @@ def architecture(unet: UNet2DConditionModel) -> dict[str, Any]:
     )  # fmt: skip
     facts = {key: config.get(key) for key in keys}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
+
+
+def usual_latent_size(model: str, facts: Mapping[str, Any]) -> int:
+    """The side of the latents that a model is for, by its name, or else by what its `architecture` has in common.
+
+    Of several families of one architecture the first; the bundled model's where there is none.
+    """
+    alike = (
+        family
+        for family in FAMILIES.values()
+        if list(facts.get("block_out_channels") or ()) == list(family.unet_config["block_out_channels"])
+        and facts.get("cross_attention_dim") == family.unet_config["cross_attention_dim"]
+    )
+    family = FAMILIES.get(model) or next(alike, None)
+    return int(family.unet_config["sample_size"]) if family else MINI_LATENTS
 
 
 def latent_size_of(unet: UNet2DConditionModel) -> int:

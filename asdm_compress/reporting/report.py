@@ -127,7 +127,7 @@ def report_of(stages: Stages, blanks: Blanks) -> Report:
         (
             evaluation_section(stages),
             "Evaluation",
-            f"asdm-compress evaluate {place} --against TEACHER --out {place}/evaluation",
+            f"asdm-compress evaluate {place} --against TEACHER --out {place}/evaluation" if stages.is_model else "",
         ),
         (
             schedule_section(stages, blanks.student),
@@ -137,7 +137,11 @@ def report_of(stages: Stages, blanks: Blanks) -> Report:
         # These two are of folders of their own, not of a student that could lack them.
         (switching_section(stages), "Switching between members", ""),
         (optimize_section(stages), "One budget over everything", ""),
-        (experts_section(stages), "Experts over the timesteps", "a plan with convolutions such as conv1x1*8@timestep"),
+        (
+            experts_section(stages),
+            "Experts over the timesteps",
+            "a plan with convolutions such as conv1x1*8@timestep" if of_student else "",
+        ),
         (training_section(stages), "Distillation", f"asdm-compress distill {place}" if of_student else ""),
         (provenance_section(stages), "Where this came from", ""),
     ]

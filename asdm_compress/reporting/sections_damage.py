@@ -84,7 +84,7 @@ def frontier_section(stages: Stages) -> Section | None:
         rows.append(
             (
                 words(point.budget), times(share), whole(len(point.edits)), plain(point.summed_damage),
-                words("yes" if point.proven else f"≥ {point.bound:.3g}"), plain(point.predicted_damage),
+                words(frontier.proof(point)), plain(point.predicted_damage),
                 nothing() if point.measured_damage is None else plain(point.measured_damage),
             )
         )  # fmt: skip
@@ -105,7 +105,7 @@ def frontier_section(stages: Stages) -> Section | None:
     if evidence is not None:
         lead += " The orange point is this student as measured, on held-out prompts."
     note = (
-        "Nothing is refitted for these predictions, and most plans were never built."
+        "Damages are summed from single edits, each with what is fitted for it; most plans were never built."
         if not any(p.measured_damage is not None for p in frontier.points)
         else "Measured: built, fitted, and compared on prompts kept out of the fit."
     )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 from diffusers import UNet2DConditionModel
 
 from asdm_compress.assembly.plan import LEVELS, Plan
 from asdm_compress.assembly.record import StudentSite
 from asdm_compress.core.units import format_count, format_seconds
-from asdm_compress.models.families import FAMILIES
+from asdm_compress.models.families import latent_size_of
 from asdm_compress.models.sites import find_sites
 from asdm_compress.profiling.counting import MacCount, count_macs
 from asdm_compress.profiling.profile import Profile, SiteProfile
@@ -24,8 +23,6 @@ from asdm_compress.reporting.figures import (
 )
 from asdm_compress.reporting.stages import Stages
 from asdm_compress.reporting.unet_drawing import SiteFigures, changes_of, draw_costs
-
-_MINI_SIZE: Final = 16  # the side of the latents of a model that is of no family
 
 
 def plan_section(stages: Stages, teacher: UNet2DConditionModel | None) -> Section | None:
@@ -64,7 +61,7 @@ def site_figures(stages: Stages, teacher: UNet2DConditionModel) -> tuple[dict[st
     after = {site.path: site for site in stages.assembly.student_sites} if stages.assembly else {}
     told = _edits_told(stages, teacher)
     if stages.profile is None:
-        return _counted_figures(teacher, stages.recipe.base.model, told), "MACs"
+        return _counted_figures(teacher, told), "MACs"
     changes = changes_of(teacher, Plan(stages.recipe.as_edits()))
     found = {}
     for site in stages.profile.sites:
@@ -89,12 +86,9 @@ def _cost_lines(site: SiteProfile, left: StudentSite | None, gone: bool, profile
     return lines
 
 
-def _counted_figures(
-    teacher: UNet2DConditionModel, model: str, told: Mapping[str, Sequence[str]]
-) -> dict[str, SiteFigures]:
+def _counted_figures(teacher: UNet2DConditionModel, told: Mapping[str, Sequence[str]]) -> dict[str, SiteFigures]:
     """From MACs counted on the UNet without weights."""
-    family = FAMILIES.get(model)
-    size = family.image_size // 8 if family else _MINI_SIZE
+    size = latent_size_of(teacher)
     macs = count_macs(teacher, 1, size, size, 77)
     total = macs[""].total or 1
     found = {}

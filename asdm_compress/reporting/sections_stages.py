@@ -69,7 +69,7 @@ def evaluation_section(stages: Stages) -> Section | None:
     inherit = f", inheriting by {found.model.inherit}" if found.model.inherit else ""
     lead = (
         f"{found.model.name}{inherit} against {found.teacher.name}, measured in one run. Brackets are 95 % intervals; "
-        "figures without are counted."
+        "figures without are counted, or of too few for an interval."
     )
     return Section("evaluation", "Evaluation", lead, tuple(tables), open_tables=True)
 

@@ -236,6 +236,11 @@ class Stages:
     found: Mapping[str, Path] = field(default_factory=dict)
 
     @property
+    def is_model(self) -> bool:
+        """Whether the folder is one that commands open as a model."""
+        return any((self.folder / name).exists() for name in ("model_index.json", "unet", "config.json", RECIPE))
+
+    @property
     def is_trained(self) -> bool:
         """Whether the student was trained after the cut, so that the recipe's evidence is of what it was before."""
         distilled = self.recipe is not None and "distilled" in self.recipe.provenance
@@ -272,7 +277,7 @@ def read_stages(folder: Path, name: str | None = None) -> Stages:
     return Stages(
         folder=folder,
         name=name or folder.resolve().name,
-        place=name or (folder.name if folder.is_absolute() else str(folder)),  # a page is sent to others
+        place=folder.name if folder.is_absolute() else str(folder),  # a page is sent to others
         recipe=recipe,
         profile=load_profile(found[PROFILE]) if PROFILE in found else None,
         assembly=load_assembly(path) if (path := found.get(assembly_file.FILE_NAME)) else None,
@@ -301,7 +306,8 @@ def _find(folder: Path, file: str) -> Path | None:
     found = [path for path in sorted(folder.glob(f"*/{file}")) if not path.parent.name.startswith(".")]
     found = [path for path in found if path.parent.suffix != RUN]
     if len(found) > 1:
-        raise AsdmError(f"{folder} has several {file}: {', '.join(p.parent.name for p in found)}", "Name one of them.")
+        places = ", ".join(path.parent.name for path in found)
+        raise AsdmError(f"{folder} has several {file}: {places}", "A report is of one: move the others elsewhere.")
     return found[0] if found else None
 
 

@@ -142,7 +142,7 @@ def frontier_table(frontier: Frontier) -> Table:
         shares = [
             point.costs.latency / whole.latency, point.costs.macs / whole.macs, point.costs.params / whole.params,
         ]  # fmt: skip
-        damages = [f"{point.summed_damage:.3g}", "yes" if point.proven else f"at least {point.bound:.3g}"]
+        damages = [f"{point.summed_damage:.3g}", frontier.proof(point)]
         row = [*(f"{s:.3f}x" for s in shares), str(len(point.edits)), *damages, f"{point.predicted_damage:.3g}"]
         if measured:
             row.append("" if point.measured_damage is None else f"{point.measured_damage:.3g}")

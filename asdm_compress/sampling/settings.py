@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -13,6 +14,8 @@ from torch import Tensor
 from asdm_compress.core.defaults import GUIDANCE, STEPS
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.families import latent_size_of
+
+ENCODED_AT_ONCE: Final = 256  # prompts, however many there are
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +56,13 @@ def check_size(pipeline: StableDiffusionPipeline, settings: SamplingSettings) ->
 
 def encode(pipeline: StableDiffusionPipeline, prompts: Sequence[str], guidance: float) -> Tensor:
     """Text embeddings (N, branches, tokens, width), the empty prompt first where there is guidance."""
-    guided = guidance > 1
-    with torch.no_grad():
-        conditional, unconditional = pipeline.encode_prompt(list(prompts), pipeline.device, 1, guided)
-    parts = [unconditional, conditional] if guided else [conditional]
-    return torch.stack(parts, dim=1)
+    guided, found = guidance > 1, []
+    for first in range(0, len(prompts), ENCODED_AT_ONCE):
+        some = list(prompts[first : first + ENCODED_AT_ONCE])
+        with torch.no_grad():
+            conditional, unconditional = pipeline.encode_prompt(some, pipeline.device, 1, guided)
+        found.append(torch.stack([unconditional, conditional] if guided else [conditional], dim=1))
+    return torch.cat(found)
 
 
 def latent_side(pipeline: StableDiffusionPipeline, settings: SamplingSettings) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
@@ -40,7 +41,7 @@ class Goal:
 
     def share(self, full_run: float) -> float | None:
         """The limit as a share of the full run's seconds; None where quality is the goal."""
-        return None if self.limit is None else min(1.0, self.limit.absolute(full_run) / full_run)
+        return None if self.limit is None else self.limit.absolute(full_run) / full_run
 
     def as_json(self) -> dict[str, Any]:
         """For files."""
@@ -50,11 +51,12 @@ class Goal:
         """What is known of a least quality."""
         if self.limit is not None:
             return None
-        metric = self.metric
+        metric, least = self.metric, test.lower(self.metric)
+        surely = f", with {CONFIDENCE:.0%} confidence at least {least:.4g}" if math.isfinite(least) else ""
         return (
             f"chosen so that with {CONFIDENCE:.0%} confidence the mean {metric} on validation prompts is at least "
-            f"{validation.lower(metric):.4g}; on test prompts, which chose nothing, it is {test.mean(metric):.4g}, "
-            f"with {CONFIDENCE:.0%} confidence at least {test.lower(metric):.4g}"
+            f"{validation.lower(metric):.4g}; on test prompts, which chose nothing, it is {test.mean(metric):.4g}"
+            f"{surely}"
         )
 
 

@@ -47,8 +47,8 @@ class Score:
         return self.mean(metric) - _half_width(values, CONFIDENCE)
 
     def text(self) -> str:
-        """Mean PSNR and half the width of its two-sided 95 % interval."""
-        return f"{self.mean():.2f} ± {mean_interval(self.psnr):.2f} dB"
+        """Mean PSNR and half the width of its two-sided 95 % interval, of more than one picture."""
+        return f"{with_interval(self.mean(), mean_interval(self.psnr), 2)} dB"
 
     def as_json(self) -> dict[str, float]:
         """For files: means, and half the width of their two-sided 95 % intervals (Student)."""
@@ -70,6 +70,11 @@ def surely_less(ones: Sequence[float], others: Sequence[float], sure: float = SU
     """Whether the mean of some values is lower than that of their partners, pair by pair and as `sure` (Student)."""
     ahead = tuple(b - a for a, b in zip(ones, others, strict=True))
     return float(np.mean(ahead)) > _half_width(ahead, sure)
+
+
+def with_interval(mean: float, half: float, digits: int) -> str:
+    """A mean and half the width of its interval where there is one, for people."""
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
 
 
 def mean_interval(values: Sequence[float]) -> float:

@@ -27,7 +27,7 @@ from asdm_compress.evaluation.distances import (
 )
 from asdm_compress.evaluation.instruments import Instruments
 from asdm_compress.scenes.captions import Caption
-from asdm_compress.scheduling.rollouts import CONFIDENCE, Judge, Progress, mean_interval, surely_less
+from asdm_compress.scheduling.rollouts import CONFIDENCE, Judge, Progress, mean_interval, surely_less, with_interval
 from asdm_compress.scheduling.ways import Way
 
 OTHER_SEEDS: Final = 10_000_000  # from a split's seeds to those of the pictures that distances are to
@@ -61,7 +61,7 @@ class Worth:
 
     def text(self) -> str:
         """For tables."""
-        return f"{self.mean():.3f} ± {mean_interval(self.shown):.3f}; {self.distance:.3g}"
+        return f"{with_interval(self.mean(), mean_interval(self.shown), 3)}; {self.distance:.3g}"
 
     def as_json(self) -> dict[str, Any]:
         """For files: the mean of what is shown, and half the width of its two-sided 95 % interval (Student)."""

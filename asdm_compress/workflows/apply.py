@@ -219,7 +219,7 @@ def _fit(
     if notice := choose_scheduler(pipeline, start.scheduler, start.sampling.steps):
         progress.note(notice)
     prompts = choose_prompts(pipeline, start.prompts, start.calibration_prompts, start.held_out_prompts).calibration
-    check_prompts(len(prompts))
+    check_prompts(len(prompts), "--slot-start zero")
     with progress.bar("Recording the model's trajectories") as bar:
         calibration = record(pipeline, prompts, start.sampling, bands, bar, effort=start.effort)
     held = for_memory(pipeline.unet, calibration)

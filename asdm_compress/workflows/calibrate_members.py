@@ -146,6 +146,7 @@ def calibrate_members(
     full = times.full(sampling.steps)
     share = settings.goal.share(full)
     assert share is not None
+    share = min(1.0, share)
     calibration, validation = bench(splits.calibration, sampling.seed), bench(splits.validation, VALIDATION_SEED)
     with progress.stage("Sampling the teacher"):
         truth = calibration.final_latents(schedule.actions)

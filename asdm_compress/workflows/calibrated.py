@@ -166,7 +166,7 @@ class Calibrated:
             *([f"Quality: {confidence}."] if confidence else []),
             *(
                 [f"That is over the limit of {share:.3f}x; calibrate again on a quiet machine."]
-                if ours.share > (share or 1)
+                if share is not None and ours.share > share
                 else []
             ),
             self.verdict,

@@ -30,7 +30,13 @@ from asdm_compress.assembly.search import check_reachable
 from asdm_compress.assembly.slot_fit import check_fits, check_prompts
 from asdm_compress.assembly.store import measurement_folder, recorded
 from asdm_compress.assembly.verify import Verified, search_verified
-from asdm_compress.core.defaults import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS, NARROW_SHARES, NEIGHBOURS_SECONDS
+from asdm_compress.core.defaults import (
+    CALIBRATION_PROMPTS,
+    EXPERTS,
+    HELD_OUT_PROMPTS,
+    NARROW_SHARES,
+    NEIGHBOURS_SECONDS,
+)
 from asdm_compress.core.edits import Routing, has_weights
 from asdm_compress.core.processes import ALONE, Processes
 from asdm_compress.core.units import Limit, parse_budget
@@ -55,10 +61,11 @@ class PlanSettings:
     """Everything that changes a plan besides the model and the budget.
 
     `prompts` are a user's own; `known_profile` is a `profile.json` to use instead of profiling again. `slot`, `experts`
-    and `routing` say which convolutions the search may put into the places of what it takes out, `narrow` to which
-    shares of their inner width ResNets, attentions and feed-forwards may be narrowed, `finest` the smallest parts that
-    it may edit, and `refit` how much of what stays is solved anew after the cut (see `assembly.refit`). For
-    `neighbours_seconds` plans are tried that are like the best one, and within as many those of like damage once more.
+    (None is the usual number) and `routing` say which convolutions the search may put into the places of what it takes
+    out, `narrow` to which shares of their inner width ResNets, attentions and feed-forwards may be narrowed, `finest`
+    the smallest parts that it may edit, and `refit` how much of what stays is solved anew after the cut (see
+    `assembly.refit`). For `neighbours_seconds` plans are tried that are like the best one, and within as many those of
+    like damage once more.
     """
 
     profile: ProfileSettings = field(default_factory=ProfileSettings)
@@ -71,19 +78,25 @@ class PlanSettings:
     effort: Effort = field(default_factory=Effort)
     known_profile: Path | None = None
     slot: SlotChoice = "auto"
-    experts: int = 8
+    experts: int | None = None
     routing: Routing = "timestep"
     narrow: tuple[float, ...] = NARROW_SHARES
     finest: Finest = "sub-unit"
     refit: RefitChoice = "full"
     neighbours_seconds: float = NEIGHBOURS_SECONDS
 
+    @property
+    def experts_of_bands(self) -> int:
+        """Of a routed convolution: what was asked for, or the usual, of which each has a timestep band of its own."""
+        return min(EXPERTS, self.bands) if self.experts is None else self.experts
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
     """Everything that a search goes by: what every possible edit saves, and what it damages.
 
-    `calibration` is what plans are fitted to: of what edits were measured on, as much as there is memory for.
+    `calibration` is what plans are fitted to, as much of it as there is memory for; `of_options` what single edits were
+    fitted to and measured on.
     """
 
     limits: Sequence[Limit]
@@ -94,6 +107,7 @@ class Measured:
     options: Sequence[Option]
     damages: Mapping[str, Damage]
     plain_damages: Mapping[str, Damage]
+    of_options: tuple[Calibration, Calibration]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +151,7 @@ def choose(
     with progress.stage("Searching, fitting and verifying the plan"):
         search = Search(
             pipeline.unet, m.profile, m.options, m.damages, m.limits, m.shape, m.calibration, settings.refit,
-            settings.neighbours_seconds, m.plain_damages,
+            settings.neighbours_seconds, m.plain_damages, m.of_options,
         )  # fmt: skip
         verified = search_verified(search)
     return PlanResult(verified, m.profile, m.prompts, m.calibration, m.options, m.damages, m.plain_damages)
@@ -156,7 +170,7 @@ def measure(
     The main one of several processes does the timing, alone; they share the recording and the damages, and each has the
     whole result. Raises AsdmError for what cannot be planned.
     """
-    specs = slot_specs(settings.slot, settings.experts, settings.routing, limits)
+    specs = slot_specs(settings.slot, settings.experts_of_bands, settings.routing, limits)
     check_fits(specs, settings.bands)
     check_refit(settings.refit)
     check_finest(settings.finest)
@@ -194,11 +208,8 @@ def measure(
             processes,
         ).to(pipeline.device)
     calibration = replace(calibration, held_out=is_fitted)
-    if (empty := calibration.for_options()[1].bands_without_moments()) and processes.is_main:
-        progress.note(
-            f"{len(empty)} of {settings.bands} timestep bands have no moments to measure damage on, and count "
-            "as the others do; more --calibration-prompts or --calibration-triples, or fewer --bands, mend that"
-        )
+    of_options = calibration.for_options()
+    _note_empty_bands(of_options[1], settings, progress, processes)
     refit = settings.refit == "full"
     if refit and (scaled := scaled_for_memory(teacher)) and processes.is_main:
         progress.note(f"{len(scaled)} modules are too wide for the memory here and are refitted by scales alone")
@@ -218,7 +229,15 @@ def measure(
                 f"plans are fitted to {len(held)} of {len(calibration)} triples: more do not fit into the memory"
             )
         calibration = held
-    return Measured(limits, shape, costs, prompts, calibration, options, damages, plain)
+    return Measured(limits, shape, costs, prompts, calibration, options, damages, plain, of_options)
+
+
+def _note_empty_bands(measuring: Calibration, settings: PlanSettings, progress: Progress, processes: Processes) -> None:
+    if (empty := measuring.bands_without_moments()) and processes.is_main:
+        progress.note(
+            f"{len(empty)} of {settings.bands} timestep bands have no moments to measure damage on, and count "
+            "as the others do; more --calibration-prompts or --calibration-triples, or fewer --bands, mend that"
+        )
 
 
 def _costs(teacher: UNet2DConditionModel, shape: ProfileSettings, settings: PlanSettings, model_name: str) -> Profile:
@@ -236,7 +255,7 @@ def _options(
     shape: ProfileSettings,
     settings: PlanSettings,
 ) -> tuple[Option, ...]:
-    specs = slot_specs(settings.slot, settings.experts, settings.routing, limits)
+    specs = slot_specs(settings.slot, settings.experts_of_bands, settings.routing, limits)
     everywhere = places_of(teacher, specs, settings.narrow)
     wanted = {edit: [p for p in paths if is_coarse_enough(p, settings.finest)] for edit, paths in everywhere.items()}
     places = fitting_places(teacher, wanted)

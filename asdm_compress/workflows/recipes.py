@@ -17,7 +17,7 @@ from asdm_compress.assembly.surgery import StudentSpec, build, removed_tensors, 
 from asdm_compress.core.edits import Edit
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.recipe import Recipe, bundled_recipes, load_recipe, telling_lines
-from asdm_compress.models.families import FAMILIES
+from asdm_compress.models.families import usual_latent_size
 from asdm_compress.models.quiet import quiet_libraries
 from asdm_compress.models.sites import Site, find_sites
 from asdm_compress.profiling.counting import MacCount, count_macs
@@ -102,7 +102,7 @@ def describe(path: Path, known: dict[str, _Teacher] | None = None) -> Descriptio
 def _describe(path: Path, known: dict[str, _Teacher]) -> Description:
     recipe = load_recipe(path)
     plan = Plan(recipe.as_edits())
-    size = _latent_size(recipe)
+    size = usual_latent_size(recipe.base.model, recipe.base.architecture)
     key = json.dumps([recipe.base.architecture, size], sort_keys=True)
     if key not in known:
         unet = blank_teacher(recipe, path)
@@ -148,19 +148,15 @@ def compare(first: Path, second: Path) -> list[Difference]:
     return rows
 
 
-def blank_teacher(recipe: Recipe, path: Path) -> UNet2DConditionModel:
-    """A UNet without weights of the recipe's architecture."""
+def blank_teacher(recipe: Recipe, path: Path, size: int | None = None) -> UNet2DConditionModel:
+    """A UNet without weights of the recipe's architecture, for latents of so many elements a side, or the usual."""
     facts = {"in_channels": DEFAULT_CHANNELS, **recipe.base.architecture}
+    facts["sample_size"] = size or usual_latent_size(recipe.base.model, facts)
     try:
         with torch.device("meta"), quiet_libraries():
             return UNet2DConditionModel(**facts)
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise AsdmError(f"{path}: its architecture is none that can be built: {error}") from error
-
-
-def _latent_size(recipe: Recipe) -> int:
-    family = FAMILIES.get(recipe.base.model)
-    return family.image_size // 8 if family else 16
 
 
 def _parameters(unet: UNet2DConditionModel) -> int:

@@ -67,9 +67,19 @@ def write_report(folder: Path, name: str | None = None, out: Path | None = None)
 
 def blanks_of(stages: Stages) -> Blanks:
     """The UNets that drawings need, without weights: the recipe's teacher, and the student in the folder."""
-    teacher = None if stages.recipe is None else blank_teacher(stages.recipe, stages.found[RECIPE])
+    size = _latent_size(stages.folder)
+    teacher = None if stages.recipe is None else blank_teacher(stages.recipe, stages.found[RECIPE], size)
     student = _blank_student(stages) if stages.schedule is not None else None
     return Blanks(teacher, student)
+
+
+def _latent_size(folder: Path) -> int | None:
+    """The side of the latents that the UNet in a folder was made for; None where its config does not say."""
+    for path in (folder / "unet" / "config.json", folder / "config.json"):
+        if path.is_file():
+            size = read_json(path).get("sample_size")
+            return size if isinstance(size, int) else None
+    return None
 
 
 def _blank_student(stages: Stages) -> UNet2DConditionModel | None:
