@@ -50,3 +50,10 @@ def test_a_student_that_is_not_refitted_does_not_say_that_it_is(recipe, cli, tmp
     assert "not refitted (zero): train before use" in result.stdout
     assert load_recipe(tmp_path / "student/recipe.yaml").refit == "none"
     assert "refit" not in (tmp_path / "student/README.md").read_text(encoding="utf-8")
+
+
+def test_what_a_recipe_without_weights_does_not_take_is_refused(cli, tmp_path):
+    refused = cli("apply", "shallow-1-2-2-2-v1", "mini-sd", "--steps", "50", "--out", "out")
+    assert (refused.returncode, "Traceback" in refused.stderr) == (2, False), refused.stderr
+    assert "--steps does nothing with a recipe that fits nothing" in " ".join(refused.stderr.split())
+    assert not (tmp_path / "out").exists()

@@ -214,6 +214,14 @@ def test_a_model_is_not_replaced_by_its_own_student(assembled, cli):
     assert "holds the model itself" in " ".join(result.stderr.split())
 
 
+def test_the_frontier_of_a_model_does_not_replace_the_student_whose_profile_it_reads(assembled, cli_in):
+    folder, _, _ = assembled
+    refused = cli_in(folder, "frontier", "mini-sd", "--profile", "out/profile.json", "--out", "out", "--overwrite")
+    assert (refused.returncode, "Traceback" in refused.stderr) == (2, False), refused.stderr
+    assert "profile.json, which is read" in " ".join(refused.stderr.split())
+    assert (folder / "out" / "recipe.yaml").is_file()
+
+
 def test_apply_refuses_another_architecture_and_says_what_differs(assembled, cli, tmp_path):
     folder, _, _ = assembled
     changed = (

@@ -200,7 +200,7 @@ def test_shards_of_a_student_end_where_the_whole_one_does(place, monkeypatch):
     # Whole, it cannot go on from there, and says so.
     changes = {"optimiser.learning_rate": 2e-3, "optimiser.warmup_steps": 2, "probe_every": 0}
     shutil.rmtree(place / "shards")
-    with pytest.raises(AsdmError, match="step-00000004 cannot be read: it is one of a sharded training"):
+    with pytest.raises(AsdmError, match="step-00000004 is of a training in several processes, with --shard, and this"):
         run(place, monkeypatch, out="shards", changes=changes, resume=True)
 
 

@@ -99,6 +99,12 @@ def test_what_is_read_is_not_replaced_either(tmp_path):
     check_output(tmp_path / "fast", True, None, None, tmp_path / "uniform:3")
 
 
+@pytest.mark.skipif(not Path("/proc").is_mount(), reason="only some systems have this mount")
+def test_a_mounted_folder_cannot_be_replaced():
+    with pytest.raises(AsdmError, match="is mounted and cannot be replaced"):
+        check_output(Path("/proc"), True)
+
+
 def test_too_little_space_is_seen_before_any_work(tmp_path):
     out = tmp_path / "deep" / "out"
     free = shutil.disk_usage(tmp_path).free

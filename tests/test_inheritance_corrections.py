@@ -15,7 +15,7 @@ from asdm_compress.inheritance.evaluator import Evaluator
 from asdm_compress.inheritance.forecast import LINEAR
 from asdm_compress.inheritance.run import Run
 from asdm_compress.inheritance.schedule import Schedule
-from asdm_compress.inheritance.schedule_file import save_schedule
+from asdm_compress.inheritance.schedule_file import load_schedule, save_schedule
 from asdm_compress.inheritance.timeline import Timeline, timeline_of
 from asdm_compress.models.call import UNetCall
 from asdm_compress.sampling.schedulers import make_scheduler
@@ -179,3 +179,18 @@ def test_corrections_have_the_type_of_the_run(pipeline):
     assert found.dtype == torch.bfloat16
     assert torch.isfinite(found).all()
     assert not torch.equal(found, plain)
+
+
+def test_an_edited_schedule_goes_without_corrections_that_were_fitted_along_another(tmp_path):
+    corrections = {(i, "cut.1"): Correction(torch.zeros(2, 6), torch.zeros(2)) for i in LIGHT}
+    path = tmp_path / "inheritance.yaml"
+    save_schedule(Schedule(ACTIONS, corrections), path)
+    assert set(load_schedule(path).corrections) == set(corrections)
+    text = path.read_text(encoding="utf-8")
+    edited = text.rsplit("- full", 1)
+    assert len(edited) == 2
+    path.write_text(f"- {CUT.name}".join(edited), encoding="utf-8")
+    with pytest.warns(UserWarning, match="other steps than those that its corrections were fitted along"):
+        found = load_schedule(path)
+    assert found.corrections == {}
+    assert found.actions[4] == CUT

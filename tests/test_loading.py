@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.models.families import FAMILIES, check_supported, random_unet
+from asdm_compress.models.files import stored_dtype
 from asdm_compress.models.loading import load_pipeline, load_unet
 from asdm_compress.models.names import MINI_SD_FOLDER
 from asdm_compress.models.recognise import is_finite
@@ -46,6 +47,12 @@ def test_dtype_and_device_are_followed(copy):
     assert {p.dtype for p in found.unet.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in found.vae.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in found.text_encoder.parameters()} == {torch.bfloat16}
+
+
+def test_the_precision_of_pickled_weights_is_not_that_of_their_counts(tmp_path):
+    state = {"embeddings.position_ids": torch.arange(4), "layer.weight": torch.ones(2, 2, dtype=torch.float16)}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert stored_dtype(tmp_path) == torch.float16
 
 
 @pytest.mark.parametrize(

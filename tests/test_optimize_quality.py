@@ -166,7 +166,7 @@ def test_own_prompts_are_judged_by_a_clip_model(cli, tmp_path):
     ):
         refused = cli(*QUICK, *arguments, "--out", "none")
         assert (refused.returncode, "Traceback" in refused.stderr) == (2, False), refused.stderr
-        assert said in refused.stderr
+        assert said in refused.stdout  # where --json tells errors too
         assert not (tmp_path / "none").exists()
 
 

@@ -138,6 +138,17 @@ def test_an_infeasible_budget_names_the_smallest_that_is_not():
         assert caught.value.exit_code == ExitCode.INFEASIBLE
 
 
+def test_a_search_without_time_says_so_and_not_that_the_budget_is_too_small():
+    options = [
+        Option(f"site{i}", "drop", frozenset(f"{i}"), {"latency": 0.01 + 0.001 * i, "macs": 1.0, "params": 1.0})
+        for i in range(40)
+    ]
+    damages = {option.name: 1.0 + 0.37 * (i * 7 % 11) for i, option in enumerate(options)}
+    with pytest.raises(AsdmError, match="no plan was found in 1e-09 s") as caught:
+        solve(options, damages, TEACHER, [Limit("latency", 0.7, True)], patience=1e-9)
+    assert caught.value.hint == "Give the search more time."
+
+
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_interactions_are_taken_in_until_the_plan_is_the_best_of_all(data):

@@ -289,6 +289,16 @@ def test_a_calibration_of_two_parts_keeps_prompts_apart(calibration):
     assert [len(part) for part in calibration.for_plans()] == [len(part) for part in calibration.parts()]
 
 
+@pytest.mark.parametrize("edit", ["separable3x3*4@timestep", "conv3x3-rank8*4@timestep", "conv3x3*4@timestep"])
+def test_an_expert_of_a_band_without_moments_is_the_fit_of_all_bands(unet, calibration, edit):
+    without = calibration.only(calibration.bands != 3)
+    assert without.bands_without_moments() == [3]
+    site = "down_blocks.1.attentions.0"
+    weights = fit_plan(unet, Plan({site: edit}), without)
+    assert weights
+    assert all(tensor.isfinite().all() for state in weights.values() for tensor in state.values())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("edit", ["conv3x3", "conv1x1*4@timestep"])
 def test_a_slot_that_nothing_is_fitted_for_is_as_if_it_were_empty(unet, calibration, edit):
