@@ -237,7 +237,9 @@ def test_optimize_leaves_a_pipeline_that_keeps_the_time(optimized):
         assert len(entry["actions"]) == entry["steps"]
         (member,) = {name.rpartition("@")[2] for name in entry["actions"] if not name.startswith("skip")}
         calibrated_of.add(member)
-    assert calibrated_of == {"mini-sd", "small"}
+    # A student that takes all of the reference's steps in the time has nothing to leave out.
+    alone = {entry["steps"] for entry in content["tried"] if entry["role"] == "a student alone"}
+    assert calibrated_of == ({"mini-sd"} if alone == {5} else {"mini-sd", "small"})
     # The frontier is chosen on validation prompts, as the best is.
     by_share = sorted(content["tried"], key=lambda entry: entry["share"])
     psnr = [entry["validation"]["psnr"] for entry in by_share]

@@ -20,6 +20,7 @@ from asdm_compress.assembly.plan_fit import fit_plan
 from asdm_compress.assembly.refit import Refit, _reach, projections_of
 from asdm_compress.assembly.regression import RIDGES, NormalEquations
 from asdm_compress.assembly.surgery import assemble, specify
+from asdm_compress.assembly.teacher_runs import TeacherRuns
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.scenes.captions import sample_captions
 
@@ -250,3 +251,19 @@ def test_options_are_measured_with_their_absorbers(unet, mini_profile, calibrati
     for option in options:
         one, other = alone[option.name].total, absorbed[option.name].total
         assert other == one if option.site == sites[2] else other < 0.8 * one
+
+
+def test_the_teachers_states_serve_one_plan_after_another(unet, calibration):
+    runs = TeacherRuns(unet, calibration, kept=True)
+    plans = [
+        Plan({"up_blocks.2.layers.1": "drop", "up_blocks.3.resnets.0": "narrow0.5"}),
+        Plan({"down_blocks.1.attentions.0": "conv1x1", "up_blocks.2.attentions.0": "drop"}),
+    ]
+    for plan in plans:
+        alone = fit_plan(unet, plan, calibration, refit="full")
+        along = fit_plan(unet, plan, calibration, refit="full", runs=runs)
+        assert alone
+        assert alone.keys() == along.keys()
+        for path, state in alone.items():
+            assert all(torch.equal(tensor, along[path][name]) for name, tensor in state.items())
+    assert TeacherRuns.kept_within(unet, calibration, 1e-9) is None

@@ -15,6 +15,7 @@ from asdm_compress.assembly.options import Finest, Option, is_coarse_enough, tea
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.plan_fit import RefitChoice, fit_plan
 from asdm_compress.assembly.search import TIME_LIMIT_SECONDS, Interaction, Pairs, Solution, solve
+from asdm_compress.assembly.teacher_runs import TeacherRuns
 from asdm_compress.core.defaults import NEIGHBOURS_SECONDS
 from asdm_compress.core.edits import has_weights
 from asdm_compress.core.units import Limit
@@ -89,9 +90,9 @@ class Search:
     plain_damages: Mapping[str, Damage] = field(default_factory=dict)
     of_options: tuple[Calibration, Calibration] | None = None
 
-    def fit(self, plan: Plan, calibration: Calibration) -> SlotWeights:
-        """The weights of a plan fitted on some moments."""
-        return fit_plan(self.teacher, plan, calibration, refit=self.refit)
+    def fit(self, plan: Plan, calibration: Calibration, runs: TeacherRuns | None = None) -> SlotWeights:
+        """The weights of a plan fitted on some moments, of which the teacher's states may be known."""
+        return fit_plan(self.teacher, plan, calibration, refit=self.refit, runs=runs)
 
     def suited_to(self, attempt: Attempt) -> Search | None:
         """The same search among the edits that an attempt takes; None where another attempt has the same."""

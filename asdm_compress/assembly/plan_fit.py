@@ -18,6 +18,7 @@ from asdm_compress.assembly.plan import PlacedEdits, Plan, place
 from asdm_compress.assembly.refit import Refit, last_absorbed, projections_of
 from asdm_compress.assembly.regression import memory_for_sums, memory_of
 from asdm_compress.assembly.slot_fit import BandSums, SlotFits, check_fits, groups_of, slot_activations
+from asdm_compress.assembly.teacher_runs import TeacherRuns
 from asdm_compress.core.edits import ConvSpec, conv_spec, has_weights, kept_share
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.edits import SlotWeights, edited_copy, put_tensors
@@ -44,6 +45,7 @@ def fit_plan(
     progress: Progress | None = None,
     refit: RefitChoice = "none",
     refit_at: Collection[str] | None = None,
+    runs: TeacherRuns | None = None,
 ) -> SlotWeights:
     """Fit everything that the edits of a whole plan bring along, and refit what stays, in the order in which it runs.
 
@@ -51,7 +53,8 @@ def fit_plan(
     behind the modules that it stands for, and so makes up for what was damaged before it. A narrowed module is fitted
     to do on the student's activations what the whole one would. With `refit`, every kept module behind the first edit
     is then solved anew for what the teacher has behind it (see `Refit`), and behind the dropped modules that follow it;
-    or only those at `refit_at`. Activations of all moments are held (see `for_memory`).
+    or only those at `refit_at`. Activations of all moments are held (see `for_memory`); `runs` has the teacher's
+    already, with which the result is the same.
     Raises AsdmError for convolutions that have no fit (see `check_fits`) and those whose sums do not fit into memory,
     before anything is fitted.
     """
@@ -62,7 +65,9 @@ def fit_plan(
         _check_memory(unet, path, spec)
     if not plan.edits or (refit == "none" and not any(has_weights(edit) for edit in placed.units.values())):
         return {}
-    fit = _PlanFit(unet, placed, calibration, refit, refit_at)
+    runs = runs or TeacherRuns(unet, calibration)
+    assert runs.calibration is calibration
+    fit = _PlanFit(unet, placed, runs, refit, refit_at)
     units = fit.units_to_fit()
     for number, unit in enumerate(units):
         fit.fit_unit(unit)
@@ -110,14 +115,14 @@ class _PlanFit:
         self,
         unet: UNet2DConditionModel,
         placed: PlacedEdits,
-        calibration: Calibration,
+        runs: TeacherRuns,
         refit: RefitChoice,
         refit_at: Collection[str] | None,
     ) -> None:
-        self.unet, self.placed, self.calibration, self.refit = unet, placed, calibration, refit
+        self.unet, self.placed, self.calibration, self.refit = unet, placed, runs.calibration, refit
         self.refit_at = refit_at
         self.weights: dict[str, dict[str, Tensor]] = {}
-        self.teacher_steps = steps_of(unet)
+        self.teacher_steps = runs.steps
         self.inner = inner_widths(unet)
         self.inside: dict[str, list[str]] = {}  # unit to its edited places with weights, in the order in which they run
         order = {path: i for i, path in enumerate(self.inner)}
@@ -126,20 +131,20 @@ class _PlanFit:
                 self.inside.setdefault(_unit_of(path), []).append(path)
         self.student = self._student_so_far()
         self.first_changed = shared_prefix(self.teacher_steps, steps_of(self.student))
-        self.chunks = chunks_of(calibration)
-        self.runs = [_Lockstep(unet, self.student, calibration, *chunk) for chunk in self.chunks]
+        self.chunks = chunks_of(self.calibration)
+        at = {step.path: i for i, step in enumerate(self.teacher_steps)}
+        # A narrowed module is whole until it is fitted, and so may stand before the first change. The unit before a
+        # change may take over what follows it.
+        self.first = max(0, min([self.first_changed - 1, *(at[unit] for unit in self.inside)]))
+        self.runs = [_Lockstep(runs, number, self.student, self.first) for number in range(len(self.chunks))]
 
     def units_to_fit(self) -> list[str]:
         """The teacher's units, in the order in which they run, at which there is something to fit or to refit."""
         there = {step.path for step in steps_of(self.student)}
-        at = {step.path: i for i, step in enumerate(self.teacher_steps)}
-        # A narrowed module is whole until it is fitted, and so may stand before the first change. The unit before a
-        # change may take over what follows it.
-        first = min([self.first_changed - 1, *(at[unit] for unit in self.inside)])
         units = []
         for number, step in enumerate(self.teacher_steps):
             kept = self.placed.edited_path(self.unet, step.path) in there
-            if kept and (step.path in self.inside or (number >= first and self.is_refitted(step.path))):
+            if kept and (step.path in self.inside or (number >= self.first and self.is_refitted(step.path))):
                 units.append(step.path)
         return units
 
@@ -222,20 +227,13 @@ def _unit_of(path: str) -> str:
 
 
 class _Lockstep:
-    """Teacher and student on the same triples, each going on from where it was."""
+    """Teacher and student on the same triples, each going on from where it was; the first `shared` steps are alike."""
 
-    def __init__(
-        self,
-        teacher: UNet2DConditionModel,
-        student: UNet2DConditionModel,
-        calibration: Calibration,
-        first: int,
-        last: int,
-    ) -> None:
-        rows = calibration.part(first, last).rows()
-        self.teacher_steps, self.student_steps = steps_of(teacher), steps_of(student)
-        self.teacher, self.student = start(teacher, *rows), start(student, *rows)
-        self.teacher_at = self.student_at = 0
+    def __init__(self, teacher: TeacherRuns, chunk: int, student: UNet2DConditionModel, shared: int) -> None:
+        self.teacher, self.chunk = teacher, chunk
+        self.behind = {step.path: i + 1 for i, step in enumerate(teacher.steps)}
+        self.student_steps = steps_of(student)
+        self.student, self.student_at = teacher.state(chunk, shared), shared
 
     def student_before(self, unit: str) -> tuple[Step, State]:
         """A unit's step in the student, and the state before it."""
@@ -246,7 +244,4 @@ class _Lockstep:
 
     def teacher_behind(self, unit: str) -> Tensor:
         """The teacher's hidden state behind a unit."""
-        while self.teacher_at == 0 or self.teacher_steps[self.teacher_at - 1].path != unit:
-            self.teacher = take(self.teacher_steps[self.teacher_at], self.teacher)
-            self.teacher_at += 1
-        return self.teacher.hidden
+        return self.teacher.state(self.chunk, self.behind[unit]).hidden

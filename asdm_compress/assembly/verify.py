@@ -19,9 +19,10 @@ from asdm_compress.assembly.in_time import Clock, InTime, search_in_time
 from asdm_compress.assembly.option_fit import absorber
 from asdm_compress.assembly.options import Option
 from asdm_compress.assembly.plan import Plan
-from asdm_compress.assembly.plan_fit import RefitChoice, fit_plan, for_memory
+from asdm_compress.assembly.plan_fit import SHARE_FOR_STATES, RefitChoice, fit_plan, for_memory
 from asdm_compress.assembly.search import TIME_LIMIT_SECONDS, Pairs, Solution
 from asdm_compress.assembly.surgery import assemble
+from asdm_compress.assembly.teacher_runs import TeacherRuns
 from asdm_compress.core.edits import Edit, has_weights
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.units import Limit, Resource
@@ -64,16 +65,21 @@ class Verified:
 
 @dataclass(frozen=True, slots=True)
 class _Moments:
-    """What is fitted on, what is measured on, and what the teacher predicts for the latter."""
+    """What is fitted on, what is measured on, and what the teacher predicts for the latter.
+
+    `runs` are the teacher's states on the former, for all plans, where there is memory for them.
+    """
 
     fitting: Calibration
     measuring: Calibration
     reference: Tensor
+    runs: TeacherRuns | None = None
 
     @classmethod
     def of(cls, teacher: UNet2DConditionModel, parts: tuple[Calibration, Calibration]) -> _Moments:
         """Those of the two parts of a calibration."""
-        return cls(*parts, predictions(teacher, parts[1]))
+        runs = TeacherRuns.kept_within(teacher, parts[0], SHARE_FOR_STATES)
+        return cls(*parts, predictions(teacher, parts[1]), runs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +257,7 @@ def _among_all_edits(search: Search, found: _Found, pairs: Pairs) -> Solution:
 def _fitted_damage(search: Search, plan: Plan, moments: _Moments) -> tuple[float, float]:
     """The damage of a plan on other moments than it is fitted on, and the seconds that this took."""
     began = time.monotonic()
-    weights = search.fit(plan, moments.fitting)
+    weights = search.fit(plan, moments.fitting, moments.runs)
     damage = measure_plan(search.teacher, plan, moments.measuring, weights, moments.reference).total
     return damage, time.monotonic() - began
 
@@ -308,7 +314,7 @@ def _measure_pairs(
         plain = [o for o in (a, b) if not has_weights(o.edit)]
         units = [unit for unit, _ in filter(None, (absorber(search.teacher, o) for o in plain))]
         refit: RefitChoice = "full" if search.refit == "full" else "none"
-        weights = fit_plan(search.teacher, both, moments.fitting, refit=refit, refit_at=units)
+        weights = fit_plan(search.teacher, both, moments.fitting, refit=refit, refit_at=units, runs=moments.runs)
         together = measure_plan(search.teacher, both, moments.measuring, weights, moments.reference).total
         one, other = damages[a.name].total, damages[b.name].total
         # The later fit can make up for the earlier edit, but not for more than there is: many such terms would else sum

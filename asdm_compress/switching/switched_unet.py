@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +18,14 @@ from asdm_compress.core.errors import AsdmError
 from asdm_compress.inheritance.actions import Action
 from asdm_compress.inheritance.carrying import CarriedOver
 from asdm_compress.inheritance.evaluator import Evaluator
-from asdm_compress.inheritance.members import HasMembers, body_prediction, member_of
+from asdm_compress.inheritance.members import body_prediction, member_of
 from asdm_compress.inheritance.run import Run
 from asdm_compress.inheritance.timeline import Timeline
 from asdm_compress.models.assembled_unet import AssembledUNet2DConditionModel
 from asdm_compress.models.call import UNetCall
 from asdm_compress.models.signatures import with_parameters_of
 from asdm_compress.models.walk import steps_of
+from asdm_compress.switching.building import as_list, build, check_exchangeable, check_plain, plain_config
 from asdm_compress.switching.places import InRun, OpenRuns, RunUnderWay, is_run, place_of
 from asdm_compress.switching.schedules import SwitchingSchedule
 from asdm_compress.switching.sharing import Shared, as_prefixes, counterpart, find_shared, of_prefixes
@@ -65,8 +65,8 @@ class SwitchedUNet2DConditionModel(AssembledUNet2DConditionModel):
         self._names = tuple(str(entry["name"]) for entry in members)
         if len(set(self._names)) != len(self._names) or not all(self._names):
             raise AsdmError(f"members have different names, and these are {', '.join(self._names)}")
-        body = _plain_config(self)
-        self.others = nn.ModuleList([_build({**body, **e["config"]}, e.get("edits") or {}) for e in members[1:]])
+        body = plain_config(self)
+        self.others = nn.ModuleList([build({**body, **e["config"]}, e.get("edits") or {}) for e in members[1:]])
         shared: dict[str, str] = {}
         self._own_layers: dict[str, list[str]] = {}
         for number, entry in enumerate(members[1:]):
@@ -94,23 +94,23 @@ class SwitchedUNet2DConditionModel(AssembledUNet2DConditionModel):
         Raises AsdmError for members that cannot stand in for one another, and for a schedule that names others.
         """
         (body_name, body), *others = members.items()
-        _check_plain(body_name, body)
+        check_plain(body_name, body)
         owners: list[tuple[str, nn.Module]] = [("", body)]
-        config = _plain_config(body)
+        config = plain_config(body)
         entries: list[dict[str, Any]] = [{"name": body_name}]
         tensors = dict(body.state_dict())
         lent: dict[str, str] = {}
         for number, (name, unet) in enumerate(others):
-            _check_exchangeable(body_name, body, name, unet)
+            check_exchangeable(body_name, body, name, unet)
             shared: Shared = find_shared(unet, owners)
             # What is like another member's may be the body's there too.
             owner_of = {key: lent.get(other, other) for key, other in shared.tensors.items()}
             lent |= {f"{_OTHERS}.{number}.{key}": owner for key, owner in owner_of.items()}
-            own = _plain_config(unet)
+            own = plain_config(unet)
             entries.append(
                 {
                     "name": name,
-                    "config": {key: value for key, value in own.items() if _as_list(value) != _as_list(config[key])},
+                    "config": {key: value for key, value in own.items() if as_list(value) != as_list(config[key])},
                     "edits": dict(unet.config.get("edits") or {}),
                     "shared": as_prefixes([n for n, _ in unet.named_parameters()], owner_of),
                     "units": dict(shared.units),
@@ -145,7 +145,7 @@ class SwitchedUNet2DConditionModel(AssembledUNet2DConditionModel):
         if found is not self:
             return found
         with torch.device("meta"):
-            body = _build(_plain_config(self), self.config.get("edits") or {})
+            body = build(plain_config(self), self.config.get("edits") or {})
         own = {key: tensor for key, tensor in self.state_dict().items() if not key.startswith(f"{_OTHERS}.")}
         body.load_state_dict(own, strict=True, assign=True)
         return body.eval().requires_grad_(False)
@@ -360,42 +360,7 @@ class SwitchedUNet2DConditionModel(AssembledUNet2DConditionModel):
         raise AsdmError("a switched UNet takes no IP-Adapter", "Use one member by itself.")
 
 
-def _plain_config(unet: UNet2DConditionModel) -> dict[str, Any]:
-    """The base class's parameters of a UNet, by name."""
-    names = set(inspect.signature(UNet2DConditionModel.__init__).parameters) - {"self"}
-    return {key: value for key, value in unet.config.items() if key in names}
-
-
-def _build(config: Mapping[str, Any], edits: Mapping[str, Any]) -> UNet2DConditionModel:
-    return AssembledUNet2DConditionModel(**config, edits=dict(edits)) if edits else UNet2DConditionModel(**config)
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _weight(layer: Any) -> Tensor | None:
     inner = getattr(layer, "base_layer", layer)
     found = getattr(inner, "weight", None)
     return found if isinstance(found, Tensor) else None
-
-
-def _check_plain(name: str, unet: UNet2DConditionModel) -> None:
-    """Raise AsdmError for a UNet that is switched itself, of which the body alone would be taken."""
-    if isinstance(unet, HasMembers):
-        raise AsdmError(f"{name} is a switched UNet itself", "Give its members.")
-
-
-def _check_exchangeable(first: str, one: UNet2DConditionModel, second: str, other: UNet2DConditionModel) -> None:
-    """Raise AsdmError for UNets that do not take and give the same, and for another that is switched itself."""
-    _check_plain(second, other)
-    for key in ("in_channels", "out_channels", "cross_attention_dim"):
-        a, b = _as_list(one.config.get(key)), _as_list(other.config.get(key))
-        if a != b:
-            raise AsdmError(f"{first} and {second} cannot take turns: {key} is {a} and {b}")
-    if (one.dtype, one.device) != (other.dtype, other.device):
-        raise AsdmError(
-            f"{first} and {second} cannot take turns: one is {one.dtype} on {one.device}, the other {other.dtype} on "
-            f"{other.device}",
-            "Open both in one precision and on one device.",
-        )

@@ -26,10 +26,12 @@ def frontier_setting() -> str:
     """What was measured, on what."""
     found = results("frontier")
     reference, prompts = found["reference"], found["prompts"]
+    by_quality = any(row["criterion"] == "quality" for row in found["rows"])
+    quality = f", for quality on {found['quality_prompts']}" if by_quality else ""
     return (
         f"{found['test_prompts']} held-out captions and seeds; the full run is {reference['scheduler']} with "
         f"{reference['steps']} steps; schedules were measured on {prompts['calibration']} other prompts "
-        f"and chosen on {prompts['validation']} more, for quality on {found['quality_prompts']} "
+        f"and chosen on {prompts['validation']} more{quality} "
         f"({source('frontier', 'bench_frontier')})"
     )
 
@@ -81,6 +83,12 @@ def frontier_target() -> str:
     rivals = [row["image_share"] for row in good if row["role"] in RIVALS]
     margin = f"within {percent(POINT)} of the full run's captions and {percent(DISTANCE - 1)} of its Fréchet distance"
     chosen = [row for row in found["rows"] if row["role"] == OURS and row["criterion"] == "quality"]
+    if not chosen:
+        near = [row for row in good if row["role"] == OURS]
+        return (
+            f"Ways chosen for quality have not been measured by the bench yet; of those chosen for nearness "
+            f"{len(near) or 'none'} is {margin}."
+        )
     ours = [row for row in good if row in chosen]
     other = f"the fastest rival that is, takes {share(min(rivals))}" if rivals else "no rival is"
     if not ours:
