@@ -69,10 +69,10 @@ def apply(
     check_output(out, overwrite, None, path)
     shard_bytes = parse_bytes(max_shard_size)
     dtype = _dtype_of(variant, o.own_name(dtype))
-    if not content.brings_weights:
-        o.refuse_given(context, _FITTED, "does nothing with a recipe that fits nothing", "Leave it out.")
     if slot_start not in ("fit", "zero", "random", "copied"):
         raise AsdmError(f"unknown slot start {slot_start!r}", "Use fit, zero, random or copied.")
+    if not content.brings_weights:
+        o.refuse_given(context, _FITTED, "does nothing with a recipe that fits nothing", "Leave it out.")
     output = Output(quiet, as_json)
     with output.stage("Starting torch"):
         fitting = o.load_options(device, "fp32", threads)
