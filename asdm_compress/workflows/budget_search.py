@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from statistics import median
-from typing import Any, Final
+from typing import Final
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -231,15 +231,17 @@ class Search:
         rows = zip(ways, shares, scores, worths, strict=True)
         return [Candidate(*way, taken_share, score, worth=worth) for way, taken_share, score, worth in rows]
 
-    def tested(self, tried: Sequence[Candidate], bar: Any) -> list[Candidate]:
+    def tested(self, tried: Sequence[Candidate]) -> list[Candidate]:
         """The candidates with their scores on test prompts, and what their pictures of these are worth."""
         worths: list[Worth | None] = [None] * len(tried)
-        if self.by_quality:
-            judged = [number for number, candidate in enumerate(tried) if candidate.worth is not None]
-            for number in judged:
-                worths[number] = self.tested_quality.worth(tried[number].way)
         judge = self.tested_quality.judge if self.by_quality else self._judge(self.splits.test, TEST_SEED)
-        scores = judge.scores([c.way for c in tried], bar)
+        with self.progress.bar("Reporting on test prompts") as bar:
+            if self.by_quality:
+                judged = [number for number, candidate in enumerate(tried) if candidate.worth is not None]
+                found = self.tested_quality.worths([tried[number].way for number in judged], bar)
+                for number, worth in zip(judged, found, strict=True):
+                    worths[number] = worth
+            scores = judge.scores([c.way for c in tried], bar)
         rows = zip(tried, scores, worths, strict=True)
         return [replace(c, test=score, test_worth=worth) for c, score, worth in rows]
 

@@ -127,10 +127,7 @@ def run_optimize(
             else f"The least that is tried takes latency={search.least:.3f}x.",
             ExitCode.INFEASIBLE,
         )
-    if search.by_quality:
-        search.tested_quality  # noqa: B018  # samples, which it shows by itself
-    with progress.bar("Reporting on test prompts") as bar:
-        tried = search.tested(tried, bar)
+    tried = search.tested(tried)
     best = tried[chosen]  # by its place: two ways may come to the same, timed each by itself
     content: dict[str, Any] = {
         "command": settings.command, "models": list(models), "goal": settings.goal.as_json(), "share": share,
