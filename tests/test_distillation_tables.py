@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 
 import datasets
@@ -56,6 +57,21 @@ def test_a_saved_dataset_and_parquet_give_the_same(table, tmp_path):
     check(source)
     assert source.identity()["files"][0][0] == "part.parquet"
     assert len(open_source(Data(source=str(tmp_path / "part.parquet"), size=2), False)) == 2
+
+
+def test_images_named_by_their_paths_lie_beside_the_table_and_are_watched(pictures, tmp_path):
+    (tmp_path / "images").mkdir()
+    for number, picture in enumerate(pictures):
+        (tmp_path / f"images/{number}.png").write_bytes(picture)
+    named = datasets.Dataset.from_dict({"image": [f"images/{n}.png" for n in range(4)], "text": CAPTIONS})
+    named.to_parquet(str(tmp_path / "part.parquet"))
+    source = open_source(Data(source=str(tmp_path / "part.parquet")), False)
+    check(source)
+    before = source.identity()
+    assert open_source(Data(source=str(tmp_path)), False).identity()["files"] == before["files"]
+    (tmp_path / "images/3.png").write_bytes(pictures[0])
+    os.utime(tmp_path / "images/3.png", ns=(1, 1))
+    assert open_source(Data(source=str(tmp_path / "part.parquet")), False).identity() != before
 
 
 def test_webdataset_shards_are_streamed(pictures, tmp_path):

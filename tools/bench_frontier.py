@@ -40,7 +40,7 @@ from asdm_compress.evaluation.distances import frechet_distance
 from asdm_compress.evaluation.fidelity import compare_pairs, to_tensor
 from asdm_compress.evaluation.quality import scene_features
 from asdm_compress.inheritance.actions import FULL
-from asdm_compress.inheritance.modes import parse_mode
+from asdm_compress.inheritance.modes import Mode, parse_mode
 from asdm_compress.inheritance.places import find_places
 from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.models.source import LoadOptions
@@ -57,7 +57,7 @@ from asdm_compress.scheduling.switch_search import small_first
 from asdm_compress.scheduling.switch_times import SKIP
 from asdm_compress.scheduling.timing import time_runs
 from asdm_compress.scheduling.ways import SOLVERS, Way
-from asdm_compress.scheduling.worth import best_of
+from asdm_compress.scheduling.worth import Worth, best_of
 from asdm_compress.workflows.budget_search import FEWER, LONGER, TIGHTER, Search, open_instruments
 from asdm_compress.workflows.calibrate import CalibrateSettings, keeps_in_time
 from asdm_compress.workflows.candidates import Criterion, tried_steps
@@ -75,6 +75,10 @@ ONCE_MORE = 0.2  # of the budget: how far from it a time may be for the way to b
 AT_ONCE = 6  # ways that are then timed beside one full run
 MACS = (0.55, 1.2)  # times the budget: which share of the full run's MACs is worth timing
 NEAR = 6  # steps around the predicted number of T-Stitch's small ones
+# Where quality counts there are hundreds of ways, and to judge one takes a minute: what a sampler's own part of a step
+# takes is nothing beside the UNet's, so that of several samplers one is timed; of DeepCache's intervals at a branch
+# only the shortest that is in time is judged; and on this many prompts first, of which this many ways go on.
+NEAR_BY_QUALITY, SCREENING_PROMPTS, SCREENED = 2, 32, 8
 STUDENTS = ("--members", "2", "--budget", "latency=0.7x", "--dtype", "fp32")
 QUICK = (
     *("--steps", "5", "--calibration-prompts", "4", "--calibration-triples", "16", "--bands", "2", "--probes", "1"),
@@ -135,7 +139,8 @@ def rivals(search: Search, share: float, arguments: argparse.Namespace) -> Itera
             continue
         # Some steps fewer and more of the student's too: which of them is in time is measured.
         fewest = order.count(student)
-        for count in range(max(fewest - NEAR, 0), min(fewest + NEAR, most) + 1):
+        near = NEAR_BY_QUALITY if search.by_quality else NEAR
+        for count in range(max(fewest - near, 0), min(fewest + near, most) + 1):
             actions = (student,) * count + (search.teacher,) * (most - count)
             name = f"{count} of {most} steps of {solver} by {student.member} first"
             yield "T-Stitch", Way(name, most, search.times.run(actions), Schedule(actions), solver)
@@ -296,20 +301,58 @@ def measure_budget(search: Search, report: Report, share: float, roles: Sequence
             groups.setdefault(REPORTED.get(role, role), []).append(way)
     for role, ways in groups.items():
         if search.by_quality:
-            best = best_of([search.worth(way) for way in ways])
+            best = best_by_quality(search, shortest_intervals(ways) if role == "DeepCache" else ways)
         else:
             scores = search.judge.scores(ways)
-            best = max(range(len(ways)), key=lambda i: scores[i].mean())
-        report.add(role, ways[best], share, criterion)
+            best = ways[max(range(len(ways)), key=lambda i: scores[i].mean())]
+        report.add(role, best, share, criterion)
+
+
+def shortest_intervals(ways: Sequence[Way]) -> list[Way]:
+    """Of DeepCache's ways with the same sampler, steps and branch the one that computes the most."""
+    shortest: dict[tuple[str | None, int, str], tuple[float, Way]] = {}
+    for way in ways:
+        assert isinstance(way.rule, Mode)
+        which, interval = (way.scheduler, way.steps, way.rule.light.name), way.rule.interval
+        if which not in shortest or interval < shortest[which][0]:
+            shortest[which] = interval, way
+    return [way for _, way in shortest.values()]
+
+
+def best_by_quality(search: Search, ways: Sequence[Way]) -> Way:
+    """The best by the command's own rule, of those that a part of the validation prompts leaves in."""
+    if len(ways) > SCREENED:
+        few = search.quality_on(search.splits.validation[:SCREENING_PROMPTS])
+        worths = [few.worth(way) for way in ways]
+        most = max(worths, key=Worth.mean)
+        standing = [number for number, worth in enumerate(worths) if not worth.is_behind(most)]
+        ways = [ways[number] for number in sorted(standing, key=lambda number: worths[number].distance)[:SCREENED]]
+    return ways[best_of([search.worth(way) for way in ways])]
 
 
 def timed(search: Search, ways: Sequence[tuple[str, Way]], share: float) -> list[float]:
     """Shares of the time of a whole image; of many ways at once they only tell which are to be timed again."""
-    shares = search.shares([way for _, way in ways]) if ways else []
+    if not ways:
+        return []
+    if search.by_quality:
+        of_shape = {shape_of(way): way for _, way in ways}
+        taken = dict(zip(of_shape, _timed(search, list(of_shape.values()), share), strict=True))
+        return [taken[shape_of(way)] for _, way in ways]
+    return _timed(search, [way for _, way in ways], share)
+
+
+def shape_of(way: Way) -> tuple[str, ...]:
+    """What a way does at every step, whatever the sampler."""
+    actions = way.rule.actions if isinstance(way.rule, Schedule) else way.rule.actions(way.steps)  # type: ignore[union-attr]
+    return tuple(action.name for action in actions)
+
+
+def _timed(search: Search, ways: Sequence[Way], share: float) -> list[float]:
+    shares = search.shares(ways)
     near = [i for i, taken in enumerate(shares) if abs(taken / share - 1) <= ONCE_MORE] if len(ways) > AT_ONCE else []
     for first in range(0, len(near), AT_ONCE):
         some = near[first : first + AT_ONCE]
-        for i, taken in zip(some, search.shares([ways[i][1] for i in some]), strict=True):
+        for i, taken in zip(some, search.shares([ways[i] for i in some]), strict=True):
             shares[i] = taken
     return shares
 

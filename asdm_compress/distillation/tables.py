@@ -25,7 +25,10 @@ _CAPTION_COLUMNS: Final = ("text", "caption", "txt")
 
 @dataclass(frozen=True)
 class TableSource:
-    """Rows with an image and a caption; `rows` is a `datasets.Dataset`, or a stream of at most `count` rows."""
+    """Rows with an image and a caption; `rows` is a `datasets.Dataset`, or a stream of at most `count` rows.
+
+    Images that are named by their paths lie relative to `folder`, the table's own.
+    """
 
     name: str
     rows: Any
@@ -34,6 +37,7 @@ class TableSource:
     count: int
     streamed: bool
     files: Sequence[tuple[str, int, int]] = field(default_factory=tuple)
+    folder: Path = Path()
     _stream: _Stream = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -60,7 +64,7 @@ class TableSource:
             if not caption:
                 yield BadItem(name, "it has no caption")
                 continue
-            image = _as_pixels(row.get(self.image_column), image_size)
+            image = _as_pixels(row.get(self.image_column), image_size, self.folder)
             yield BadItem(name, image) if isinstance(image, str) else Item(name, caption, image)
 
 
@@ -145,8 +149,24 @@ def open_table(data: Data) -> TableSource:
     if (rows.features or {}).get(image) is not None and isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))  # a broken one must not stop the reading
     count = int(data.size) if streamed and data.size else min(len(rows), data.size or len(rows))
-    stats = [(Path(f).name, Path(f).stat().st_size, Path(f).stat().st_mtime_ns) for f in files]
-    return TableSource(data.source, rows, image, caption, count, streamed, tuple(stats))
+    folder = path if path.is_dir() else path.parent
+    stats = [_stat(Path(f)) for f in files]
+    if not streamed:  # what a stream names is not known before it is read
+        stats += [_stat(folder / p) for p in _paths(rows, image, count)]
+    return TableSource(data.source, rows, image, caption, count, streamed, tuple(stats), folder)
+
+
+def _paths(rows: Any, column: str, count: int) -> list[str]:
+    """The images that the rows name by their paths, where they hold no more than that."""
+    if getattr((rows.features or {}).get(column), "dtype", None) not in ("string", "large_string"):
+        return []
+    return [value for value in rows.select(range(count))[column] if isinstance(value, str)]
+
+
+def _stat(path: Path) -> tuple[str, int, int]:
+    """Name, size and time of a file, of which size and time are 0 where there is none."""
+    found = path.stat() if path.is_file() else None
+    return path.name, found.st_size if found else 0, found.st_mtime_ns if found else 0
 
 
 def _inside(folder: Path) -> list[str]:
@@ -177,11 +197,11 @@ def _as_text(value: Any) -> str | None:
     return " ".join(value.split()) or None if isinstance(value, str) else None
 
 
-def _as_pixels(value: Any, size: int) -> Tensor | str:
+def _as_pixels(value: Any, size: int, folder: Path) -> Tensor | str:
     if isinstance(value, Mapping):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, str):
-        return read_image(Path(value), size)
+        return read_image(folder / value, size)
     if isinstance(value, Image.Image):
         return to_pixels(value, size)
     if not isinstance(value, bytes):

@@ -187,7 +187,11 @@ class Search:
     @cached_property
     def quality(self) -> QualityJudge:
         """Judges pictures of the validation prompts."""
-        return self._quality(self._judge(self.splits.validation, VALIDATION_SEED))
+        return self.quality_on(self.splits.validation)
+
+    def quality_on(self, prompts: Sequence[str]) -> QualityJudge:
+        """Judges pictures of some of the validation prompts."""
+        return self._quality(self._judge(prompts, VALIDATION_SEED))
 
     @cached_property
     def tested_quality(self) -> QualityJudge:
