@@ -18,7 +18,7 @@ from asdm_compress.assembly.options import Option, teacher_costs
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.search import solve
 from asdm_compress.assembly.surgery import assemble
-from asdm_compress.core.edits import SUBPIXEL, has_weights
+from asdm_compress.core.edits import EXACT, has_weights
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.recipe import find_recipe, load_recipe
 from asdm_compress.core.units import Limit
@@ -34,7 +34,7 @@ PRUNED_SHARES = tuple(i / 16 for i in range(1, 16))
 
 def without_weights(options: Sequence[Option]) -> list[Option]:
     """What can only be taken out."""
-    return [o for o in options if not has_weights(o.edit) and o.edit != SUBPIXEL]
+    return [o for o in options if not has_weights(o.edit) and o.edit not in EXACT]
 
 
 def knapsack(options: Sequence[Option], damages: Mapping[str, float], profile: Profile, share: float) -> Plan | None:

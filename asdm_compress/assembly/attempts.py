@@ -102,7 +102,7 @@ class Search:
         if not attempt.plain:
             return replace(self, options=left) if len(left) < len(self.options) else None
         smallest: Finest = "unit" if attempt.units_alone else "sub-unit"
-        left = [o for o in left if o.name in self.plain_damages and is_coarse_enough(o.site, smallest)]
+        left = [o for o in left if o.name in self.plain_damages and is_coarse_enough(o.site, o.edit, smallest)]
         return replace(self, options=left, damages=self.plain_damages) if left else None
 
     def without(self, name: str) -> Search:

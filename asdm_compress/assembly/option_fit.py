@@ -21,7 +21,7 @@ from asdm_compress.assembly.plan import edited, place
 from asdm_compress.assembly.refit import Refit, last_absorbed, projections_of
 from asdm_compress.assembly.regression import memory_for_sums
 from asdm_compress.assembly.slot_fit import BandSums, SlotFits, groups_of, slot_activations
-from asdm_compress.core.edits import ConvSpec, Edit, conv_spec, has_weights, kept_share
+from asdm_compress.core.edits import SHARED, ConvSpec, Edit, conv_spec, has_weights, kept_share
 from asdm_compress.core.processes import ALONE, Processes
 from asdm_compress.models.edits import SlotWeights
 from asdm_compress.models.walk import finish, shared_prefix, start, steps_of, take
@@ -83,7 +83,7 @@ def measure_options(
     done, total = len(damages), len(damages) + len(unknown)
     report(done, total)
     plain = [o for o in unknown if not has_weights(o.edit)]
-    absorbing = [o for o in plain if refit and absorber(unet, o) is not None]
+    absorbing = [o for o in plain if refit and o.edit != SHARED and absorber(unet, o) is not None]
     plain = [o for o in plain if o not in absorbing]
     convolutions = [o for o in unknown if conv_spec(o.edit) is not None]
     narrowings = [o for o in unknown if kept_share(o.edit) is not None]

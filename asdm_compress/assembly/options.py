@@ -9,7 +9,7 @@ from typing import Final, Literal, get_args
 from diffusers import UNet2DConditionModel
 
 from asdm_compress.assembly.plan import LEVELS, Plan, atoms, place
-from asdm_compress.core.edits import SUBPIXEL, ConvSpec, Edit, Routing, conv_spec
+from asdm_compress.core.edits import EXACT, SHARED, ConvSpec, Edit, Routing, conv_spec
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.units import Limit, Resource
 from asdm_compress.models.edits import edited_copy, legal_edits, removable_levels
@@ -124,9 +124,9 @@ def check_finest(name: str) -> None:
         raise AsdmError(f"unknown size of parts {name!r}", f"Use {', '.join(get_args(Finest))}.")
 
 
-def is_coarse_enough(site: str, finest: Finest) -> bool:
-    """Whether a place is no smaller than the smallest parts that may be edited."""
-    return finest == "sub-unit" or ".transformer_blocks." not in site
+def is_coarse_enough(site: str, edit: Edit, finest: Finest) -> bool:
+    """Whether a place is no smaller than the smallest parts that may be edited; what is only shared is never cut."""
+    return finest == "sub-unit" or edit == SHARED or ".transformer_blocks." not in site
 
 
 def useful_options(options: Sequence[Option], limits: Sequence[Limit]) -> tuple[Option, ...]:
@@ -169,7 +169,7 @@ def _candidates(
     legal = legal_edits(unet)
     for path, edits in legal.items():
         for edit in edits:
-            if edit == SUBPIXEL:
+            if edit in EXACT:
                 continue  # nothing goes
             # What remains of an upsampler without its convolution is the interpolation.
             going = f"{path}.conv" if ".upsamplers." in path else path
@@ -180,6 +180,8 @@ def _candidates(
             continue
         resnet = next(path for path in site.modules if ".resnets." in path)
         for edit in legal[resnet]:
+            if edit in EXACT:
+                continue  # which is no edit of the rest of the layer
             yield site.path, edit, [site.path], _what_stays(resnet, edit, sites)
     if unet.mid_block is not None:
         yield "mid_block", "drop", ["mid_block"], []

@@ -9,7 +9,7 @@ from typing import Final
 
 from diffusers import UNet2DConditionModel
 
-from asdm_compress.core.edits import DROP, Edit, conv_spec, kept_share
+from asdm_compress.core.edits import DROP, SHARED, Edit, conv_spec, kept_share
 from asdm_compress.core.errors import AsdmError, SiteError
 from asdm_compress.models.edits import (
     SlotWeights,
@@ -30,6 +30,11 @@ class Plan:
     """Site paths, at any level of detail, with the edit at each; no two of them overlap."""
 
     edits: Mapping[str, Edit] = field(default_factory=dict)
+
+    @property
+    def unshared(self) -> Plan:
+        """The same without what only computes both guidance branches at once: its weights and errors are the same."""
+        return Plan({site: edit for site, edit in self.edits.items() if edit != SHARED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +174,8 @@ def _unit_edits(
         raise AsdmError(
             f"the {site.kind} {site.path} cannot be narrowed", "Its ResNets, attentions and feed-forwards can."
         )
+    if edit == SHARED:
+        raise AsdmError(f"the {site.kind} {site.path} cannot be shared", "Its ResNets and self-attentions may be.")
     if site.level == "layer":
         paths = site.modules
     elif site.kind == "mid":

@@ -58,6 +58,7 @@ def fit_plan(
     Raises AsdmError for convolutions that have no fit (see `check_fits`) and those whose sums do not fit into memory,
     before anything is fitted.
     """
+    plan = plan.unshared
     placed = place(unet, plan)
     specs = {path: spec for path, edit in placed.units.items() if (spec := conv_spec(edit)) is not None}
     check_fits(list(specs.values()), len(calibration.band_weights))

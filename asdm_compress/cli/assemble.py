@@ -78,6 +78,13 @@ def assemble(
     refit: Annotated[
         str, typer.Option(help="What stays, solved anew after the cut: full (last projections), scale, or none.")
     ] = "full",
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact/--no-exact",
+            help="Also edits that compute the same in less time (subpixel, shared); no stock UNet has them.",
+        ),
+    ] = True,
     calibration_prompts: Annotated[
         int, typer.Option(min=1, help="Prompts whose trajectories are measured on.")
     ] = CALIBRATION_PROMPTS,
@@ -160,6 +167,7 @@ def assemble(
             narrow=shares,
             finest=finest,  # type: ignore[arg-type]
             refit=refit,  # type: ignore[arg-type]
+            exact=exact,
             neighbours_seconds=neighbours,
         )
         target = Target(out, overwrite, o.command_line())

@@ -68,6 +68,7 @@ def frontier(
     routing: Annotated[str, typer.Option(help="As of assemble: timestep, feature, both, none.")] = "timestep",
     narrow: Annotated[str, typer.Option(help="As of assemble.")] = _SHARES,
     refit: Annotated[str, typer.Option(help="As of assemble: full, scale, none.")] = "full",
+    exact: Annotated[bool, typer.Option("--exact/--no-exact", help="As of assemble.")] = True,
     calibration_prompts: Annotated[int, typer.Option(min=1, help="As of assemble.")] = CALIBRATION_PROMPTS,
     calibration_triples: Annotated[int, typer.Option(min=1, help="As of assemble.")] = MOMENTS,
     bands: Annotated[int, typer.Option(min=1, help="As of assemble.")] = BANDS,
@@ -129,6 +130,7 @@ def frontier(
             narrow=shares,
             finest=finest,  # type: ignore[arg-type]
             refit=refit,  # type: ignore[arg-type]
+            exact=exact,
         )
         found = of_model(model, place, load, settings, wanted, output, overwrite)
     output.show(frontier_table(found))

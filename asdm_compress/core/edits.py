@@ -14,6 +14,8 @@ SHORTCUT: Final[Edit] = "shortcut"
 SUBPIXEL: Final[Edit] = (
     "subpixel"  # an upsampler that convolves before it interpolates: the same function, rounding apart
 )
+SHARED: Final[Edit] = "shared"  # computed once for both guidance branches, before the text comes in
+EXACT: Final = (SUBPIXEL, SHARED)  # the same function in less time; they bring no weights and leave names as they are
 
 Routing = Literal["none", "timestep", "feature", "both"]
 Mixing = Literal["softmax", "sigmoid"]
@@ -26,7 +28,7 @@ _CONV_NAME: Final = re.compile(
 )
 _NARROW_NAME: Final = re.compile(r"narrow(?P<share>0\.\d{1,4})")
 EDIT_GRAMMAR: Final = (
-    "drop, shortcut, subpixel, narrow0.5, conv1x1, conv3x3, separable3x3, conv3x3-rank32, conv3x3*8@timestep"
+    "drop, shortcut, subpixel, shared, narrow0.5, conv1x1, conv3x3, separable3x3, conv3x3-rank32, conv3x3*8@timestep"
 )
 
 
@@ -86,7 +88,7 @@ def conv_spec(edit: Edit) -> ConvSpec | None:
 
     Raises AsdmError for a name that is no edit.
     """
-    if edit in (DROP, SHORTCUT, SUBPIXEL) or kept_share(edit) is not None:
+    if edit in (DROP, SHORTCUT, *EXACT) or kept_share(edit) is not None:
         return None
     match = _CONV_NAME.fullmatch(edit) if isinstance(edit, str) else None
     if match is None:

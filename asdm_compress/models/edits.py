@@ -9,9 +9,20 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from asdm_compress.core.edits import DROP, SHORTCUT, SUBPIXEL, ConvSpec, Edit, conv_spec, has_weights, kept_share
+from asdm_compress.core.edits import (
+    DROP,
+    SHARED,
+    SHORTCUT,
+    SUBPIXEL,
+    ConvSpec,
+    Edit,
+    conv_spec,
+    has_weights,
+    kept_share,
+)
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.expert_conv import MultiExpertConv2d
+from asdm_compress.models.shared import can_be_shared, shared
 from asdm_compress.models.sites import modules_of
 from asdm_compress.models.slots import (
     ConvDownsampler,
@@ -56,7 +67,23 @@ def legal_edits(unet: UNet2DConditionModel) -> dict[str, tuple[Edit, ...]]:
             for part in SUB_UNITS:
                 if getattr(block, part, None) is not None:
                     legal[f"{path}.transformer_blocks.{k}.{part}"] = ("drop",)
+    for path in _before_the_text(unet):
+        legal[path] = (*legal[path], SHARED)
     return legal
+
+
+def _before_the_text(unet: UNet2DConditionModel) -> Iterator[str]:
+    """The units and self-attentions that both guidance branches run on the same numbers, and that can be shared."""
+    for i, block in enumerate(unet.down_blocks):
+        attentions = modules_of(block, "attentions")
+        for j, resnet in enumerate(modules_of(block, "resnets")):
+            if can_be_shared(resnet):
+                yield f"down_blocks.{i}.resnets.{j}"
+            for k, inner in enumerate(modules_of(attentions[j], "transformer_blocks") if j < len(attentions) else ()):
+                if can_be_shared(getattr(inner, "attn1", None)) and not getattr(inner, "only_cross_attention", False):
+                    yield f"down_blocks.{i}.attentions.{j}.transformer_blocks.{k}.attn1"
+                if getattr(inner, "attn2", None) is not None:
+                    return
 
 
 def slot_kernels(unet: UNet2DConditionModel) -> dict[str, tuple[int, ...]]:
@@ -117,7 +144,9 @@ def apply_edits(unet: UNet2DConditionModel, edits: Mapping[str, Edit]) -> None:
         _replace(unet, path, PartialTransformerBlock(unet.get_submodule(path), frozenset(parts)))
     for path, edit in edits.items():
         share = kept_share(edit)
-        if share is not None:
+        if edit == SHARED:
+            _replace(unet, path, shared(unet.get_submodule(path)))
+        elif share is not None:
             _replace(unet, path, narrow_unit(unet.get_submodule(path), share))
         elif ".transformer_blocks." not in path:
             slot = _slot(path, unet.get_submodule(path), edit)

@@ -179,10 +179,15 @@ def profile(
 
 
 def random_inputs(unet: UNet2DConditionModel, settings: ProfileSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs of the right shapes: sample (B, C, H, W), a scalar timestep, text (B, tokens, width)."""
+    """Inputs of the right shapes: sample (B, C, H, W), a scalar timestep, text (B, tokens, width).
+
+    The halves of an even batch have the same samples, as with guidance.
+    """
     size = _latent_size(unet, settings)
     generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(settings.batch, unet.config["in_channels"], size, size, generator=generator)
+    repeats = 1 + (settings.batch + 1) % 2
+    sample = torch.randn(settings.batch // repeats, unet.config["in_channels"], size, size, generator=generator)
+    sample = sample.repeat(repeats, 1, 1, 1)
     text = torch.randn(settings.batch, settings.tokens, unet.config["cross_attention_dim"], generator=generator)
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     device, dtype = unet.device, next(unet.parameters()).dtype

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from diffusers import UNet2DConditionModel
 
-from asdm_compress.core.edits import SUBPIXEL, ConvSpec, Edit, conv_spec, narrow
+from asdm_compress.core.edits import EXACT, ConvSpec, Edit, conv_spec, narrow
 from asdm_compress.models.edits import edited_copy, legal_edits, slot_kernels
 from asdm_compress.models.widths import inner_widths
 from asdm_compress.profiling.latency import median_ratio, time_side_by_side
@@ -31,12 +31,16 @@ def as_run(edit: Edit) -> Edit:
 
 
 def places_of(
-    unet: UNet2DConditionModel, specs: Sequence[ConvSpec], shares: Sequence[float] = ()
+    unet: UNet2DConditionModel, specs: Sequence[ConvSpec], shares: Sequence[float] = (), exact: bool = True
 ) -> dict[Edit, tuple[str, ...]]:
-    """Every edit that puts something into a place, with the paths of the units and sub-units where it can."""
+    """Every edit that puts something into a place, with the paths of the units and sub-units where it can.
+
+    With `exact`, those too that put the same function there in another form.
+    """
     kernels, inner = slot_kernels(unet), inner_widths(unet)
     places = {spec.name: [path for path, sizes in kernels.items() if spec.kernel in sizes] for spec in specs}
-    places[SUBPIXEL] = [path for path, edits in legal_edits(unet).items() if SUBPIXEL in edits]
+    legal = legal_edits(unet) if exact else {}
+    places |= {edit: [path for path, edits in legal.items() if edit in edits] for edit in EXACT}
     taken: set[tuple[str, int]] = set()
     for share in shares:
         new = {path: (path, width.kept(share)) for path, width in inner.items() if width.can_narrow(share)}

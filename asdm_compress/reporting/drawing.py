@@ -8,12 +8,12 @@ from typing import Final
 from diffusers import UNet2DConditionModel
 
 from asdm_compress.assembly.plan import LEVELS, Plan, level_modules, place
-from asdm_compress.core.edits import SUBPIXEL, Edit, conv_spec, kept_share
+from asdm_compress.core.edits import EXACT, Edit, conv_spec, kept_share
 from asdm_compress.models.sites import modules_of
 
 LEGEND: Final = (
     "R ResNet  A transformer  v downsampler  ^ upsampler\n"
-    ". taken out  c convolution  n narrowed  - in part  s upsampler that convolves first, the same function"
+    ". taken out  c convolution  n narrowed  - in part  s the same function in less time"
 )
 _MARKS: Final = {"resnets": "R", "attentions": "A", "downsamplers": "v", "upsamplers": "^"}
 
@@ -62,6 +62,6 @@ def _mark(block: str, kind: str, number: int, units: Mapping[str, Edit], gone: s
         return "-" if any(other.startswith(f"{path}.") for other in units) else _MARKS[kind]
     if conv_spec(edit) is not None:
         return "c"
-    if edit == SUBPIXEL:
+    if edit in EXACT:
         return "s"
     return "n" if kept_share(edit) is not None else "-" if edit == "shortcut" else "."

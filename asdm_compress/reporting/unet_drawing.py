@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from markupsafe import Markup
 
 from asdm_compress.assembly.plan import LEVELS, Plan, level_modules, place
-from asdm_compress.core.edits import SHORTCUT, SUBPIXEL, Edit, conv_spec, kept_share
+from asdm_compress.core.edits import EXACT, SHORTCUT, Edit, conv_spec, kept_share
 from asdm_compress.models.sites import Site, find_sites
 from asdm_compress.reporting.svg import box, drawing, line, pickable, tag, text
 
@@ -65,7 +65,7 @@ class Changes:
             return "experts" if spec.experts > 1 else "convolution"
         if kept_share(edit) is not None:
             return "narrowed"
-        return {SHORTCUT: "shortcut", SUBPIXEL: "same"}.get(edit, "gone")  # type: ignore[return-value]
+        return "same" if edit in EXACT else {SHORTCUT: "shortcut"}.get(edit, "gone")  # type: ignore[return-value]
 
 
 def changes_of(unet: UNet2DConditionModel, plan: Plan) -> Changes:
@@ -233,7 +233,7 @@ def _badge(edit: Edit | None, state: State, wide: bool) -> str:
         experts = f" · {spec.experts} experts" if wide else f" · {spec.experts} e."
         return f"{kind}{rank}{experts if spec.experts > 1 else ''}"
     share = kept_share(edit)
-    return f"× {share:g}" if share is not None else {SHORTCUT: "shortcut", SUBPIXEL: "subpixel"}.get(edit, edit)
+    return f"× {share:g}" if share is not None else edit
 
 
 def _pattern() -> Markup:

@@ -28,6 +28,7 @@ from asdm_compress.models.programs import Verdict, verdicts
 from asdm_compress.models.resolve import resolve
 from asdm_compress.models.saving import save_pipeline
 from asdm_compress.models.source import LoadOptions, Source
+from asdm_compress.models.stock_form import stock_form
 from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.workflows.progress import Progress
 
@@ -108,6 +109,7 @@ def run_export(
 def _write_file(
     pipeline: StableDiffusionPipeline | None, unet: UNet2DConditionModel, out: Path, form: str, progress: Progress
 ) -> ExportResult:
+    unet = stock_form(unet)
     programs = verdicts(unet, "sdcpp" if form == "sdcpp" else "ldm", is_whole=pipeline is not None)
     if form == "sdcpp" and not any(program.opens for program in programs):
         other = any(program.opens for program in verdicts(unet, "ldm", is_whole=pipeline is not None))

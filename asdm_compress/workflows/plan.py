@@ -64,7 +64,8 @@ class PlanSettings:
     (None is the usual number) and `routing` say which convolutions the search may put into the places of what it takes
     out, `narrow` to which shares of their inner width ResNets, attentions and feed-forwards may be narrowed, `finest`
     the smallest parts that it may edit, and `refit` how much of what stays is solved anew after the cut (see
-    `assembly.refit`). For `neighbours_seconds` plans are tried that are like the best one, and within as many those of
+    `assembly.refit`); `exact` that it may use edits that compute the same function in less time. For
+    `neighbours_seconds` plans are tried that are like the best one, and within as many those of
     like damage once more.
     """
 
@@ -83,6 +84,7 @@ class PlanSettings:
     narrow: tuple[float, ...] = NARROW_SHARES
     finest: Finest = "sub-unit"
     refit: RefitChoice = "full"
+    exact: bool = True
     neighbours_seconds: float = NEIGHBOURS_SECONDS
 
     @property
@@ -256,9 +258,10 @@ def _options(
     settings: PlanSettings,
 ) -> tuple[Option, ...]:
     specs = slot_specs(settings.slot, settings.experts_of_bands, settings.routing, limits)
-    everywhere = places_of(teacher, specs, settings.narrow)
-    wanted = {edit: [p for p in paths if is_coarse_enough(p, settings.finest)] for edit, paths in everywhere.items()}
+    everywhere = places_of(teacher, specs, settings.narrow, settings.exact)
+    finest = settings.finest
+    wanted = {edit: [p for p in paths if is_coarse_enough(p, edit, finest)] for edit, paths in everywhere.items()}
     places = fitting_places(teacher, wanted)
     slots = slot_costs(teacher, places, shape, costs)
     found = useful_options(find_options(teacher, costs, places, slots), limits)
-    return tuple(option for option in found if is_coarse_enough(option.site, settings.finest))
+    return tuple(option for option in found if is_coarse_enough(option.site, option.edit, finest))
