@@ -48,6 +48,7 @@ from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.plan_fit import fit_plan
 from asdm_compress.assembly.surgery import assemble
 from asdm_compress.assembly.verify import search_verified
+from asdm_compress.core.edits import EXACT
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.units import Limit
 from asdm_compress.evaluation.distances import frechet_distance
@@ -67,8 +68,8 @@ BUDGETS = (0.7, 0.9, 0.8, 0.6, 0.5)
 HELD_OUT_SEED, IMAGE_SEED = 4_242, 70_000
 RANDOM_PLANS = 100
 LAST_PLANS = 10  # of which are measured on everything
-SHOWN = 0.7  # at this budget the search is also made without anything that is fitted
-EXTRAS = ("cuts", "patterns")  # that search; BK-SDM's removals, as they are and fitted
+SHOWN = 0.7  # at this budget the search is also made without anything that is fitted, and without exact edits
+EXTRAS = ("cuts", "exact", "patterns")  # these searches; BK-SDM's removals, as they are and fitted
 OWN = ("bench_assembly", "rival_plans")
 
 
@@ -237,6 +238,9 @@ def main() -> None:
         bench.rivals(budget)
     if "cuts" in arguments.extras:
         bench.search(SHOWN, "ours, only taking out", without_weights(bench.found.options))
+    if "exact" in arguments.extras:
+        rest = [option for option in bench.found.options if option.edit not in EXACT]
+        bench.search(SHOWN, "ours, without exact edits", rest)
     if "patterns" in arguments.extras:
         for name, pattern in BK_PATTERNS.items():
             bench.keep(None, name, pattern, assemble(bench.teacher, pattern))
