@@ -20,7 +20,14 @@ from asdm_compress.models.tree import meta_copy
 from asdm_compress.profiling.counting import count
 from asdm_compress.profiling.crosscheck import cross_check
 from asdm_compress.profiling.latency import time_side_by_side
-from asdm_compress.profiling.profile import ProfileSettings, check_fingerprint, load_profile, profile, random_inputs
+from asdm_compress.profiling.profile import (
+    ProfileSettings,
+    check_fingerprint,
+    fingerprint,
+    load_profile,
+    profile,
+    random_inputs,
+)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +130,12 @@ def test_predicted_counts_of_any_plan_are_those_of_the_built_student(unet, mini_
     predicted = costs_of(chosen, teacher_costs(mini_profile))
     assert sum(p.numel() for p in student.parameters()) == predicted["params"]
     assert count(student, 2, 16, 16, 40).macs[""].total == predicted["macs"]
+
+
+def test_a_profile_says_what_it_was_made_with(unet, mini_profile):
+    wide = ProfileSettings(192, 4, 40, channels_last=True, repeats=2)
+    mark = fingerprint(unet, wide, "mini-sd")
+    assert ProfileSettings.of(mini_profile.model_copy(update={"fingerprint": mark}), 2) == wide
 
 
 def test_profiles_are_saved_and_read_and_refused_for_other_settings(unet, mini_profile, tmp_path):

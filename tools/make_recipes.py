@@ -18,8 +18,11 @@ import yaml
 from diffusers import UNet2DConditionModel
 from ladder import RUNGS, plan_of
 
-from asdm_compress.core.edits import DROP
+from asdm_compress.assembly.plan import Plan, edited
+from asdm_compress.core.edits import DROP, SHARED
+from asdm_compress.models.edits import legal_edits
 from asdm_compress.models.families import FAMILIES, architecture
+from asdm_compress.profiling.counting import count_macs
 from asdm_compress.workflows.recipes import describe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -46,6 +49,9 @@ is stale: every command goes by the weights."""
 SHALLOW_SOURCE = """\
 A depth pattern: {depths} layers per level of the encoder and one more of the decoder. The shallow levels go first:
 there few weights take much of the compute (of SD 1.5's UNet about 1 % of the weights and 15 % of the MACs)."""
+SHARED_SOURCE = """\
+Nothing is taken out: what both branches of classifier-free guidance (2207.12598) have in common, the first ResNet and
+the first self-attention, is computed once. With guidance {saved:.1%} fewer MACs at {pixels} px, the same pictures."""
 COUNTED = """\
 Counted (asdm-compress recipes show): {params:,} of {all_params:,} parameters, {macs:.1f} of {all_macs:.1f} GMACs
 (one image of {pixels} px without guidance, attention's products included once)."""
@@ -87,6 +93,8 @@ def main() -> None:
         for version, family in GENERATIONS.items():
             source = SHALLOW_SOURCE.format(depths=", ".join(map(str, depths)))
             _write(f"shallow-{'-'.join(map(str, depths))}-{version}", family, shallow(depths), source)
+    for version, family in GENERATIONS.items():
+        _write_shared(f"shared-{version}", family)
     for path in MEASURED:
         write_measured(json.loads(path.read_text(encoding="utf-8")), RECIPES, path.name)
 
@@ -104,6 +112,15 @@ def write_measured(measured: Mapping[str, Any], folder: Path, file: str) -> None
             )  # fmt: skip
             name = f"{FAMILY_NAMES[family]}-latency-{budget}x"
             _write(name, family, edits, source, [f"latency={budget}x"], folder)
+
+
+def _write_shared(name: str, family: str) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**FAMILIES[family].unet_config)
+    edits = {path: SHARED for path, legal in legal_edits(unet).items() if SHARED in legal}
+    pixels = FAMILIES[family].image_size
+    macs = [count_macs(model, 2, pixels // 8, pixels // 8, 77)[""].total for model in (unet, edited(unet, Plan(edits)))]
+    _write(name, family, edits, SHARED_SOURCE.format(saved=1 - macs[1] / macs[0], pixels=pixels))
 
 
 def _write(

@@ -13,7 +13,7 @@ from asdm_compress.assembly.plan import Plan, place
 from asdm_compress.assembly.stock import keep_levels
 from asdm_compress.assembly.stock_check import stock_parts
 from asdm_compress.assembly.surgery import build
-from asdm_compress.core.edits import DROP
+from asdm_compress.core.edits import DROP, EXACT
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.assembled_controlnet import AssembledControlNetModel
 from asdm_compress.models.sites import modules_of
@@ -38,6 +38,8 @@ def controlnet_from(student: UNet2DConditionModel, **options: Any) -> ControlNet
     `conditioning_embedding_out_channels`.
     """
     edits = {site: edit for site, edit in (student.config.get("edits") or {}).items() if site.startswith(ENCODER)}
+    if all(edit in EXACT for edit in edits.values()):
+        edits = {}  # a class of its own is not worth it
     depths = student.config["layers_per_block"]
     if not edits and isinstance(depths, int) and student.mid_block is not None:
         return ControlNetModel.from_unet(student, **options)

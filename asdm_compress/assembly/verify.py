@@ -23,7 +23,7 @@ from asdm_compress.assembly.plan_fit import SHARE_FOR_STATES, RefitChoice, fit_p
 from asdm_compress.assembly.search import TIME_LIMIT_SECONDS, Pairs, Solution
 from asdm_compress.assembly.surgery import assemble
 from asdm_compress.assembly.teacher_runs import TeacherRuns
-from asdm_compress.core.edits import Edit, has_weights
+from asdm_compress.core.edits import EXACT, Edit, has_weights
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.units import Limit, Resource
 from asdm_compress.models.edits import SlotWeights
@@ -162,7 +162,7 @@ def _attempts(
             refused = refused or error
             continue
         limits[attempt.with_weights], solution = clock.asked_for(in_time.slower), in_time.solution
-        if any(solution.plan == f.in_time.solution.plan for f in found):
+        if any(solution.plan.unshared == f.in_time.solution.plan.unshared for f in found):
             continue
         measured, seconds = _fitted_damage(search, solution.plan, moments)
         # Which also takes in what these prompts differ by from those that single edits were measured on.
@@ -202,7 +202,7 @@ def _neighbours(
         best = min(found, key=lambda f: f.measured)
         options, here = best.in_time.solution.options, search.suited_to(best.attempt) or search
         plan = frozenset(best.in_time.solution.plan.edits.items())
-        untried = [o for o in options if (plan, o.name) not in tried]
+        untried = [o for o in options if (plan, o.name) not in tried and o.edit not in EXACT]
         if not untried:
             return
         weighs = {o.name: search.predicted(options, pairs) - search.predicted([p for p in options if p is not o], pairs)
@@ -218,7 +218,7 @@ def _neighbours(
                 raise
             continue
         solution = in_time.solution
-        if any(solution.plan == f.in_time.solution.plan for f in found):
+        if any(solution.plan.unshared == f.in_time.solution.plan.unshared for f in found):
             continue
         found.append(_Found(best.attempt, in_time, *_fitted_damage(search, solution.plan, moments), without=without))
         longest = max(longest, time.monotonic() - since)

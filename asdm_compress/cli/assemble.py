@@ -99,7 +99,7 @@ def assemble(
         int, typer.Option(min=1, help="Runs that say how much each timestep band matters; in fp32.")
     ] = PROBES,
     finest: Annotated[
-        str, typer.Option(help="The smallest parts that are edited: sub-unit (attentions, feed-forwards), or unit.")
+        str, typer.Option(help="The smallest parts that are cut: sub-unit (attentions, feed-forwards), or unit.")
     ] = "sub-unit",
     neighbours: Annotated[
         float, typer.Option(min=0, help="Seconds in which plans like the best one are tried; 0 for none.")

@@ -115,7 +115,7 @@ def frontier(
         check_output(place, overwrite, None, prompts, profile)
         load = o.load_options(device, dtype, threads, allow_pickle, prediction_type=prediction_type)
         settings = PlanSettings(
-            ProfileSettings(None, 2, None, False, repeats),
+            ProfileSettings(repeats=repeats),
             SamplingSettings(steps, guidance, seed),
             scheduler=scheduler,
             prompts=None if prompts is None else tuple(read_prompts(prompts)),

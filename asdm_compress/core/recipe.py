@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from asdm_compress.core.checked_yaml import Strict, as_yaml, read_checked
 from asdm_compress.core.distillation import Distillation
-from asdm_compress.core.edits import EDIT_GRAMMAR, Edit, conv_spec, has_weights
+from asdm_compress.core.edits import EDIT_GRAMMAR, SHARED, Edit, conv_spec, has_weights
 from asdm_compress.core.errors import AsdmError, SiteError
 
 
@@ -106,7 +106,9 @@ class Recipe(Strict):
     @property
     def brings_weights(self) -> bool:
         """Whether a student by it has weights that are none of the teacher's."""
-        return self.refit != "none" or any(map(has_weights, self.as_edits().values()))
+        edits = self.as_edits().values()
+        refitted = self.refit != "none" and any(edit != SHARED for edit in edits)
+        return refitted or any(map(has_weights, edits))
 
 
 def bundled_recipes() -> dict[str, Path]:

@@ -52,7 +52,8 @@ def run_program(
     """The prediction (B, C, H, W), and the tensors of `program.recorded`.
 
     Where the program is the whole pass the prediction is bit-identical to the UNet's own. Nothing here reads a value
-    from the device, except for a UNet with slots that are routed by the timestep when `moment` is not given.
+    from the device, except for a UNet with slots that are routed by the timestep when `moment` is not given, and for
+    modules that look whether both guidance branches are the same yet (see `models.shared`).
     """
     values: dict[str, Tensor] = {}
     taken = {f.value: (f, tensor) for f, tensor in zip(program.taken, given.values, strict=True)}

@@ -22,6 +22,7 @@ from asdm_compress.models.edits import apply_edits
 from asdm_compress.models.expert_conv import Moment, happening_at
 from asdm_compress.models.loader import write_loader
 from asdm_compress.models.residuals import NONE_ADDED, AddedResiduals
+from asdm_compress.models.shared import SharedResnet
 from asdm_compress.models.signatures import with_parameters_of
 from asdm_compress.models.walk import finish, steps_of
 
@@ -38,6 +39,8 @@ class AssembledUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
     # A saved pipeline names this as the class's library, and diffusers takes it from what has been imported: so
     # `import asdm_compress` is enough, and stays right wherever the class moves inside the package.
     __module__ = "asdm_compress"
+    # Modules that accelerate keeps on one device are known by the names of their classes.
+    _no_split_modules = [*UNet2DConditionModel._no_split_modules, SharedResnet.__name__]  # noqa: RUF012 - the base's
 
     @register_to_config  # type: ignore[untyped-decorator]
     @with_parameters_of(UNet2DConditionModel, "edits")

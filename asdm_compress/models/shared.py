@@ -2,7 +2,8 @@
 
 Under classifier-free guidance (Ho and Salimans, 2207.12598) every image is two rows of the batch, with the same latents
 and timestep and other texts. Up to the first cross-attention both rows are the same numbers, which a plain UNet
-computes twice. Where the halves of a batch are not equal, the modules here do what they always did.
+computes twice. Where the halves of a batch are not equal, the modules here do what they always did. Hooks on their
+parts see half of the rows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 from diffusers.models.resnet import ResnetBlock2D
-from torch import Tensor
+from torch import Tensor, nn
 
 from asdm_compress.models.tree import shallow_copy
 
@@ -31,7 +32,7 @@ class SharedResnet(ResnetBlock2D):  # type: ignore[misc]
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """(B, C, H, W) and time embedding (B, D) to (B, C_out, H, W), as the base class."""
-        half = _equal_half(input_tensor, temb)
+        half = _equal_half(self, input_tensor, temb)
         if half is None:
             return super().forward(input_tensor, temb, *args, **kwargs)  # type: ignore[no-any-return]
         return _twice(super().forward(input_tensor[:half], None if temb is None else temb[:half], *args, **kwargs))
@@ -45,7 +46,7 @@ class SharedAttention(Attention):  # type: ignore[misc]
     ) -> Tensor:
         """(B, tokens, C) to the same, as the base class; with a mask, or a processor of others, always in full."""
         plain = encoder_hidden_states is None and not args and all(value is None for value in kwargs.values())
-        half = _equal_half(hidden_states) if plain and type(self.processor) in _ROW_BY_ROW else None
+        half = _equal_half(self, hidden_states) if plain and type(self.processor) in _ROW_BY_ROW else None
         if half is None:
             return super().forward(hidden_states, encoder_hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
         return _twice(super().forward(hidden_states[:half]))
@@ -66,17 +67,33 @@ def shared(module: Any) -> Any:
     return twin
 
 
-def _equal_half(*inputs: Tensor | None) -> int | None:
+def _equal_half(module: nn.Module, *inputs: Tensor | None) -> int | None:
     """The rows of one half where the halves of all inputs are equal; None where they are not or nobody can look.
 
-    Compiled and traced graphs must not hang on values, and in training rows have noise of their own. On a GPU to look
-    is to wait for it. Without numbers, which is where costs are counted, an even batch is taken for one with guidance.
+    In training rows have noise of their own. On a GPU to look is to wait for it, once. Without numbers, which is where
+    costs are counted, an even batch is taken for one with guidance.
     """
     given = [tensor for tensor in inputs if tensor is not None]
-    half, odd = divmod(len(given[0]), 2)
-    if odd or torch.is_grad_enabled() or torch.compiler.is_compiling() or any(len(t) != 2 * half for t in given):
+    if _is_recorded(given[0]):
         return None
-    return half if all(t.is_meta or torch.equal(t[:half], t[half:]) for t in given) else None
+    rows = given[0].shape[0]
+    if rows % 2 or any(tensor.shape[0] != rows for tensor in given):
+        return None
+    half, device = rows // 2, given[0].device.type
+    if device == "meta":
+        return half
+    if module.training or torch.is_grad_enabled():
+        return None
+    if device == "cpu":
+        return half if all(torch.equal(t[:half], t[half:]) for t in given) else None
+    return half if bool(torch.stack([(t[:half] == t[half:]).all() for t in given]).all()) else None
+
+
+def _is_recorded(tensor: Tensor) -> bool:
+    """Whether a graph is being made of what runs, which must not hang on the numbers that there are now."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return True
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _twice(output: Tensor) -> Tensor:

@@ -128,6 +128,12 @@ class ProfileSettings:
         """The number of text tokens, 77 unless set."""
         return 77 if self.text_tokens is None else self.text_tokens
 
+    @staticmethod
+    def of(known: Profile, repeats: int) -> ProfileSettings:
+        """Those that a profile was made with, with `repeats` of its passes."""
+        mark = known.fingerprint
+        return ProfileSettings(mark.image_size, mark.batch, mark.text_tokens, mark.channels_last, repeats)
+
 
 def profile(
     unet: UNet2DConditionModel,

@@ -36,9 +36,10 @@ from asdm_compress.evaluation.fidelity import compare_pairs
 from asdm_compress.models.loading import open_pipeline
 from asdm_compress.models.resolve import resolve
 from asdm_compress.models.source import LoadOptions
-from asdm_compress.profiling.profile import load_profile
+from asdm_compress.profiling.profile import ProfileSettings, load_profile
 from asdm_compress.reporting.plots import frontier_svg
 from asdm_compress.sampling.images import Samples, sample
+from asdm_compress.sampling.settings import latent_side
 from asdm_compress.workflows.assemble import HELD_OUT_IMAGE_SEED, with_unet
 from asdm_compress.workflows.assembly_files import menu_of
 from asdm_compress.workflows.plan import Measured, PlanSettings, measure
@@ -120,6 +121,7 @@ def of_model(
         pipeline = open_pipeline(source, options)
     for note in source.notes:
         progress.note(note)
+    settings = _as_profiled(settings, pipeline)
     own_scheduler = pipeline.scheduler
     question = wanted.question
     # Every resource that is asked for: only edits that save some of one are measured.
@@ -135,6 +137,17 @@ def of_model(
         measured.profile.save(aside / "profile.json")
         _save_files(found, aside)
     return found
+
+
+def _as_profiled(settings: PlanSettings, pipeline: StableDiffusionPipeline) -> PlanSettings:
+    """Plans are timed as a known profile was made, in its batch, image size and memory format."""
+    if settings.known_profile is None:
+        return settings
+    shape = ProfileSettings.of(load_profile(settings.known_profile), settings.profile.repeats)
+    own = latent_side(pipeline, settings.sampling) * pipeline.vae_scale_factor
+    if shape.image_size == own:  # which is what measurements are kept under
+        shape = replace(shape, image_size=None)
+    return replace(settings, profile=shape, sampling=replace(settings.sampling, image_size=shape.image_size))
 
 
 def _save_files(found: Frontier, folder: Path) -> None:

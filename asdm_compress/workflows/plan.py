@@ -37,7 +37,7 @@ from asdm_compress.core.defaults import (
     NARROW_SHARES,
     NEIGHBOURS_SECONDS,
 )
-from asdm_compress.core.edits import Routing, has_weights
+from asdm_compress.core.edits import SHARED, Routing, has_weights
 from asdm_compress.core.processes import ALONE, Processes
 from asdm_compress.core.units import Limit, parse_budget
 from asdm_compress.evaluation.prompts import PromptSplit, choose_prompts
@@ -259,6 +259,8 @@ def _options(
 ) -> tuple[Option, ...]:
     specs = slot_specs(settings.slot, settings.experts_of_bands, settings.routing, limits)
     everywhere = places_of(teacher, specs, settings.narrow, settings.exact)
+    if settings.sampling.guidance <= 1 or shape.batch % 2:
+        everywhere.pop(SHARED, None)  # there are no two branches that could share anything
     finest = settings.finest
     wanted = {edit: [p for p in paths if is_coarse_enough(p, edit, finest)] for edit, paths in everywhere.items()}
     places = fitting_places(teacher, wanted)
