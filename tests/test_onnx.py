@@ -22,7 +22,9 @@ from asdm_compress.workflows.progress import Silent
 # Experts of every routing and form, and what else has code of its own.
 PLAN = Plan(
     {
-        "down_blocks.0.layers.0": "conv3x3*4@timestep",
+        "down_blocks.0.resnets.0": "shared",
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1": "shared",
+        "down_blocks.1.resnets.0": "conv3x3*4@timestep",
         "mid_block": "conv1x1*2@both",
         "up_blocks.0.upsamplers.0": "subpixel",
         "up_blocks.1.resnets.0": "separable3x3*2@feature",

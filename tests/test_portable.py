@@ -24,6 +24,8 @@ from asdm_compress.workflows.progress import Silent
 # One edit of every kind that brings a class of its own along.
 PLAN = Plan(
     {
+        "down_blocks.0.resnets.0": "shared",
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1": "shared",
         "down_blocks.0.layers.1": "conv3x3*8@timestep",
         "down_blocks.1.attentions.0": "conv1x1*4@both",
         "down_blocks.1.resnets.1": "narrow0.5",

@@ -94,7 +94,8 @@ def test_the_command_runs_under_a_launcher_and_speaks_once(tmp_path):
     assert result.returncode == 0, result.stderr
     printed = json.loads(result.stdout)  # one object, of one process
     assert printed["recipe"]["evidence"]["measured"]["macs"] <= 0.9 * printed["recipe"]["evidence"]["teacher"]["macs"]
-    assert not any(".transformer_blocks." in edit["site"] for edit in printed["recipe"]["edits"])
+    cut = [edit["site"] for edit in printed["recipe"]["edits"] if edit["edit"] != "shared"]
+    assert cut and not any(".transformer_blocks." in site for site in cut)
     assert "6 triples, 2 bands" in printed["recipe"]["provenance"]["calibration"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "out"]
     kept = sorted(p.name for p in tmp_path.glob("c/measurements/*/damages*"))

@@ -6,12 +6,13 @@ import json
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asdm_compress.assembly.calibration import Effort, record
+from asdm_compress.assembly.controlnet import controlnet_from
 from asdm_compress.assembly.damage import measure_plan
 from asdm_compress.assembly.option_fit import measure_options
 from asdm_compress.assembly.options import find_options
@@ -109,10 +110,19 @@ def test_it_is_the_same_function_of_any_batch(unet, images, seed, same):
 
 def test_in_training_and_compiled_everything_is_computed(unet, twin, guided):
     assert torch.equal(twin(*guided)[0], unet(*guided)[0])
+    ours, theirs = twin.get_submodule(RESNET), unet.get_submodule(RESNET)
     with torch.no_grad():
-        compiled = torch.compile(twin.get_submodule(RESNET), fullgraph=True, backend="eager")
-        hidden, embedding = torch.randn(1, 32, 8, 8).repeat(2, 1, 1, 1), torch.randn(1, 128).repeat(2, 1)
-        assert torch.equal(compiled(hidden, embedding), unet.get_submodule(RESNET)(hidden, embedding))
+        compiled = torch.compile(ours, fullgraph=True, backend="eager", dynamic=True)
+        for rows in (2, 3, 4):
+            hidden, embedding = torch.randn(1, 32, 8, 8).repeat(rows, 1, 1, 1), torch.randn(1, 128).repeat(rows, 1)
+            assert torch.equal(compiled(hidden, embedding), theirs(hidden, embedding))
+        traced = torch.jit.trace(ours, (hidden, embedding), check_trace=False)
+        others = torch.randn(4, 32, 8, 8), torch.randn(4, 128)
+        assert torch.equal(traced(*others), theirs(*others))
+        rows = Rows(twin, f"{RESNET}.conv1")
+        ours.train()(hidden, embedding)
+        assert [*rows.seen.values()] == [[4]]
+        ours.eval()
 
 
 @torch.no_grad()
@@ -176,6 +186,7 @@ def test_a_pipeline_draws_the_same_pictures_and_a_file_has_the_stock_names(pipel
         torch.allclose(found, expected, atol=1e-3) and rows.seen[f"{RESNET}.conv1"][1:] == [2] * 4
     )  # behind what warms up
     assert type(stock_form(student)) is UNet2DConditionModel
+    assert type(controlnet_from(student)) is ControlNetModel
     beside = assemble(unet, Plan({**SHARED, "mid_block": "conv1x1"}))
     assert stock_form(beside) is beside
     result = cli("export", "student", "--format", "ldm", "--out", "all.safetensors", "--json")

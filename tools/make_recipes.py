@@ -22,7 +22,7 @@ from asdm_compress.assembly.plan import Plan, edited
 from asdm_compress.core.edits import DROP, SHARED
 from asdm_compress.models.edits import legal_edits
 from asdm_compress.models.families import FAMILIES, architecture
-from asdm_compress.profiling.counting import count_macs
+from asdm_compress.profiling.counting import count_row_macs
 from asdm_compress.workflows.recipes import describe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -54,7 +54,7 @@ Nothing is taken out: what both branches of classifier-free guidance (2207.12598
 the first self-attention, is computed once. With guidance {saved:.1%} fewer MACs at {pixels} px, the same pictures."""
 COUNTED = """\
 Counted (asdm-compress recipes show): {params:,} of {all_params:,} parameters, {macs:.1f} of {all_macs:.1f} GMACs
-(one image of {pixels} px without guidance, attention's products included once)."""
+(of the two rows of an image of {pixels} px with guidance one; attention's products included once)."""
 LADDER_SOURCE = """\
 The first {rungs} of the {all} rungs of tools/ladder.py, which says where their order comes from: what BK-SDM
 (2305.15798) takes out of every level, shallow levels first; self-attention at the highest resolution (2504.21292 on how
@@ -119,7 +119,9 @@ def _write_shared(name: str, family: str) -> None:
         unet = UNet2DConditionModel(**FAMILIES[family].unet_config)
     edits = {path: SHARED for path, legal in legal_edits(unet).items() if SHARED in legal}
     pixels = FAMILIES[family].image_size
-    macs = [count_macs(model, 2, pixels // 8, pixels // 8, 77)[""].total for model in (unet, edited(unet, Plan(edits)))]
+    macs = [
+        count_row_macs(model, pixels // 8, pixels // 8, 77)[""].total for model in (unet, edited(unet, Plan(edits)))
+    ]
     _write(name, family, edits, SHARED_SOURCE.format(saved=1 - macs[1] / macs[0], pixels=pixels))
 
 

@@ -27,7 +27,7 @@ _CAPTION_COLUMNS: Final = ("text", "caption", "txt")
 class TableSource:
     """Rows with an image and a caption; `rows` is a `datasets.Dataset`, or a stream of at most `count` rows.
 
-    Images that are named by their paths lie relative to `folder`, the table's own.
+    Images that are named by their paths lie relative to `folder`, the table's own, or else to the current one.
     """
 
     name: str
@@ -149,24 +149,47 @@ def open_table(data: Data) -> TableSource:
     if (rows.features or {}).get(image) is not None and isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))  # a broken one must not stop the reading
     count = int(data.size) if streamed and data.size else min(len(rows), data.size or len(rows))
-    folder = path if path.is_dir() else path.parent
-    stats = [_stat(Path(f)) for f in files]
+    folder = Path() if data.source.startswith(HUB) else path if path.is_dir() else path.parent
+    stats = [_stat(Path(f).name, Path(f)) for f in files]
     if not streamed:  # what a stream names is not known before it is read
-        stats += [_stat(folder / p) for p in _paths(rows, image, count)]
+        stats += [_stat(name, _named(folder, name)) for name in _paths(rows, image, count)]
     return TableSource(data.source, rows, image, caption, count, streamed, tuple(stats), folder)
 
 
 def _paths(rows: Any, column: str, count: int) -> list[str]:
     """The images that the rows name by their paths, where they hold no more than that."""
-    if getattr((rows.features or {}).get(column), "dtype", None) not in ("string", "large_string"):
-        return []
-    return [value for value in rows.select(range(count))[column] if isinstance(value, str)]
+    values: Any = rows.select(range(count)).with_format(None)[column] if _is_light(rows, column) else ()
+    names = (value.get("path") if isinstance(value, Mapping) and not value.get("bytes") else value for value in values)
+    return [name for name in names if isinstance(name, str)]
 
 
-def _stat(path: Path) -> tuple[str, int, int]:
+def _is_light(rows: Any, column: str) -> bool:
+    """Whether a column has no images in it: all of it is read to know what its rows name."""
+    import datasets
+
+    feature = (rows.features or {}).get(column)
+    if isinstance(feature, datasets.Image):
+        return len(rows) > 0 and not (rows[0][column] or {}).get("bytes")
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def _named(folder: Path, name: str) -> Path:
+    """Where an image lies that a row names: beside the table, or in the current folder."""
+    beside = folder / name
+    return beside if _is_file(beside) else Path(name)
+
+
+def _stat(name: str, path: Path) -> tuple[str, int, int]:
     """Name, size and time of a file, of which size and time are 0 where there is none."""
-    found = path.stat() if path.is_file() else None
-    return path.name, found.st_size if found else 0, found.st_mtime_ns if found else 0
+    found = path.stat() if _is_file(path) else None
+    return name, found.st_size if found else 0, found.st_mtime_ns if found else 0
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as for a name that is none: a string may hold a whole image
+        return False
 
 
 def _inside(folder: Path) -> list[str]:
@@ -201,7 +224,7 @@ def _as_pixels(value: Any, size: int, folder: Path) -> Tensor | str:
     if isinstance(value, Mapping):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, str):
-        return read_image(folder / value, size)
+        return read_image(_named(folder, value), size)
     if isinstance(value, Image.Image):
         return to_pixels(value, size)
     if not isinstance(value, bytes):

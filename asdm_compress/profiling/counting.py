@@ -95,6 +95,12 @@ def count_macs(
     return macs
 
 
+def count_row_macs(unet: UNet2DConditionModel, height: int, width: int, text_tokens: int) -> dict[str, MacCount]:
+    """The MACs of one of the two rows of an image with guidance, half of both: some modules compute both at once."""
+    both = count_macs(unet, 2, height, width, text_tokens)
+    return {path: MacCount(m.convolution // 2, m.linear // 2, m.attention // 2) for path, m in both.items()}
+
+
 def _inputs(
     unet: UNet2DConditionModel, batch: int, height: int, width: int, text_tokens: int
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Moment]:

@@ -13,7 +13,6 @@ from PIL.Image import Image
 from torch import Tensor
 
 from asdm_compress.core.errors import AsdmError
-from asdm_compress.sampling.run import GuidedInputs
 from asdm_compress.sampling.settings import (
     SamplingSettings,
     check_text_to_image,
@@ -95,10 +94,13 @@ def decode(pipeline: StableDiffusionPipeline, latents: Tensor, batch: int = 8) -
 @torch.no_grad()
 def _warm_up(pipeline: StableDiffusionPipeline, noise: Tensor, prompts: Sequence[str], guidance: float) -> None:
     texts = encode(pipeline, prompts, guidance)
-    timesteps = torch.full((len(noise),), 500, device=noise.device)
+    timestep = torch.tensor(500, device=noise.device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a switched UNet says of calls that stand alone what it does for them
-        pipeline.unet(*GuidedInputs(noise, timesteps, texts, guidance).rows(), return_dict=False)
+        # In the order of diffusers' pipelines, the branches one behind the other.
+        branches = texts.shape[1]
+        rows = noise.repeat(branches, 1, 1, 1), timestep, texts.transpose(0, 1).flatten(0, 1)
+        pipeline.unet(*rows, return_dict=False)
     decode(pipeline, noise)
 
 

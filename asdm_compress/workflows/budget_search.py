@@ -93,6 +93,7 @@ class Search:
         pipeline.unet = self.unet
         self.one_batch = timed_batch(pipeline, self.splits, settings)
         self._solvers: dict[int, str | None] = {}  # the best sampler for a number of steps
+        self._judges: dict[tuple[str, ...], QualityJudge] = {}  # by the prompts
         with progress.stage("Timing"):
             # Students' own cuts are left out: they save little of what is little, and there would be half as many
             # exchanges more to measure.
@@ -189,9 +190,11 @@ class Search:
         """Judges pictures of the validation prompts."""
         return self.quality_on(self.splits.validation)
 
-    def quality_on(self, prompts: Sequence[str]) -> QualityJudge:
-        """Judges pictures of some of the validation prompts."""
-        return self._quality(self._judge(prompts, VALIDATION_SEED))
+    def quality_on(self, prompts: tuple[str, ...]) -> QualityJudge:
+        """Judges pictures of some of the validation prompts; made once."""
+        if prompts not in self._judges:
+            self._judges[prompts] = self._quality(self._judge(prompts, VALIDATION_SEED))
+        return self._judges[prompts]
 
     @cached_property
     def tested_quality(self) -> QualityJudge:

@@ -15,7 +15,7 @@ from asdm_compress.models.loading import text_tokens_of
 from asdm_compress.models.names import HUB_NAMES, NAMES
 from asdm_compress.models.single_file import PIPELINES
 from asdm_compress.models.source import Source
-from asdm_compress.profiling.counting import count
+from asdm_compress.profiling.counting import count, count_row_macs
 from asdm_compress.reporting.card import CardContent, CountedCosts, render_card
 
 CARD: Final = "README.md"
@@ -83,5 +83,5 @@ def write_card(
 
 
 def _counted(unet: UNet2DConditionModel, size: int, tokens: int) -> CountedCosts:
-    counts = count(unet, 1, size, size, tokens)
-    return CountedCosts(sum(p.numel() for p in unet.parameters()), counts.macs[""].total, counts.peak_bytes[""])
+    macs, peak = count_row_macs(unet, size, size, tokens), count(unet, 1, size, size, tokens).peak_bytes
+    return CountedCosts(sum(p.numel() for p in unet.parameters()), macs[""].total, peak[""])

@@ -20,7 +20,7 @@ from asdm_compress.core.recipe import Recipe, bundled_recipes, load_recipe, tell
 from asdm_compress.models.families import usual_latent_size
 from asdm_compress.models.quiet import quiet_libraries
 from asdm_compress.models.sites import Site, find_sites
-from asdm_compress.profiling.counting import MacCount, count_macs
+from asdm_compress.profiling.counting import MacCount, count_row_macs
 from asdm_compress.reporting.drawing import draw_unet
 
 Progress = Callable[[int, int], None]
@@ -106,12 +106,12 @@ def _describe(path: Path, known: dict[str, _Teacher]) -> Description:
     key = json.dumps([recipe.base.architecture, size], sort_keys=True)
     if key not in known:
         unet = blank_teacher(recipe, path)
-        known[key] = _Teacher(unet, count_macs(unet, 1, size, size, TOKENS))
+        known[key] = _Teacher(unet, count_row_macs(unet, size, size, TOKENS))
     teacher, whole = known[key].unet, known[key].macs
     spec = specify(teacher, plan)
     student = build(spec.config, spec.edits)
     # In the edited copy, unlike in a stock student, the modules have the names that they had.
-    left = count_macs(edited(teacher, plan), 1, size, size, TOKENS)
+    left = count_row_macs(edited(teacher, plan), size, size, TOKENS)
     removed = _removed_by_site(teacher, student, plan, spec)
     return Description(
         path.stem, recipe, _parameters(student), _parameters(teacher), left[""].total, whole[""].total, size * 8,

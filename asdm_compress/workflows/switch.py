@@ -22,7 +22,7 @@ from asdm_compress.models.loading import open_pipeline, open_unet, with_parts
 from asdm_compress.models.resolve import resolve
 from asdm_compress.models.saving import save_pipeline
 from asdm_compress.models.source import LoadOptions
-from asdm_compress.profiling.counting import count
+from asdm_compress.profiling.counting import count_row_macs
 from asdm_compress.sampling.own_steps import save_own_steps
 from asdm_compress.sampling.schedulers import evaluations, make_scheduler
 from asdm_compress.switching.orders import ORDER_GRAMMAR, parse_order
@@ -190,7 +190,7 @@ def by_size(pipeline: StableDiffusionPipeline, members: Mapping[str, UNet2DCondi
     """The members' names, from the one that computes least to the one that computes most."""
     tokens = int(pipeline.tokenizer.model_max_length)
     size = latent_size_of(pipeline.unet)
-    macs = {name: count(unet, 1, size, size, tokens).macs[""].total for name, unet in members.items()}
+    macs = {name: count_row_macs(unet, size, size, tokens)[""].total for name, unet in members.items()}
     return sorted(macs, key=lambda name: macs[name])
 
 

@@ -27,6 +27,8 @@ PLANS: Mapping[str, Mapping[str, Edit]] = {
     "teacher": {},
     "stock student": load_recipe(find_recipe("bk-sdm-tiny-v1")).as_edits(),
     "timestep experts": {
+        "down_blocks.0.resnets.0": "shared",
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1": "shared",
         "down_blocks.1.layers.1": "conv1x1*4@timestep",
         "down_blocks.2.attentions.0.transformer_blocks.0.attn1": "drop",
         "mid_block.attentions.0": "conv1x1*4@timestep",
