@@ -61,6 +61,19 @@ def feasible(chosen, limits):
     )
 
 
+def test_what_is_free_is_taken_whether_or_not_the_limit_needs_it():
+    def option(site, atoms, saved):
+        return Option(site, "shared", frozenset(atoms), {"latency": saved, "macs": 0.0, "params": 0.0})
+
+    options = [option("cut", "a", 0.2), option("free", "b", 0.01), option("overlapping", "ab", 0.02),
+               option("costly", "c", -0.01), option("paired", "d", 0.01)]  # fmt: skip
+    damages = {"cut:shared": 0.1, "free:shared": 0, "overlapping:shared": 0, "costly:shared": 0, "paired:shared": 0}
+    pairs = {frozenset(("cut:shared", "paired:shared")): 0.05}
+    found = solve(options, damages, TEACHER, [Limit("latency", 0.85, True)], pairs)
+    assert set(found.plan.edits) == {"cut", "free"}
+    assert found.damage == 0.1 and found.costs["latency"] == pytest.approx(0.79)
+
+
 @settings(max_examples=60, deadline=None)
 @given(problem=problems(8), data=st.data())
 def test_the_optimum_is_that_of_brute_force(problem, data):

@@ -98,7 +98,7 @@ def solve(
         seconds = time.perf_counter() - began
         if new and newest is not None and seconds < patience:
             continue
-        picked = tuple(options[i] for i in best)
+        picked = tuple(options[i] for i in _with_what_is_free(best, options, problem, limits))
         damage = _summed_damage(picked, damages, known)
         return Solution(
             plan=Plan({o.site: o.edit for o in picked}),
@@ -111,6 +111,23 @@ def solve(
             seconds=seconds,
             pairs=len(known),
         )
+
+
+def _with_what_is_free(
+    picked: tuple[int, ...], options: Sequence[Option], problem: Problem, limits: Sequence[Limit]
+) -> tuple[int, ...]:
+    """The options by number, and all others that damage nothing beside them and save something of what is limited.
+
+    To the solver they are as good in as out wherever the limits are met without them.
+    """
+    found = list(picked)
+    for number, option in enumerate(options):
+        saved = [option.savings[limit.resource] for limit in limits]
+        saves = bool(saved) and min(saved) >= 0 and max(saved) > 0
+        if saves and problem.damages[number] == 0 and number not in found:
+            free = not problem.overlaps[number, found].any() and not problem.pairs[number, found].any()
+            found += [number] if free else []
+    return tuple(found)
 
 
 def _problem(

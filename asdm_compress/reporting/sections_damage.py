@@ -128,7 +128,7 @@ def _cloud(stages: Stages) -> str | None:
     chosen = set(stages.recipe.as_edits().items()) if stages.recipe else set()
     dots = []
     for option in assembly.options:
-        if option.saved_latency <= 0 or option.damage <= 0:
+        if option.saved_latency <= 0:
             continue
         saved = 100 * option.saved_latency / profile.latency
         is_chosen = (option.site, option.edit) in chosen
