@@ -52,6 +52,13 @@ def test_a_student_that_is_not_refitted_does_not_say_that_it_is(recipe, cli, tmp
     assert "refit" not in (tmp_path / "student/README.md").read_text(encoding="utf-8")
 
 
+def test_options_of_a_fit_are_refused_where_nothing_is_fitted(recipe, cli, tmp_path):
+    refused = cli("apply", recipe("drop", "full"), "mini-sd", "--slot-start", "zero", "--bands", "4", "--out", "out")
+    assert refused.returncode == 2
+    assert "--bands does nothing with --slot-start zero" in " ".join(refused.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_recipe_without_weights_does_not_take_is_refused(cli, tmp_path):
     refused = cli("apply", "shallow-1-2-2-2-v1", "mini-sd", "--steps", "50", "--out", "out")
     assert (refused.returncode, "Traceback" in refused.stderr) == (2, False), refused.stderr

@@ -234,6 +234,7 @@ def test_a_probe_keeps_the_best(place):
     assert [line["step"] for line in probes] == [0, 4, 8]
     best = min(probes, key=lambda line: line["damage"])
     assert printed["outcome"]["best_step"] == best["step"]
+    assert len(list((place / "probed.run" / "best").iterdir())) == 1  # none is left of those that were the best before
     assert printed["outcome"]["first"]["damage"] == pytest.approx(probes[0]["damage"])
     kept = load_file(place / "probed.run" / "best" / f"step-{best['step']:08d}.safetensors")
     assert all(torch.equal(kept[name], tensor) for name, tensor in trained(place, "probed").items())

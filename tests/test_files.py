@@ -52,6 +52,15 @@ def test_places_that_cannot_be_written_are_refused_before_any_work(tmp_path, mon
         check_output(tmp_path / "model", overwrite=True, source=tmp_path / "model")
 
 
+def test_a_part_of_the_model_is_not_replaced(tmp_path):
+    for name in ("unet", "fast"):
+        (tmp_path / "model" / name).mkdir(parents=True)
+    (tmp_path / "model/model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
+    with pytest.raises(AsdmError, match="is a part of the model itself"):
+        check_output(tmp_path / "model/unet", overwrite=True, source=tmp_path / "model")
+    check_output(tmp_path / "model/fast", overwrite=True, source=tmp_path / "model")
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="only Linux has it")
 def test_a_place_that_knows_no_new_folders_is_named():
     with pytest.raises(AsdmError, match="/proc/student cannot be written"), output_folder(Path("/proc/student")):

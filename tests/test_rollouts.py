@@ -4,12 +4,15 @@ import copy
 import json
 
 import pytest
+import torch
 
+from asdm_compress.core.errors import AsdmError
 from asdm_compress.inheritance.actions import FULL, cut
 from asdm_compress.inheritance.modes import parse_mode
 from asdm_compress.inheritance.schedule import Schedule
-from asdm_compress.sampling.settings import SamplingSettings
+from asdm_compress.sampling.settings import SamplingSettings, encode
 from asdm_compress.scheduling import rollouts
+from asdm_compress.scheduling.gains import measure_gains
 from asdm_compress.scheduling.rollouts import Judge, Score, is_behind
 from asdm_compress.scheduling.ways import Way
 
@@ -50,6 +53,26 @@ def test_a_race_ends_as_all_scores_do_and_tries_less(pipeline, tmp_path, monkeyp
     assert len(three) >= 3
     assert three[:3] == best[:3]
     assert again.race(ways, "ssim")[0] is max(ways, key=lambda way: whole.score(way).mean("ssim"))
+
+
+def test_a_model_that_overflows_is_refused_and_nothing_of_it_kept(pipeline, tmp_path):
+    """Pictures without numbers are all black, and so all alike."""
+    broken = copy.deepcopy(pipeline)
+    broken.unet.conv_out.bias.data.fill_(float("nan"))
+    with pytest.raises(AsdmError, match="latents are no numbers"):
+        Judge(broken, PROMPTS[:2], SamplingSettings(2, 1.0, 5), tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(AsdmError, match="latents are no numbers"):
+        measure_gains(broken, encode(broken, PROMPTS[:2], 1.0), SamplingSettings(3, 1.0))
+
+
+def test_gains_of_a_half_precision_model_are_measured_in_full(pipeline):
+    settings, texts = SamplingSettings(6, 4.0, 3), encode(pipeline, PROMPTS[:3], 4.0)
+    half = copy.deepcopy(pipeline)
+    half.unet.to(torch.bfloat16)
+    exact, found = (measure_gains(one, texts, settings) for one in (pipeline, half))
+    assert found == pytest.approx(exact, rel=0.2)  # weights that are rounded make another model
+    assert half.unet.dtype == torch.bfloat16
 
 
 def test_what_is_surely_behind_drops_out(pipeline, monkeypatch):

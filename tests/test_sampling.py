@@ -16,6 +16,7 @@ from asdm_compress.evaluation.distances import frechet_distance
 from asdm_compress.evaluation.fidelity import compare
 from asdm_compress.evaluation.prompts import choose_prompts, read_prompts, understands_scenes
 from asdm_compress.reporting.grid import labelled_grid
+from asdm_compress.sampling import images
 from asdm_compress.sampling.images import sample
 from asdm_compress.sampling.schedulers import SCHEDULERS, choose_scheduler, make_scheduler
 from asdm_compress.sampling.settings import SamplingSettings
@@ -30,6 +31,18 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch(pipeline):
     assert torch.allclose(together.latents, one_by_one.latents, atol=1e-3)
     other = sample(pipeline, PROMPTS, SamplingSettings(3, 4.0, 12))
     assert not torch.allclose(together.latents, other.latents, atol=1e-1)
+
+
+def test_large_pictures_are_decoded_one_by_one(pipeline, monkeypatch):
+    latents, rows = sample(pipeline, PROMPTS, SETTINGS).latents, []
+    handle = pipeline.vae.post_quant_conv.register_forward_pre_hook(lambda _, x: rows.append(len(x[0])))
+    together = images.decode(pipeline, latents)
+    monkeypatch.setattr(images, "DECODED_PIXELS", 128**2 + 1)
+    apart = images.decode(pipeline, latents)
+    handle.remove()
+    assert rows == [3, 1, 1, 1]
+    for one, other in zip(together, apart, strict=True):  # rounded otherwise at most
+        assert np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max() <= 1
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))

@@ -200,6 +200,8 @@ def test_what_is_predicted_is_read_where_it_is_written(made, tmp_path):
         assert source.prediction_type == kind
         assert any("model.yaml says" in note for note in source.notes)
     path.with_suffix(".yaml").write_text("model: []\n")
+    asked = resolve(str(path), LoadOptions(prediction_type="epsilon"))  # which goes before what lies beside it
+    assert not any("model.yaml" in note for note in asked.notes)
     with pytest.raises(AsdmError, match=r"model\.yaml is no config"):
         resolve(str(path), OWN)
     for i, (metadata, extra) in enumerate(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asdm_compress.assembly import regression
 from asdm_compress.assembly.calibration import record
 from asdm_compress.assembly.damage import measure_plan
 from asdm_compress.assembly.option_fit import fit_options, fitting_places, measure_options
@@ -93,6 +94,15 @@ def test_the_middle_of_a_3x3_fit_is_the_1x1_fit_and_sums_add():
     assert torch.allclose(whole.centre(3).solve(0.1), equations(1, inputs, targets).solve(0.1))
     parts = equations(3, inputs[:2], targets[:2]).plus(equations(3, inputs[2:], targets[2:]))
     assert torch.allclose(parts.solve(0.1), whole.solve(0.1))
+
+
+def test_a_container_has_no_more_memory_than_it_may_take(tmp_path, monkeypatch):
+    whole = memory_of(CPU)
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(regression, "_CONTAINER_LIMITS", (tmp_path / "nothing", limit))
+    for said, found in (("max", whole), (str(2 * whole), whole), (str(whole // 4), whole // 4)):
+        limit.write_text(f"{said}\n")
+        assert memory_of(CPU) == found
 
 
 def test_noise_is_answered_with_a_strong_ridge():

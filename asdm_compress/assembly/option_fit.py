@@ -232,7 +232,8 @@ def fit_absorbers(
     def module_of(option: Option) -> nn.Module:
         return student_steps[option.name].modules[-1]
 
-    for group in _within_memory(options, lambda o: Refit.bytes(module_of(o))):
+    def fitted(group: Sequence[Option]) -> dict[str, SlotWeights]:
+        """In a function of its own, since who gets the weights needs the memory of what they were made of."""
         sums = {o.name: Refit(module_of(o), Refit.kind_for(module_of(o), "full")) for o in group}
         for first, last in chunks_of(calibration):
             states, _ = teacher_pass(unet, teacher, calibration.part(first, last))
@@ -241,7 +242,10 @@ def fit_absorbers(
                 with refit.watching() as taken:
                     output = take(student_steps[option.name], states[at[unit]]).hidden
                 refit.add(calibration, first, taken, output, states[at[behind] + 1].hidden)
-        yield list(group), {o.name: {places[o.name][0]: sums[o.name].solve()} for o in group}
+        return {o.name: {places[o.name][0]: sums[o.name].solve()} for o in group}
+
+    for group in _within_memory(options, lambda o: Refit.bytes(module_of(o))):
+        yield list(group), fitted(group)
 
 
 @torch.no_grad()

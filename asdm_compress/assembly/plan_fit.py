@@ -19,7 +19,7 @@ from asdm_compress.assembly.refit import Refit, last_absorbed, projections_of
 from asdm_compress.assembly.regression import memory_for_sums, memory_of
 from asdm_compress.assembly.slot_fit import BandSums, SlotFits, check_fits, groups_of, slot_activations
 from asdm_compress.assembly.teacher_runs import TeacherRuns
-from asdm_compress.core.edits import ConvSpec, conv_spec, has_weights, kept_share
+from asdm_compress.core.edits import conv_spec, has_weights, kept_share
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.edits import SlotWeights, edited_copy, put_tensors
 from asdm_compress.models.walk import State, Step, shared_prefix, start, steps_of, take
@@ -60,10 +60,9 @@ def fit_plan(
     """
     plan = plan.unshared
     placed = place(unet, plan)
-    specs = {path: spec for path, edit in placed.units.items() if (spec := conv_spec(edit)) is not None}
-    check_fits(list(specs.values()), len(calibration.band_weights))
-    for path, spec in specs.items():
-        _check_memory(unet, path, spec)
+    specs = [spec for edit in placed.units.values() if (spec := conv_spec(edit)) is not None]
+    check_fits(specs, len(calibration.band_weights))
+    check_plan_memory(unet, plan)
     if not plan.edits or (refit == "none" and not any(has_weights(edit) for edit in placed.units.values())):
         return {}
     runs = runs or TeacherRuns(unet, calibration)
@@ -84,14 +83,18 @@ def scaled_for_memory(unet: UNet2DConditionModel) -> tuple[str, ...]:
     return tuple(p for p, module in steps.items() if projections_of(module) and Refit.bytes(module) > most)
 
 
-def _check_memory(unet: UNet2DConditionModel, path: str, spec: ConvSpec) -> None:
-    """Raise AsdmError for a convolution whose fit does not fit into memory."""
-    needed = BandSums.bytes(groups_of(spec), *slot_widths(unet, path), spec.kernel)
-    if needed > memory_for_sums(unet.device):
-        raise AsdmError(
-            f"the fit of {spec.name} at {path} would take {needed / 2**30:.1f} GiB",
-            "Use fewer experts there, a 1x1 kernel, or a machine with more memory.",
-        )
+def check_plan_memory(unet: UNet2DConditionModel, plan: Plan) -> None:
+    """Raise AsdmError for a plan with a convolution whose fit does not fit into memory."""
+    for path, edit in place(unet, plan).units.items():
+        spec = conv_spec(edit)
+        if spec is None:
+            continue
+        needed = BandSums.bytes(groups_of(spec), *slot_widths(unet, path), spec.kernel)
+        if needed > memory_for_sums(unet.device):
+            raise AsdmError(
+                f"the fit of {spec.name} at {path} would take {needed / 2**30:.1f} GiB",
+                "Use fewer experts there, a 1x1 kernel, or a machine with more memory.",
+            )
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final
 
 import psutil
@@ -19,6 +20,8 @@ SHARE_FOR_SUMS: Final = 0.3  # of the memory
 SHARE_OF_CUDA: Final = 0.8  # of a GPU's memory: the rest is for weights
 # Places of an image that are taken as samples: neighbours tell nearly the same, other prompts tell more.
 PLACES: Final = 64
+# Of Linux's control groups, the new and the old.
+_CONTAINER_LIMITS: Final = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def memory_of(device: torch.device) -> int:
@@ -29,7 +32,20 @@ def memory_of(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory * SHARE_OF_CUDA)
-    return int(psutil.virtual_memory().total) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _host_bytes() -> int:
+    """Of the host, or of the container that this runs in, where that may take less."""
+    whole = int(psutil.virtual_memory().total)
+    for limit in _CONTAINER_LIMITS:
+        try:
+            said = limit.read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if said.isdigit():  # `max` for none
+            whole = min(whole, int(said))
+    return whole
 
 
 def memory_for_sums(device: torch.device) -> int:

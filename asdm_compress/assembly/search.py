@@ -220,8 +220,8 @@ def check_reachable(options: Sequence[Option], teacher: Mapping[Resource, float]
     What edits damage says nothing about that, so that it is known before any is measured.
     """
     first, *others = limits
-    best = smallest_reachable(options, teacher, first.resource, others)
-    if best is None or best > first.absolute(teacher[first.resource]) * (1 + _ROUNDING):
+    best, proven = _least(options, teacher, first.resource, others)
+    if proven and (best is None or best > first.absolute(teacher[first.resource]) * (1 + _ROUNDING)):
         raise _infeasible(options, teacher, limits)
 
 
@@ -233,17 +233,28 @@ def costs_of(options: Sequence[Option], teacher: Mapping[Resource, float]) -> di
 def smallest_reachable(
     options: Sequence[Option], teacher: Mapping[Resource, float], resource: Resource, others: Sequence[Limit] = ()
 ) -> float | None:
-    """The least cost of one resource over all plans that meet the other limits, or None where none does."""
+    """The least cost of one resource over all plans that meet the other limits, or None where none does.
+
+    Of what is found in the solver's time, where that does not suffice for all.
+    """
+    return _least(options, teacher, resource, others)[0]
+
+
+def _least(
+    options: Sequence[Option], teacher: Mapping[Resource, float], resource: Resource, others: Sequence[Limit]
+) -> tuple[float | None, bool]:
+    """The same, and whether it is proven."""
     model, chosen = _choice_model(options)
     for limit in others:
         _require(model, chosen, options, limit, teacher)
     model.maximize(sum(_integer(o.savings[resource], resource) * chosen[o.name] for o in options))
     solver = _solver()
-    if solver.solve(model) != cp_model.OPTIMAL:
-        return None
+    status = solver.solve(model)
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        return None, status == cp_model.INFEASIBLE
     # As the search counts them, in whole units rounded down: what is named can be reached.
     saved = sum(_integer(o.savings[resource], resource) for o in options if solver.boolean_value(chosen[o.name]))
-    return teacher[resource] - saved * _COST_UNITS[resource]
+    return teacher[resource] - saved * _COST_UNITS[resource], status == cp_model.OPTIMAL
 
 
 def _choice_model(options: Sequence[Option]) -> tuple[cp_model.CpModel, dict[str, cp_model.IntVar]]:

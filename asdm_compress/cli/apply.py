@@ -71,6 +71,9 @@ def apply(
     dtype = _dtype_of(variant, o.own_name(dtype))
     if slot_start not in ("fit", "zero", "random", "copied"):
         raise AsdmError(f"unknown slot start {slot_start!r}", "Use fit, zero, random or copied.")
+    if slot_start != "fit":
+        why = f"does nothing with --slot-start {slot_start}, which fits nothing"
+        o.refuse_given(context, [name for name in _FITTED if name != "slot_start"], why, "Leave it out.")
     if not content.brings_weights:
         o.refuse_given(context, _FITTED, "does nothing with a recipe that fits nothing", "Leave it out.")
     output = Output(quiet, as_json)

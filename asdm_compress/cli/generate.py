@@ -26,6 +26,7 @@ def generate(
         ),
     ] = None,
     images: Annotated[int, typer.Option("--images", "-n", min=1, help="Images per prompt, with successive seeds.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images sampled at once.")] = 8,
     seed: o.Seed = 0,
     steps: Annotated[
         int | None,
@@ -60,7 +61,7 @@ def generate(
     sampling = SamplingSettings(STEPS if steps is None else steps, guidance, seed, image_size)
     settings = GenerateSettings(
         sampling, tuple(prompt), images, scheduler, compare, inherit, own_steps=steps is None and scheduler is None,
-        negative_prompt=negative_prompt,
+        negative_prompt=negative_prompt, batch=batch,
     )  # fmt: skip
     result = run_generate(model, out, load, settings, output, overwrite)
     for line in result.lines():

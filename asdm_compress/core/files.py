@@ -42,6 +42,8 @@ def check_output(out: Path, overwrite: bool, source: Path | None = None, *read: 
     for what, holder in (("the current folder", Path.cwd()), ("the model itself", source), *files):
         if holder is not None and out.exists() and place in (holder.resolve(), *holder.resolve().parents):
             raise AsdmError(f"{out} holds {what} and cannot be replaced", "Choose another --out.")
+    if source is not None and out.exists() and _is_part(place, source.resolve()):
+        raise AsdmError(f"{out} is a part of the model itself and cannot be replaced", "Choose another --out.")
     if place.is_mount():
         raise AsdmError(
             f"{out} is mounted and cannot be replaced", "Name a new folder inside of it, such as --out FOLDER/new."
@@ -55,6 +57,12 @@ def check_output(out: Path, overwrite: bool, source: Path | None = None, *read: 
     except OSError as error:
         why = f"{parent} takes no new folder ({error.strerror})"
         raise AsdmError(f"{out} cannot be written: {why}", "Choose another --out.") from error
+
+
+def _is_part(place: Path, model: Path) -> bool:
+    """Whether a place is one of the folders that a model's index names."""
+    index = model / "model_index.json"
+    return place.parent == model and index.is_file() and f'"{place.name}"' in index.read_text(encoding="utf-8")
 
 
 def check_apart(out: Path, overwrite: bool, models: Iterable[str]) -> None:

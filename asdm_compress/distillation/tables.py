@@ -139,11 +139,12 @@ def open_table(data: Data) -> TableSource:
             streamed = files[0].endswith(".tar")
             kind = "webdataset" if streamed else "parquet"
             rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=streamed)
+        if streamed and data.size is None:
+            raise AsdmError("a stream has no known length", "Say how many items to take of it with --data-size.")
+        columns = list(rows.column_names or next(iter(rows), ()))
     except (OSError, ValueError, KeyError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
-        raise AsdmError(f"{data.source} cannot be opened as a dataset: {str(error).splitlines()[0]}") from error
-    if streamed and data.size is None:
-        raise AsdmError("a stream has no known length", "Say how many items to take of it with --data-size.")
-    columns = list(rows.column_names or next(iter(rows)))
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise AsdmError(f"{data.source} cannot be opened as a dataset: {reason}") from error
     image = _column(data.image_column, "image", _IMAGE_COLUMNS, columns, data.source)
     caption = _column(data.caption_column, "text", _CAPTION_COLUMNS, columns, data.source)
     if (rows.features or {}).get(image) is not None and isinstance(rows.features[image], datasets.Image):

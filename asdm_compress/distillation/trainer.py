@@ -265,6 +265,8 @@ class Trainer:
         if result.damage < self.state.best_damage:
             self.state.best_damage, self.state.best_step = result.damage, self.state.step
             self.state.best_error = result.latent_error
+            if self.accelerator.is_main_process:
+                self._prune_best()
         self.last = result
         return result
 

@@ -40,23 +40,26 @@ def first_line(error: BaseException) -> str:
 
 def check_safetensors(path: Path) -> None:
     """Read the header, which also tells the length that the file must have."""
-    if path.stat().st_size == 0:
-        raise AsdmError(f"{path} is empty", AGAIN)
     try:
+        if path.stat().st_size == 0:
+            raise AsdmError(f"{path} is empty", AGAIN)
         with safe_open(path, framework="pt"):
             pass
+    except OSError as error:
+        raise AsdmError(f"{path} cannot be read: {error.strerror or first_line(error)}", AGAIN) from error
     except SafetensorError as error:
         raise AsdmError(f"{path} is truncated or no safetensors file: {first_line(error)}", AGAIN) from error
 
 
 def check_folder(folder: Path, allow_pickle: bool) -> None:
-    """Check every weight file below `folder`; pickles are read only where they are the only weights of their folder."""
-    for path in sorted(folder.rglob("*.safetensors")):
-        check_safetensors(path)
-    safe = {path.parent for path in folder.rglob("*.safetensors")}
-    for path in sorted(folder.rglob("*.bin")):
-        if path.parent not in safe:
-            read_pickle(path, allow_pickle)
+    """Check the weights that are read of a part's folder, or of every part of a pipeline's.
+
+    What else lies there, such as checkpoints of a training and other programs' weights, is nothing of the model's.
+    """
+    for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
+        for name in choose_weights(path.name for path in place.iterdir())[0]:
+            path = place / name
+            check_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path, allow_pickle)
 
 
 def is_weights(name: str) -> bool:
@@ -127,6 +130,8 @@ def read_pickle(path: Path, allow_pickle: bool) -> Mapping[str, Tensor]:
                 "Ask for a safetensors file; if you trust the file's author, add --allow-pickle.",
             ) from error
         loaded = _read_trusted(path)
+    except OSError as error:
+        raise AsdmError(f"{path} cannot be read: {error.strerror or first_line(error)}", AGAIN) from error
     except (EOFError, RuntimeError, ValueError, KeyError, IndexError) as error:
         said = first_line(error).partition(". ")[0]
         raise AsdmError(f"{path} is truncated or no checkpoint: {said}", AGAIN) from error

@@ -23,6 +23,7 @@ from asdm_compress.models.source import LoadOptions
 _UNET_CLASSES: Final = {c.__name__: c for c in (UNet2DConditionModel, AssembledUNet2DConditionModel)}
 # Built upon this package, and found where diffusers finds it: by the name that the whole package exports.
 _EXPORTED: Final = ("SwitchedUNet2DConditionModel",)
+_OPTIONAL: Final = ("safety_checker", "feature_extractor", "image_encoder")
 _OTHER_PIPELINES: Final = ("XL", "Flux", "StableDiffusion3", "Kandinsky", "UnCLIP", "Upscale")
 
 
@@ -71,12 +72,29 @@ def check_index(folder: Path) -> None:
         raise AsdmError(f"{folder} is a {name}, which is not supported", ONLY)
 
 
+def absent_parts(folder: Path, index: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of the parts that a pipeline's index names, those that have no folder and that it can do without.
+
+    Whoever opens a model without its safety checker has never fetched that. Raises AsdmError for any other part.
+    """
+    named = [name for name, what in index.items() if isinstance(what, (list, tuple)) and any(what)]
+    absent = [name for name in named if not (folder / name).is_dir()]
+    needed = next((name for name in absent if name not in _OPTIONAL), None)
+    if needed is not None:
+        raise AsdmError(
+            f"{folder} has no {needed}, which its model_index.json names", "The folder is no whole diffusers folder."
+        )
+    return tuple(absent)
+
+
 def read_json(path: Path) -> Mapping[str, Any]:
     """A JSON object of a diffusers folder; raises AsdmError, naming the file, where there is none."""
     if not path.is_file():
         raise AsdmError(f"{path} is missing", "The folder is no whole diffusers folder.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AsdmError(f"{path} cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise AsdmError(f"{path} is no valid JSON: {first_line(error)}") from error
     if not isinstance(content, Mapping):

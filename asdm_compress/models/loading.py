@@ -16,7 +16,7 @@ from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.clip_tokenizer import TOKENS
 from asdm_compress.models.families import check_supported, random_unet
 from asdm_compress.models.files import check_folder, stored_dtype, variant_of
-from asdm_compress.models.folder import open_part, read_json, readable, unet_class
+from asdm_compress.models.folder import absent_parts, open_part, read_json, readable, unet_class
 from asdm_compress.models.lazy import lazy_unet
 from asdm_compress.models.quiet import quiet_libraries
 from asdm_compress.models.resolve import resolve
@@ -105,7 +105,8 @@ def _pipeline_from_folder(source: Source, options: LoadOptions) -> Any:
             part_dtype = options.dtype or stored_dtype(source.path / name, options.allow_pickle)
             parts[name] = open_part(part_class, source.path / name, part_dtype, options)
     # diffusers wants some parts named even where a folder goes without them, such as a depth estimator.
-    parts |= {name: None for name, value in index.items() if value == [None, None]}
+    absent = absent_parts(source.path, index)
+    parts |= {name: None for name, value in index.items() if value == [None, None] or name in absent}
     own = str(index.get("_class_name"))
     pipeline_class = getattr(diffusers, own) if own in PIPELINES.values() else StableDiffusionPipeline
     with readable(source.path):

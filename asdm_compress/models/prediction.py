@@ -74,7 +74,7 @@ def find_prediction(
     fine-tunes carry an empty tensor called `v_pred`. Of the family it follows for 1.x, and for 2.x with the channels of
     Stability's inpainting and depth models. Raises AsdmError for a config that cannot be read.
     """
-    written = _sidecar(path.with_suffix(".yaml"))
+    written = _sidecar(path.with_suffix(".yaml")) if asked is None else None
     said = metadata.get("modelspec.prediction_type", "").lower()
     kind: PredictionType | None
     if asked is not None:

@@ -84,18 +84,18 @@ def wanted_files(names: Sequence[str]) -> list[str]:
 def _resolve_name(name: str, options: LoadOptions) -> Source:
     if options.random_weights:
         return Source(name, "random weights", None, FAMILIES[name])
-    repository = HUB_NAMES[name]
-    try:
-        folder = _cached(repository)
-    except (LocalEntryNotFoundError, OSError) as error:
-        here = f"To open the folder {name} that is here, write ./{name}. " if Path(name).is_dir() else ""
-        raise AsdmError(
-            f"the weights of {name} are not on this machine",
-            f"{here}Fetch them with `hf download {repository}`, give a folder or a file, "
-            "or use --random-weights for costs alone.",
-            ExitCode.ENVIRONMENT,
-        ) from error
-    return _resolve_folder(name, folder, options)
+    for repository in HUB_NAMES[name]:
+        try:
+            return _resolve_folder(name, _cached(repository), options)
+        except (LocalEntryNotFoundError, OSError):
+            continue
+    here = f"To open the folder {name} that is here, write ./{name}. " if Path(name).is_dir() else ""
+    raise AsdmError(
+        f"the weights of {name} are not on this machine",
+        f"{here}Fetch them with `hf download {HUB_NAMES[name][0]}`, give a folder or a file, "
+        "or use --random-weights for costs alone.",
+        ExitCode.ENVIRONMENT,
+    )
 
 
 def _resolve_hub_id(repository: str, options: LoadOptions) -> Source:

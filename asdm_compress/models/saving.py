@@ -14,7 +14,9 @@ from typing import Any, Final
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from asdm_compress.models.files import choose_weights, is_weights
+from asdm_compress.core.errors import AsdmError
+from asdm_compress.models.files import AGAIN, choose_weights, is_weights
+from asdm_compress.models.folder import absent_parts
 from asdm_compress.models.quiet import quiet_libraries
 from asdm_compress.models.streaming import WEIGHTS, Entry, TensorReader, reading, write_sharded
 
@@ -79,7 +81,7 @@ def save_unet(unet: UNet2DConditionModel, entries: Sequence[Entry], folder: Path
 def check_rest(source: Path, allow_pickle: bool = False) -> None:
     """Raise AsdmError where a pipeline folder's weights other than its UNet's are damaged, or are no numbers.
 
-    They are read one at a time; whoever copies files does not look into them.
+    They are read one at a time; whoever copies files does not look into them. So too where one of them is not there.
     """
     for part in sorted(_parts(source)):
         if choose_weights(path.name for path in part.iterdir())[0]:
@@ -105,6 +107,7 @@ def copy_rest(
     """
     folder.mkdir(parents=True, exist_ok=True)
     index, parts = _index(source), _parts(source)
+    index |= {name: [None, None] for name in absent_parts(source, index)}
     for part in sorted(source.iterdir()):
         if part in parts:
             _copy_part(part, folder / part.name, dtype, layout, allow_pickle)
@@ -122,10 +125,14 @@ def _index(folder: Path) -> dict[str, Any]:
 
 
 def _parts(source: Path) -> set[Path]:
-    """The folders of a pipeline's parts but its UNet's."""
+    """The folders of a pipeline's parts but its UNet's; raises AsdmError where one that it needs is not there."""
     index = _index(source)
-    named = {source / name for name, what in index.items() if isinstance(what, list) and name != "unet"}
-    return {folder for folder in named if folder.is_dir()}
+    absent = absent_parts(source, index)
+    named = {name for name, what in index.items() if isinstance(what, list) and any(what) and name != "unet"}
+    for name in ("vae", "text_encoder"):
+        if name in named and not choose_weights(path.name for path in (source / name).iterdir())[0]:
+            raise AsdmError(f"{source / name} holds no weights", AGAIN)
+    return {source / name for name in named if name not in absent}
 
 
 def _copy_part(source: Path, folder: Path, dtype: torch.dtype | None, layout: FileLayout, allow_pickle: bool) -> None:

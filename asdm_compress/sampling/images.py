@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -20,6 +21,9 @@ from asdm_compress.sampling.settings import (
     initial_latents,
     step_generators,
 )
+
+# At a time: the last blocks of Stable Diffusion's VAE hold about 4 KiB for every pixel in fp32, several times over.
+DECODED_PIXELS: Final = 2 * 512**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +74,28 @@ def sample(
         if progress:
             progress(rows.stop, len(prompts))
     together = torch.cat(latents)
-    if not together.isfinite().all():
-        precision = str(pipeline.unet.dtype).removeprefix("torch.")
-        raise AsdmError(f"the latents are no numbers: the UNet overflows in {precision}", "Use --dtype bf16 or fp32.")
-    images = decode(pipeline, together)
+    check_latents(together, pipeline.unet.dtype)
+    images = decode(pipeline, together, batch)
     synchronise(pipeline.device)
     return Samples(images, together, (time.perf_counter() - began) / len(prompts))
 
 
+def check_latents(latents: Tensor, dtype: torch.dtype) -> None:
+    """Raise AsdmError for latents that are no numbers: pictures of them are black, and all black ones are alike."""
+    if not latents.isfinite().all():
+        precision = str(dtype).removeprefix("torch.")
+        raise AsdmError(f"the latents are no numbers: the UNet overflows in {precision}", "Use --dtype bf16 or fp32.")
+
+
 @torch.no_grad()
 def decode(pipeline: StableDiffusionPipeline, latents: Tensor, batch: int = 8) -> list[Image]:
-    """Latents (N, C, H, W) to images. Raises AsdmError where the VAE has no numbers for latents that are some."""
+    """Latents (N, C, H, W) to images, so many at once as there is memory for on small machines.
+
+    Raises AsdmError where the VAE has no numbers for latents that are some.
+    """
     images: list[Image] = []
-    for part in torch.split(latents, batch):
+    pixels_each = latents[0, 0].numel() * pipeline.vae_scale_factor**2 if len(latents) else 1
+    for part in torch.split(latents, min(batch, max(1, DECODED_PIXELS // pixels_each))):
         pixels = pipeline.vae.decode(part / pipeline.vae.config.scaling_factor, return_dict=False)[0]
         if part.isfinite().all() and not pixels.isfinite().all():
             precision = str(pixels.dtype).removeprefix("torch.")

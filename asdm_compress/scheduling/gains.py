@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Final
 
@@ -10,6 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from asdm_compress.sampling.images import check_latents
 from asdm_compress.sampling.run import SamplingRun
 from asdm_compress.sampling.settings import SamplingSettings
 
@@ -30,11 +32,13 @@ def measure_gains(
 
     At about `PROBED_STEPS` steps a fork of the run is given the prediction of the step before mixed in, which is the
     direction in which inherited features err, and both are run to the end; between them the logarithm is interpolated.
+    Always in fp32: in half precision, rounding alone moves the end as far. Raises AsdmError where a run has no numbers.
     """
+    exact = pipeline.unet if pipeline.unet.dtype == torch.float32 else copy.deepcopy(pipeline.unet).float()
     report = progress or (lambda done, total: None)
     steps = settings.steps
     probed = sorted({min(steps - 1, max(1, round(x))) for x in np.linspace(1, steps - 1, min(PROBED_STEPS, steps))})
-    run = SamplingRun(pipeline, texts, settings)
+    run = SamplingRun(pipeline, texts, settings, exact)
     total, done = steps + sum(steps - step for step in probed), 0
     forks: list[tuple[int, SamplingRun, Tensor]] = []
     last: Tensor | None = None
@@ -47,6 +51,7 @@ def measure_gains(
             forks.append((step, fork, error))
         last = prediction
         report(done := done + 1, total)
+    check_latents(run.latents, exact.dtype)
     found: dict[int, float] = {}
     for step, fork, error in forks:
         fork.advance(error.add)

@@ -20,7 +20,7 @@ from torch import Tensor
 from asdm_compress.assembly.store import weights_hash
 from asdm_compress.core.files import CACHE_HINT, disk_errors, output_file
 from asdm_compress.evaluation.fidelity import compare_pairs
-from asdm_compress.sampling.images import decode
+from asdm_compress.sampling.images import check_latents, decode
 from asdm_compress.sampling.settings import SamplingSettings, encode
 from asdm_compress.scheduling.ways import Way
 
@@ -198,7 +198,9 @@ class Judge:
         for start in range(first, last, self.batch):
             here = replace(self.settings, seed=self.settings.seed + start)
             parts.append(way.loop(self.pipeline, self.texts[start : min(start + self.batch, last)], here)())
-        return torch.cat(parts)
+        found = torch.cat(parts)
+        check_latents(found, self.pipeline.unet.dtype)
+        return found
 
 
 def _half_width(values: Sequence[float], quantile: float) -> float:

@@ -31,6 +31,7 @@ from asdm_compress.inheritance.run import Run
 from asdm_compress.inheritance.run_plan import RunPlan
 from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.inheritance.timeline import Timeline
+from asdm_compress.sampling.images import check_latents
 from asdm_compress.sampling.run import SamplingRun
 from asdm_compress.sampling.settings import SamplingSettings, encode
 from asdm_compress.scheduling.guided_unet import GuidedUNet
@@ -118,6 +119,7 @@ class _Runs:
         """The final latents, (N, D)."""
         while not self.sampling.finished:
             self.sampling.advance()
+        check_latents(self.sampling.latents, self.dtype)
         return np.asarray(self.sampling.latents.float().flatten(1).cpu().numpy())
 
 

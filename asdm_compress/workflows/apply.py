@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from asdm_compress.assembly.calibration import DEFAULT_BANDS, Effort, check_bands, record
 from asdm_compress.assembly.other_starts import copied_start, random_start
 from asdm_compress.assembly.plan import Plan
-from asdm_compress.assembly.plan_fit import RefitChoice, fit_plan, for_memory
+from asdm_compress.assembly.plan_fit import RefitChoice, check_plan_memory, fit_plan, for_memory, scaled_for_memory
 from asdm_compress.assembly.slot_fit import check_fits, check_prompts
 from asdm_compress.assembly.surgery import assemble, build, removed_tensors, specify
 from asdm_compress.core.defaults import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS
@@ -218,6 +218,9 @@ def _fit(
     pipeline = open_pipeline(source, replace(options, dtype=torch.float32, device=start.device))
     if notice := choose_scheduler(pipeline, start.scheduler, start.sampling.steps):
         progress.note(notice)
+    check_plan_memory(pipeline.unet, plan)  # before anything is recorded, which takes long
+    if refit == "full" and (scaled := scaled_for_memory(pipeline.unet)):
+        progress.note(f"{len(scaled)} modules are too wide for the memory here and are refitted by scales alone")
     prompts = choose_prompts(pipeline, start.prompts, start.calibration_prompts, start.held_out_prompts).calibration
     check_prompts(len(prompts), "--slot-start zero")
     with progress.bar("Recording the model's trajectories") as bar:

@@ -147,6 +147,16 @@ def write_schedule(folder: Path, model: str, calibrated: Calibrated, settings: C
     return content
 
 
+def _check_not_offloaded(pipeline: StableDiffusionPipeline) -> None:
+    """Raise AsdmError for weights that are elsewhere until the UNet is called: its parts are run by themselves here."""
+    hooks = [getattr(pipeline.unet, name, None) for name in ("_hf_hook", "_diffusers_hook")]
+    if any(hook is not None for hook in hooks):
+        raise AsdmError(
+            "the pipeline's UNet is offloaded, and its parts cannot be measured one by one",
+            "Calibrate before enable_model_cpu_offload and its like; the schedule holds with them.",
+        )
+
+
 def find_schedule(pipeline: StableDiffusionPipeline, settings: CalibrateSettings, progress: Progress) -> Calibrated:
     """The schedule for a goal, and its rivals in the same time; see `run_calibrate`."""
     if isinstance(pipeline.unet, HasMembers):
@@ -158,6 +168,7 @@ def find_schedule(pipeline: StableDiffusionPipeline, settings: CalibrateSettings
     check_supported(pipeline.unet)
     check_text_to_image(pipeline)
     check_size(pipeline, settings.sampling)
+    _check_not_offloaded(pipeline)
     sampling = settings.sampling
     splits = split_prompts(pipeline, settings)
     if settings.goal.limit is None and len(splits.validation) < 2:

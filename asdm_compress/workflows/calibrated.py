@@ -191,12 +191,16 @@ def front_json(front: Front, choosing: Choosing) -> dict[str, Any]:
 
 
 def verdict_on(contestants: Sequence[Contestant]) -> str:
-    """What won on test prompts, which chose nothing: on those for validation the schedule was chosen itself."""
+    """What won on test prompts, which chose nothing: on those for validation the schedule was chosen itself.
+
+    Of several rivals that are ahead, validation chooses the one to recommend: the best of them on test prompts would be
+    too good to be true.
+    """
     ours, *rivals = contestants
     better = [c for c in rivals if c.test.mean() >= ours.test.mean()]
     if not rivals:
         return "Nothing else fits into this time."
-    strongest = max(rivals, key=lambda c: c.test.mean())
+    strongest = max(better, key=lambda c: c.validation.mean()) if better else max(rivals, key=lambda c: c.test.mean())
     difference, interval = gain(ours.test, strongest.test)
     said = f"{difference:+.2f} dB (± {interval:.2f}) against {strongest.role} ({strongest.way.name}) on test prompts"
     if not better:
@@ -207,4 +211,6 @@ def verdict_on(contestants: Sequence[Contestant]) -> str:
         if beaten
         else "The schedule beats none of its rivals"
     )
+    if difference + interval >= 0:
+        return f"{start}: {said}, which does not tell the two apart."
     return f"{start}: {said}. Recommended: {strongest.way.name}."

@@ -34,7 +34,7 @@ class Origin:
         """The base model's id on the hub, where it came from there."""
         name = self.source.name
         if name in HUB_NAMES:
-            return HUB_NAMES[name]
+            return HUB_NAMES[name][0]
         is_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
         return name if is_id else None
 

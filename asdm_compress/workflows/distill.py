@@ -164,8 +164,9 @@ def run_distill(
         return result
     if accelerator.is_main_process:
         there = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())  # of a run that goes on
-        check_space(run, forecast.checkpoint_bytes * (settings.loop.keep + 1) - there)
-        prepare_run(run, training, opened.hashes, probed, settings)
+        best = 4 * opened.student.num_parameters() if training.probe_every else 0  # beside every checkpoint
+        check_space(run, (forecast.checkpoint_bytes + best) * (settings.loop.keep + 1) - there)
+        prepare_run(run, training, opened.hashes, source.identity(), probed, settings)
     cache = _data(source, opened, training, accelerator, progress)
     share = Share(accelerator.process_index, accelerator.num_processes)
     batches = Batches(cache, training, int(noising.config.num_train_timesteps), share, settings.loop.micro_batch)

@@ -34,8 +34,9 @@ class GenerateSettings:
     """`images_per_prompt` images of each prompt; image i of all has seed `sampling.seed + i`.
 
     `inherit` is a sampling mode, the path of a schedule, or `calibrated` for the schedule in the model's own folder; it
-    is for the model and not for what it is compared with. With `own_steps` a model that was made for a number of steps,
-    as an optimized one is, is sampled in these. Raises AsdmError for a negative prompt without guidance.
+    is for the model and not for what it is compared with. `batch` images are sampled at once. With `own_steps` a
+    model that was made for a number of steps, as an optimized one is, is sampled in these. Raises AsdmError for a
+    negative prompt without guidance.
     """
 
     sampling: SamplingSettings
@@ -46,6 +47,7 @@ class GenerateSettings:
     inherit: str | None = None
     own_steps: bool = False
     negative_prompt: str | None = None
+    batch: int = 8
 
     def __post_init__(self) -> None:
         if self.negative_prompt is not None and self.sampling.guidance <= 1:
@@ -114,7 +116,8 @@ def run_generate(
             # The teacher that is compared with computes everything.
             rule = rule_for(settings.inherit, source) if number == len(names) - 1 else None
             with inheriting(pipeline, rule) if rule else nullcontext(), noting(progress):
-                runs.append(sample(pipeline, prompts, sampling, progress=bar, negative=settings.negative_prompt))
+                negative = settings.negative_prompt
+                runs.append(sample(pipeline, prompts, sampling, settings.batch, bar, negative))
     if len({run.latents.shape for run in runs}) > 1:
         raise AsdmError("the two models make images of different sizes", "Give both one --image-size.")
     if settings.inherit:

@@ -151,10 +151,19 @@ def _fixed(path: Path) -> Path:
 
 
 def prepare_run(
-    run: Path, training: Distillation, hashes: tuple[str, str], probed: Sequence[str], settings: DistillSettings
+    run: Path,
+    training: Distillation,
+    hashes: tuple[str, str],
+    data: Mapping[str, Any],
+    probed: Sequence[str],
+    settings: DistillSettings,
 ) -> None:
-    """Make the run's folder, or see that the one to go on with is of the same training, `probed` on the same."""
+    """Make the run's folder, or see that the one to go on with is of the same training, `probed` on the same.
+
+    `data` are all that decides every item: files that have changed would change the order of all of them.
+    """
     text = "# student {}, teacher {}\n".format(*hashes)
+    text += f"# data {content_hash(data)}\n"
     if training.probe_captions is not None:
         text += f"# captions of the probe {content_hash({'probed': list(probed)})}\n"
     text += dump_distillation(training)
