@@ -100,10 +100,11 @@ def with_safety_checker(copy):
 
 def test_a_safety_checker_that_was_never_fetched_is_done_without(copy, cli, tmp_path):
     folder = with_safety_checker(copy)
-    assert load_pipeline(str(folder)).safety_checker is None
+    assert load_pipeline(str(folder), LoadOptions()).safety_checker is None
     result = cli("apply", "mini-sd-latency-0.7x", str(folder), "--slot-start", "zero", "--out", "fitted")
     assert result.returncode == 0, result.stderr
-    (tmp_path / "drop.yaml").write_text(DROP.format(architecture=json.dumps(architecture(load_unet(str(folder))))))
+    facts = architecture(load_unet(str(folder), LoadOptions()))
+    (tmp_path / "drop.yaml").write_text(DROP.format(architecture=json.dumps(facts)))
     result = cli("apply", "drop.yaml", str(folder), "--out", "student")
     assert result.returncode == 0, result.stderr
     index = json.loads((tmp_path / "student/model_index.json").read_text())
@@ -123,7 +124,7 @@ def test_what_else_lies_in_a_folder_is_not_looked_at(copy, unet):
     (copy / "checkpoint-10/optimizer.bin").write_bytes(b"no weights")
     (copy / "v1-5-pruned.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
     (copy / "unet/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    opened = load_pipeline(str(copy)).unet
+    opened = load_pipeline(str(copy), LoadOptions()).unet
     assert all(torch.equal(a, b) for a, b in zip(opened.parameters(), unet.parameters(), strict=True))
 
 
@@ -132,7 +133,7 @@ def test_a_link_that_leads_nowhere_is_named(copy):
     weights.unlink()
     weights.symlink_to(copy / "blobs/nothing")
     with pytest.raises(AsdmError, match=r"diffusion_pytorch_model.safetensors cannot be read: No such file"):
-        load_pipeline(str(copy))
+        load_pipeline(str(copy), LoadOptions())
 
 
 def test_truncated_and_empty_weights_are_named(copy):
