@@ -292,5 +292,6 @@ def test_ctrl_c_half_way_leaves_no_half_written_folder(tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in stderr
+    assert "The same command goes on" in " ".join(stderr.split())
     assert "Traceback" not in stderr
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]

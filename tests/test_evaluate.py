@@ -279,7 +279,10 @@ def test_what_is_missing_is_named_with_its_place(brought, tmp_path, monkeypatch)
         "Inception network of FID is missing": replace(settings, weights=replace(settings.weights, inception=None)),
         "CLIP model is missing": replace(settings, weights=replace(settings.weights, clip=None)),
         "LPIPS is not at": replace(settings, weights=replace(settings.weights, lpips=tmp_path / "nowhere.pth")),
-        "nothing measures the reference": replace(settings, protocol="own", weights=Weights()),
+        "nothing measures the reference": replace(
+            settings, protocol="own", weights=Weights(), changes={**settings.changes, "view_size": None}
+        ),
+        "--resize is the size": replace(settings, protocol="own", weights=Weights(), reference=None),
         "has 6 captions": replace(settings, changes={**settings.changes, "images": None}),
         "no multiple of 64": replace(settings, changes={**settings.changes, "image_size": 100}),
     }

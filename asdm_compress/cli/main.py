@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import Final
 
 import typer
 
@@ -72,6 +73,13 @@ def root(
         )
 
 
+_MEASURED: Final = "The same command goes on from what was measured."
+_GOES_ON: Final = {
+    "distill": "Go on from the last checkpoint with --resume.",
+    **dict.fromkeys(("assemble", "calibrate", "evaluate", "frontier", "optimize"), _MEASURED),
+}
+
+
 class _InterruptedError(BaseException):
     """Ctrl-C or a polite kill. No KeyboardInterrupt, which the command-line library would turn into its own exit."""
 
@@ -96,7 +104,9 @@ def main() -> None:
         fail(error, as_json="--json" in sys.argv)
     except _InterruptedError as interruption:
         code = 128 + int(str(interruption))
-        fail(AsdmError("interrupted; no half-written output is left"), as_json="--json" in sys.argv, code=code)
+        named = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        ended = AsdmError("interrupted; no half-written output is left", _GOES_ON.get(named))
+        fail(ended, as_json="--json" in sys.argv, code=code)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

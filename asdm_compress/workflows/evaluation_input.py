@@ -150,6 +150,11 @@ def find_all_weights(rules: Rules, settings: EvaluateSettings) -> Weights:
             found[option] = find_weights(named, place, what, f"--{option}")
     if found["cmmd"] and settings.reference is None:
         raise AsdmError("CMMD is a distance to a set of images", "Give one with --reference.")
+    if settings.changes.get("view_size") is not None and not (found["inception"] or found["clip"] or found["cmmd"]):
+        raise AsdmError(
+            "--resize is the size at which Inception and CLIP measure, and neither does",
+            "Name a network's weights, or leave it out.",
+        )
     return Weights(**found)
 
 
