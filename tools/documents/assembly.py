@@ -13,7 +13,6 @@ MINI_SD: Final = Path(__file__).parents[2] / "asdm_compress" / "models" / "mini_
 OURS: Final = "ours"
 BUDGETS: Final = (0.9, 0.8, 0.7, 0.6, 0.5)
 # Cuts of others with what stays solved anew by us are no rivals.
-_PRECISIONS: Final = {"float32": "fp32", "bfloat16": "bf16"}
 REFITTED: Final = ("with our refit", "refitted", "ours")
 
 
@@ -82,17 +81,6 @@ def plans_with_sharing_setting() -> str:
         f"on one core of {found['machine']['processor']}, another program on the other "
         f"({source('assembly_with_sharing', 'bench_assembly')})"
     )
-
-
-def sharing() -> str:
-    """What `shared` saves by itself."""
-    found = results("shared")
-    parts = [
-        f"`{row['model']}` at {row['pixels']} px in {_PRECISIONS[row['dtype']]} {share(value(row['latency_ratio']))} "
-        f"of the time and {share(row['macs_ratio'])} of the MACs"
-        for row in found["rows"]
-    ]
-    return f"{'; '.join(parts)} ({source('shared', 'bench_shared')}, {found['machine']['processor']})"
 
 
 def _plans(name: str) -> str:
