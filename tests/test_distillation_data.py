@@ -104,7 +104,7 @@ def test_an_image_that_would_fill_the_memory_is_no_crash(folder, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
     found = {item.name: item for item in read_all(ImageFolder.open(folder))}
     assert "exceeds limit" in found["a.png"].reason
-    assert "exceeds limit" in _as_pixels((folder / "a.png").read_bytes(), 8)
+    assert "exceeds limit" in _as_pixels((folder / "a.png").read_bytes(), 8, folder)
 
 
 def test_an_image_is_cropped_in_the_middle_and_stands_upright():

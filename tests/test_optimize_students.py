@@ -50,7 +50,9 @@ def test_students_are_made_take_part_and_leave_their_recipes(tmp_path, monkeypat
     ladder = json.loads((tmp_path / "fast/members.json").read_text(encoding="utf-8"))
     assert (ladder["command"], ladder["ladder"]) == (settings.command, content["students"]["ladder"])
     alone = {entry["way"].rsplit(", ", 1)[-1] for entry in content["tried"] if entry["role"] == "a student alone"}
-    assert alone == {f"{name} alone" for name in made}
+    assert alone <= {f"{name} alone" for name in made}  # those that the time leaves two steps, as timed here
+    taking_part = {action for entry in content["tried"] for action in entry["actions"] or ()}
+    assert all(any(name in action for action in taking_part) for name in made)
     recipes = {path.stem: load_recipe(path) for path in (tmp_path / "fast/members").iterdir()}
     edits = {entry["name"]: entry["edits"] for entry in content["students"]["ladder"]}
     assert {name: recipe.as_edits() for name, recipe in recipes.items()} == {name: edits[name] for name in made}
