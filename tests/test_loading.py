@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from asdm_compress.core.errors import AsdmError, ExitCode
-from asdm_compress.models.families import FAMILIES, architecture, check_supported, random_unet
+from asdm_compress.models.families import FAMILIES, check_supported, random_unet
 from asdm_compress.models.files import stored_dtype
 from asdm_compress.models.loading import load_pipeline, load_unet
 from asdm_compress.models.names import MINI_SD_FOLDER
@@ -34,12 +34,6 @@ def copy(tmp_path: Path) -> Path:
 
 def weights_of(folder: Path) -> Path:
     return folder / "unet" / "diffusion_pytorch_model.safetensors"
-
-
-DROP = """asdm_recipe: 1
-base: {{model: mini-sd, architecture: {architecture}}}
-edits: [{{site: mid_block, edit: drop}}]
-"""
 
 
 def test_a_pipeline_folder_and_its_unet_folder_open_alike(copy, unet):
@@ -88,52 +82,6 @@ def test_a_missing_weights_file_is_named(copy):
     with pytest.raises(AsdmError, match="cannot be read") as caught:
         load_unet(str(copy), OPTIONS)
     assert caught.value.exit_code == ExitCode.USER
-
-
-def with_safety_checker(copy):
-    """A folder as it is in the cache of whoever opens the model without its safety checker."""
-    index = json.loads((copy / "model_index.json").read_text())
-    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
-    (copy / "model_index.json").write_text(json.dumps(index))
-    return copy
-
-
-def test_a_safety_checker_that_was_never_fetched_is_done_without(copy, cli, tmp_path):
-    folder = with_safety_checker(copy)
-    assert load_pipeline(str(folder), LoadOptions()).safety_checker is None
-    result = cli("apply", "mini-sd-latency-0.7x", str(folder), "--slot-start", "zero", "--out", "fitted")
-    assert result.returncode == 0, result.stderr
-    facts = architecture(load_unet(str(folder), LoadOptions()))
-    (tmp_path / "drop.yaml").write_text(DROP.format(architecture=json.dumps(facts)))
-    result = cli("apply", "drop.yaml", str(folder), "--out", "student")
-    assert result.returncode == 0, result.stderr
-    index = json.loads((tmp_path / "student/model_index.json").read_text())
-    assert index["safety_checker"] == [None, None]
-    assert StableDiffusionPipeline.from_pretrained(tmp_path / "student").safety_checker is None
-    shutil.rmtree(folder / "tokenizer")
-    for name in ("apply", "generate"):
-        given = ["drop.yaml", str(folder)] if name == "apply" else [str(folder), "a ring"]
-        refused = cli(name, *given, "--out", "none")
-        assert refused.returncode == 2
-        assert "has no tokenizer" in " ".join(refused.stderr.split())
-    assert not (tmp_path / "none").exists()
-
-
-def test_what_else_lies_in_a_folder_is_not_looked_at(copy, unet):
-    (copy / "checkpoint-10").mkdir()
-    (copy / "checkpoint-10/optimizer.bin").write_bytes(b"no weights")
-    (copy / "v1-5-pruned.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    (copy / "unet/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    opened = load_pipeline(str(copy), LoadOptions()).unet
-    assert all(torch.equal(a, b) for a, b in zip(opened.parameters(), unet.parameters(), strict=True))
-
-
-def test_a_link_that_leads_nowhere_is_named(copy):
-    weights = copy / "unet/diffusion_pytorch_model.safetensors"
-    weights.unlink()
-    weights.symlink_to(copy / "blobs/nothing")
-    with pytest.raises(AsdmError, match=r"diffusion_pytorch_model.safetensors cannot be read: No such file"):
-        load_pipeline(str(copy), LoadOptions())
 
 
 def test_truncated_and_empty_weights_are_named(copy):

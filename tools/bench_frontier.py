@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 from frontier_plots import write_plots
+from frontier_quality import best_by_quality, shape_of, shortest_intervals
 from inheritance_macs import planned_macs
 from measuring import RESULTS, Resumable, check_alone, code_hash
 from mini_sd.weights import bundled_weights
@@ -40,7 +41,7 @@ from asdm_compress.evaluation.distances import frechet_distance
 from asdm_compress.evaluation.fidelity import compare_pairs, to_tensor
 from asdm_compress.evaluation.quality import scene_features
 from asdm_compress.inheritance.actions import FULL
-from asdm_compress.inheritance.modes import Mode, parse_mode
+from asdm_compress.inheritance.modes import parse_mode
 from asdm_compress.inheritance.places import find_places
 from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.models.source import LoadOptions
@@ -57,7 +58,6 @@ from asdm_compress.scheduling.switch_search import small_first
 from asdm_compress.scheduling.switch_times import SKIP
 from asdm_compress.scheduling.timing import time_runs
 from asdm_compress.scheduling.ways import SOLVERS, Way
-from asdm_compress.scheduling.worth import Worth, best_of
 from asdm_compress.workflows.budget_search import FEWER, LONGER, TIGHTER, Search, open_instruments
 from asdm_compress.workflows.calibrate import CalibrateSettings, keeps_in_time
 from asdm_compress.workflows.candidates import Criterion, tried_steps
@@ -75,10 +75,7 @@ ONCE_MORE = 0.2  # of the budget: how far from it a time may be for the way to b
 AT_ONCE = 6  # ways that are then timed beside one full run
 MACS = (0.55, 1.2)  # times the budget: which share of the full run's MACs is worth timing
 NEAR = 6  # steps around the predicted number of T-Stitch's small ones
-# Where quality counts there are hundreds of ways, and to judge one takes a minute: what a sampler's own part of a step
-# takes is nothing beside the UNet's, so that of several samplers one is timed; of DeepCache's intervals at a branch
-# only the shortest that is in time is judged; and on this many prompts first, of which this many ways go on.
-NEAR_BY_QUALITY, SCREENING_PROMPTS, SCREENED = 2, 32, 8
+NEAR_BY_QUALITY = 2  # where that counts: there are hundreds of ways then
 STUDENTS = ("--members", "2", "--budget", "latency=0.7x", "--dtype", "fp32")
 QUICK = (
     *("--steps", "5", "--calibration-prompts", "4", "--calibration-triples", "16", "--bands", "2", "--probes", "1"),
@@ -308,28 +305,6 @@ def measure_budget(search: Search, report: Report, share: float, roles: Sequence
         report.add(role, best, share, criterion)
 
 
-def shortest_intervals(ways: Sequence[Way]) -> list[Way]:
-    """Of DeepCache's ways with the same sampler, steps and branch the one that computes the most."""
-    shortest: dict[tuple[str | None, int, str], tuple[float, Way]] = {}
-    for way in ways:
-        assert isinstance(way.rule, Mode)
-        which, interval = (way.scheduler, way.steps, way.rule.light.name), way.rule.interval
-        if which not in shortest or interval < shortest[which][0]:
-            shortest[which] = interval, way
-    return [way for _, way in shortest.values()]
-
-
-def best_by_quality(search: Search, ways: Sequence[Way]) -> Way:
-    """The best by the command's own rule, of those that a part of the validation prompts leaves in."""
-    if len(ways) > SCREENED:
-        few = search.quality_on(search.splits.validation[:SCREENING_PROMPTS])
-        worths = [few.worth(way) for way in ways]
-        most = max(worths, key=Worth.mean)
-        standing = [number for number, worth in enumerate(worths) if not worth.is_behind(most)]
-        ways = [ways[number] for number in sorted(standing, key=lambda number: worths[number].distance)[:SCREENED]]
-    return ways[best_of([search.worth(way) for way in ways])]
-
-
 def timed(search: Search, ways: Sequence[tuple[str, Way]], share: float) -> list[float]:
     """Shares of the time of a whole image; of many ways at once they only tell which are to be timed again."""
     if not ways:
@@ -339,12 +314,6 @@ def timed(search: Search, ways: Sequence[tuple[str, Way]], share: float) -> list
         taken = dict(zip(of_shape, _timed(search, list(of_shape.values()), share), strict=True))
         return [taken[shape_of(way)] for _, way in ways]
     return _timed(search, [way for _, way in ways], share)
-
-
-def shape_of(way: Way) -> tuple[str, ...]:
-    """What a way does at every step, whatever the sampler."""
-    actions = way.rule.actions if isinstance(way.rule, Schedule) else way.rule.actions(way.steps)  # type: ignore[union-attr]
-    return tuple(action.name for action in actions)
 
 
 def _timed(search: Search, ways: Sequence[Way], share: float) -> list[float]:
