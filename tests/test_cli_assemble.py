@@ -34,7 +34,7 @@ def assembled(tmp_path_factory, cli_in):
     """One real run of the main job, small in prompts alone; several tests look at what it left."""
     folder = tmp_path_factory.mktemp("assembled")
     arguments = ["assemble", "mini-sd", "--out", "out", "--json"]
-    shared = ["--calibration-prompts", "3", "--repeats", "3", "--steps", "8"]
+    shared = ["--calibration-prompts", "3", "--repeats", "3", "--steps", "4", "--bands", "4"]
     small = [*shared, "--held-out-prompts", "2", "--slot", "1x1", "--narrow", "0.5", "--neighbours", "6"]
 
     def run(budget: str | None, *more: str, command=None) -> subprocess.CompletedProcess[str]:
@@ -87,10 +87,10 @@ def test_a_student_carries_a_calibrated_schedule_that_generate_takes(assembled, 
     assert entry is not None
     assert (entry.budget, entry.schedule) == ("latency=0.7x", "inheritance.yaml")
     schedule = load_schedule(out / entry.schedule)
-    assert len(schedule.actions) == 8
+    assert len(schedule.actions) == 4
     assert {"calibration.json", "steps.svg", "time_psnr.svg", "inheritance.png"} <= {p.name for p in out.iterdir()}
     assert printed["recipe"]["inheritance"]["psnr"] == entry.psnr
-    result = cli("generate", str(out), "a cross", "--steps", "8", "--inherit", "calibrated", "--json")
+    result = cli("generate", str(out), "a cross", "--steps", "4", "--inherit", "calibrated", "--json")
     assert result.returncode == 0, result.stderr
     assert any("inheriting calibrated" in name for name in json.loads(result.stdout)["seconds_per_image"])
 
@@ -188,7 +188,7 @@ def test_an_infeasible_budget_ends_with_three_and_the_smallest(assembled):
 
 def test_apply_replays_the_recipe_to_the_same_weights(assembled, cli_anew, tmp_path):
     folder, printed, _ = assembled
-    same = ["--calibration-prompts", "3", "--steps", "8"]
+    same = ["--calibration-prompts", "3", "--steps", "4", "--bands", "4"]
     result = cli_anew("apply", str(folder / "out" / "recipe.yaml"), "mini-sd", "--out", "again", "--json", *same)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["stock"] == printed["stock"]
@@ -196,6 +196,9 @@ def test_apply_replays_the_recipe_to_the_same_weights(assembled, cli_anew, tmp_p
     assert json.loads(result.stdout)["slots"] == sum(map(has_weights, edits.values()))
     weights = Path("unet") / "diffusion_pytorch_model.safetensors"
     assert (tmp_path / "again" / weights).read_bytes() == (folder / "out" / weights).read_bytes()
+    # It recorded what `assemble` did, and would have taken that if it had lain in its cache.
+    ours, theirs = ({p.parent.name for p in at.rglob("triples.pt")} for at in (tmp_path / "cache", folder / "cache"))
+    assert ours == theirs
 
 
 def test_a_student_is_no_teacher(assembled, cli):
@@ -279,7 +282,8 @@ def test_the_python_of_readme_and_guides_runs(assembled, tmp_path):
 def test_ctrl_c_half_way_leaves_no_half_written_folder(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "asdm_compress", "assemble", "--budget", "macs=0.7x", "--out", "out",
-         "--calibration-prompts", "12", "--steps", "8", "--repeats", "2"],
+         "--calibration-prompts", "8", "--steps", "4", "--bands", "4", "--repeats", "1", "--slot", "none",
+         "--narrow", "none"],
         cwd=tmp_path, env={**os.environ, "ASDM_COMPRESS_CACHE": str(tmp_path / "cache")},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from asdm_compress.models.edits import (
     slot_kernels,
 )
 from asdm_compress.models.sites import Site, find_sites
-from asdm_compress.models.widths import inner_widths
+from asdm_compress.models.widths import inner_at
 
 LEVELS: Final = "levels."  # `levels.3`: level 3 and everything deeper, with the downsampler that leads there
 
@@ -77,7 +77,7 @@ def place(unet: UNet2DConditionModel, plan: Plan) -> PlacedEdits:
     """
     check_teacher(unet)
     sites = {site.path: site for site in find_sites(unet)}
-    legal, kernels, inner = legal_edits(unet), slot_kernels(unet), inner_widths(unet)
+    legal, kernels = legal_edits(unet), slot_kernels(unet)
     taken: dict[str, str] = {}
     units: dict[str, Edit] = {}
     replaced: dict[str, tuple[str, ...]] = {}
@@ -99,7 +99,7 @@ def place(unet: UNet2DConditionModel, plan: Plan) -> PlacedEdits:
                 continue
             chosen = _unit_edits(unet, sites[path], edit, legal)
             for unit, unit_edit in chosen.items():
-                check_edit(unit, unit_edit, legal.get(unit, ()), kernels.get(unit, ()), inner.get(unit))
+                check_edit(unit, unit_edit, legal.get(unit, ()), kernels.get(unit, ()), inner_at(unet, unit))
             units |= chosen
             if is_conv:
                 unit = next(unit for unit, unit_edit in chosen.items() if unit_edit == edit)

@@ -23,6 +23,7 @@ from asdm_compress.sampling.settings import SamplingSettings
 _ADAPTERS: Final = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
 # To be raised when the meaning of a kept measurement changes.
 STORE_VERSION = 18
+TRIPLES: Final = "triples.pt"  # the recording's name in the folder of measurements
 
 
 def weights_hash(module: nn.Module, in_fp32: bool = False) -> str:

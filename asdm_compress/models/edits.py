@@ -39,7 +39,7 @@ from asdm_compress.models.slots import (
 )
 from asdm_compress.models.subpixel import SubpixelUpsampler
 from asdm_compress.models.tree import shallow_copy
-from asdm_compress.models.widths import Inner, inner_of, inner_widths, narrow_unit, own_names
+from asdm_compress.models.widths import Inner, inner_at, inner_of, narrow_unit, own_names
 
 # The path of a unit or sub-unit to the tensors that its edit brings along (see `own_tensors`), and to those of a kept
 # module that take the places of the old ones, by their names inside it.
@@ -52,7 +52,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def legal_edits(unet: UNet2DConditionModel) -> dict[str, tuple[Edit, ...]]:
     """For every unit and sub-unit, the edits without weights of their own that keep all shapes right.
 
-    Narrowing and convolutions come on top (`inner_widths`, `slot_kernels`).
+    Narrowing and convolutions come on top (`inner_at`, `slot_kernels`).
     """
     legal: dict[str, tuple[Edit, ...]] = {}
     discardable = set(_resnets_whose_skip_can_go(unet))
@@ -131,12 +131,12 @@ def apply_edits(unet: UNet2DConditionModel, edits: Mapping[str, Edit]) -> None:
 
     Raises AsdmError for a path that is no unit or sub-unit of this UNet and for an edit that is not legal there.
     """
-    legal, kernels, inner = legal_edits(unet), slot_kernels(unet), inner_widths(unet)
+    legal, kernels = legal_edits(unet), slot_kernels(unet)
     sub_units: dict[str, set[str]] = {}
     for path, edit in edits.items():
         if path not in legal:
             raise AsdmError(f"this UNet has no unit or sub-unit {path!r}", "See `asdm-compress profile` for its sites.")
-        check_edit(path, edit, legal[path], kernels.get(path, ()), inner.get(path))
+        check_edit(path, edit, legal[path], kernels.get(path, ()), inner_at(unet, path))
         if ".transformer_blocks." in path and edit == DROP:
             block, _, part = path.rpartition(".")
             sub_units.setdefault(block, set()).add(part)

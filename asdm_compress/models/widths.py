@@ -71,13 +71,17 @@ def inner_of(module: Any) -> Inner | None:
 
 def inner_widths(unet: nn.Module) -> dict[str, Inner]:
     """Every ResNet, attention and feed-forward of a UNet's blocks that can be narrowed, by path."""
-    found = {}
-    for path, module in unet.named_modules():
-        if any(f".{name}." in f".{path}." for name in ("resnets", "transformer_blocks")):
-            inner = inner_of(module)
-            if inner is not None:
-                found[path] = inner
-    return found
+    found = {path: inner_of(module) for path, module in unet.named_modules() if _is_in_a_block(path)}
+    return {path: inner for path, inner in found.items() if inner is not None}
+
+
+def inner_at(unet: nn.Module, path: str) -> Inner | None:
+    """The same of one path alone, which the UNet has; None for what cannot be narrowed."""
+    return inner_of(unet.get_submodule(path)) if _is_in_a_block(path) else None
+
+
+def _is_in_a_block(path: str) -> bool:
+    return any(f".{name}." in f".{path}." for name in ("resnets", "transformer_blocks"))
 
 
 def narrowed(module: ModuleT, inner: Inner, structures: Tensor) -> ModuleT:

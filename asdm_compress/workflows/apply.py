@@ -15,6 +15,7 @@ from asdm_compress.assembly.other_starts import copied_start, random_start
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.plan_fit import RefitChoice, check_plan_memory, fit_plan, for_memory, scaled_for_memory
 from asdm_compress.assembly.slot_fit import check_fits, check_prompts
+from asdm_compress.assembly.store import TRIPLES, measurement_folder, recorded
 from asdm_compress.assembly.surgery import assemble, build, removed_tensors, specify
 from asdm_compress.core.defaults import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS
 from asdm_compress.core.edits import conv_spec
@@ -223,8 +224,12 @@ def _fit(
         progress.note(f"{len(scaled)} modules are too wide for the memory here and are refitted by scales alone")
     prompts = choose_prompts(pipeline, start.prompts, start.calibration_prompts, start.held_out_prompts).calibration
     check_prompts(len(prompts), "--slot-start zero")
+    # Where `assemble` keeps its own: for the same model, prompts and sampler they are the same.
+    folder = measurement_folder(pipeline, prompts, start.sampling, bands, start.effort)
     with progress.bar("Recording the model's trajectories") as bar:
-        calibration = record(pipeline, prompts, start.sampling, bands, bar, effort=start.effort)
+        calibration = recorded(
+            folder / TRIPLES, lambda: record(pipeline, prompts, start.sampling, bands, bar, effort=start.effort)
+        ).to(pipeline.device)
     held = for_memory(pipeline.unet, calibration)
     if len(held) < len(calibration):
         progress.note(f"fitted to {len(held)} of {len(calibration)} triples: memory holds no more")

@@ -28,7 +28,7 @@ from asdm_compress.assembly.plan import check_teacher
 from asdm_compress.assembly.plan_fit import RefitChoice, check_refit, for_memory, scaled_for_memory
 from asdm_compress.assembly.search import check_reachable
 from asdm_compress.assembly.slot_fit import check_fits, check_prompts
-from asdm_compress.assembly.store import measurement_folder, recorded
+from asdm_compress.assembly.store import TRIPLES, measurement_folder, recorded
 from asdm_compress.assembly.verify import Verified, search_verified
 from asdm_compress.core.defaults import (
     CALIBRATION_PROMPTS,
@@ -203,7 +203,7 @@ def measure(
     )
     with progress.bar("Recording the teacher's trajectories") as bar:
         calibration = recorded(
-            folder / "triples.pt",
+            folder / TRIPLES,
             lambda: record(
                 pipeline, prompts.calibration, sampling, settings.bands, bar, None, settings.effort, processes
             ),
