@@ -66,7 +66,7 @@ def small(unet, steps=5, guided=True, seed=0, lights=LIGHTS):
     times = dict.fromkeys(menu.kinds(), 1.0)
     times |= {(0, False): 0.01, (1, False): 0.31, (WHOLE, True): 0.53, (1, True): 0.17}
     return Surrogate(menu, responses, gains, timeline, GUIDANCE), KindTimes(
-        {kind: times[kind] for kind in menu.kinds()}, 0.2, steps
+        {kind: times[kind] for kind in menu.kinds()}, 0.2, steps, menu.lights
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -61,6 +62,39 @@ def test_a_remapped_lora_is_the_cut_of_the_fused_teacher(pipeline, trained, tmp_
         plain = assemble(pipeline.unet, plan)(*inputs).sample
     assert torch.allclose(one, other, atol=1e-4)
     assert not torch.allclose(one, plain, atol=1e-2)
+
+
+def test_ranks_of_single_modules_move_along_with_them(pipeline, cli, tmp_path, inputs):
+    """Newer diffusers take the adapter's whole configuration from the file, in which modules go by their names."""
+    unet = copy.deepcopy(pipeline.unet)
+    wide = {name: 4 for name, _ in unet.named_modules() if name.endswith("up_blocks.3.resnets.0.conv1")}
+    gone = {"up_blocks.0.resnets.0.conv1": 3, "down_blocks.3.resnets.0.conv1": 3}
+    assert wide
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS, rank_pattern={**wide, **gone, "to_q": 1})
+    unet.add_adapter(config)
+    torch.manual_seed(0)
+    for name, parameter in unet.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.1 * torch.randn_like(parameter)
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=get_peft_model_state_dict(unet), unet_lora_adapter_metadata=config.to_dict()
+    )
+    unet.fuse_lora()
+    unet.unload_lora()
+    base = Base(model="mini-sd", architecture=architecture(pipeline.unet))
+    recipe = Recipe(asdm_recipe=1, base=base, edits=[EditEntry(site=s, edit=e) for s, e in TINY.items()])
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "recipe.yaml").write_text(dump_recipe(recipe))
+    result = cli("lora", "pytorch_lora_weights.safetensors", "student", "--out", "light.safetensors")
+    assert result.returncode == 0, result.stderr
+    with safe_open(tmp_path / "light.safetensors", framework="pt") as file:
+        told = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert told["unet.rank_pattern"] == {"up_blocks.2.resnets.0.conv1": 4, "to_q": 1}
+    student = with_unet(pipeline, assemble(pipeline.unet, Plan(TINY)))
+    student.load_lora_weights(tmp_path / "light.safetensors")
+    expected = assemble(unet.eval(), Plan(TINY))
+    with torch.no_grad():
+        assert torch.allclose(expected(*inputs).sample, student.unet(*inputs).sample, atol=1e-4)
 
 
 @pytest.mark.parametrize("numbering", ["diffusers", "original"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from diffusers import UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from torch import Tensor
 
 from asdm_compress.assembly.plan import Plan
@@ -30,6 +32,10 @@ _END: Final = re.compile(
 _DOWN: Final = re.compile(r"\.(lora_down|lora_A|lora\.down|lora_linear_layer\.down)\.")
 _UP: Final = re.compile(r"\.(lora_up|lora_B|lora\.up|lora_linear_layer\.up)\.")
 
+# What peft's configuration says of modules by their names: a number for each, or just which.
+_NUMBERS_OF: Final = ("rank_pattern", "alpha_pattern")
+_NAMES_OF: Final = ("target_modules", "exclude_modules")
+
 _PROCESSOR: Final = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.")
 
 
@@ -45,10 +51,9 @@ def remap_lora(tensors: Mapping[str, Tensor], teacher: UNet2DConditionModel, pla
     """Rename a LoRA's tensors from the teacher's modules to those of the student of a plan.
 
     Knows kohya's names, in diffusers' and in the original numbering, and peft's, also of a UNet's LoRA saved by itself.
-    Tensors of text encoders stay as they
-    are. Those of modules that the student does not have, or has in another shape, are left out and named. Raises
-    AsdmError for a file that is no LoRA of this teacher's UNet, also where only the widths tell: the names are the same
-    in Stable Diffusion 1.x and 2.x.
+    Tensors of text encoders stay as they are. Those of modules that the student does not have, or has in another shape,
+    are left out and named. Raises AsdmError for a file that is no LoRA of this teacher's UNet, also where only the
+    widths tell: the names are the same in Stable Diffusion 1.x and 2.x.
     """
     modules, weights = _modules(teacher), teacher.state_dict()
     moved, recast = _moved(specify(teacher, plan))
@@ -77,6 +82,29 @@ def remap_lora(tensors: Mapping[str, Tensor], teacher: UNet2DConditionModel, pla
     if not known:
         raise AsdmError("this file is no LoRA of this model's UNet", "Is it a LoRA of another family, or a checkpoint?")
     return RemappedLora(found, left_out)
+
+
+def remap_metadata(metadata: Mapping[str, str], teacher: UNet2DConditionModel, plan: Plan) -> dict[str, str]:
+    """Rename the modules in the adapter's configuration that newer diffusers keep in a LoRA file's metadata.
+
+    Ranks and scales of modules that the student does not have are left out, and stay where they go by parts of names.
+    """
+    told = metadata.get(LORA_ADAPTER_METADATA_KEY)
+    if told is None:
+        return dict(metadata)
+    known, (moved, _) = set(_modules(teacher).values()), _moved(specify(teacher, plan))
+
+    def renamed(names: Mapping[str, Any]) -> dict[str, Any]:
+        return {moved.get(name, name): said for name, said in names.items() if name in moved or name not in known}
+
+    config = json.loads(told)
+    for key, said in config.items():
+        what = key.removeprefix(PEFT)  # text encoders' have a prefix of their own
+        if what in _NUMBERS_OF and isinstance(said, dict):
+            config[key] = renamed(said)
+        elif what in _NAMES_OF and isinstance(said, list):
+            config[key] = list(renamed(dict.fromkeys(said)))
+    return {**metadata, LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
 
 
 def _check_widths(module: str, rest: str, factor: Tensor, weight: Tensor) -> None:

@@ -46,12 +46,14 @@ _BEFORE: Final = 3  # of them that compute everything, so that there is somethin
 class KindTimes:
     """Seconds of every kind of step in a run of `steps`, and what a run costs beside its steps.
 
-    `fitted` are the seconds of the kinds that inherit a cut when fitted corrections are added to it.
+    Kinds are those of a menu of these `lights`. `fitted` are the seconds of the kinds that inherit a cut when fitted
+    corrections are added to it.
     """
 
     seconds: Mapping[Kind, float]
     outside: float
     steps: int
+    lights: tuple[Action, ...]
     fitted: Mapping[Kind, float] = field(default_factory=dict)
 
     @property
@@ -79,7 +81,8 @@ class KindTimes:
         def kept(some: Mapping[Kind, float]) -> dict[Kind, float]:
             return {(numbers[k[0]], k[1]): seconds for k, seconds in some.items() if k[0] in numbers}
 
-        return KindTimes(kept(self.seconds), self.outside, self.steps, kept(self.fitted))
+        left = tuple(self.lights[light] for light in lights)
+        return KindTimes(kept(self.seconds), self.outside, self.steps, left, kept(self.fitted))
 
     def corrected(self) -> KindTimes:
         """The times of schedules whose every cut is corrected."""
@@ -177,7 +180,7 @@ def time_kinds(
     found = {EVERYTHING.kind: full, **dict(zip(light, each, strict=False))}
     extra = {kind[0]: max(seconds - found[kind], 0.0) for kind, seconds in zip(fitted, each[len(light) :], strict=True)}
     with_maps = {kind: found[kind] + extra[kind[0]] for kind in kinds if kind[0] in extra}
-    return KindTimes(found, outside, settings.steps, with_maps)
+    return KindTimes(found, outside, settings.steps, menu.lights, with_maps)
 
 
 def _beside_full(run: Sequence[float]) -> float:

@@ -224,13 +224,14 @@ def prepare(
 ) -> Choosing:
     """Everything that is measured before anything is chosen. Kinds of steps that are `known` are not timed again.
 
-    Without a `judge` schedules are compared with the pipeline's own full run on the validation prompts.
+    They may be another sampler's: its own work is the same at every kind, and little beside the UNet's. Without a
+    `judge` schedules are compared with the pipeline's own full run on the validation prompts.
     """
     sampling = settings.sampling
     timeline = sampler_timeline(pipeline, sampling.steps)
     menus = find_menus(pipeline, sampling, timeline)
     folder = measurement_folder(pipeline, splits.calibration, sampling, 0)
-    if known is not None and set(menus.kinds) <= set(known.seconds):
+    if known is not None and known.lights == menus.every.lights and set(menus.kinds) <= set(known.seconds):
         every_times = replace(known, steps=sampling.steps)
     else:
         with progress.stage("Timing every kind of step"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from asdm_compress.assembly.lora import remap_lora
+from asdm_compress.assembly.lora import remap_lora, remap_metadata
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_output, output_file
@@ -48,10 +48,11 @@ def run_lora(lora: Path, student: Path, out: Path, progress: Progress, overwrite
         teacher = blank_teacher(recipe, recipe_path)
         tensors = load_file(lora)
         check_numbers(lora, tensors)
+        with safe_open(lora, framework="pt") as file:  # programs read a LoRA's scales and words from it
+            told = {"format": "pt", **(file.metadata() or {})}
         with telling_lines(recipe_path):
             found = remap_lora(tensors, teacher, Plan(recipe.as_edits()))
-    with safe_open(lora, framework="pt") as file:  # programs read a LoRA's scales and words from it
-        metadata = {"format": "pt", **(file.metadata() or {})}
+            metadata = remap_metadata(told, teacher, Plan(recipe.as_edits()))
     with progress.stage("Writing"), output_file(out) as aside:
         save_file(dict(found.tensors), aside, metadata=metadata)
     return LoraResult(out, len(found.tensors), found.left_out)

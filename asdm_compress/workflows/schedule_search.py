@@ -60,7 +60,7 @@ class ScheduleSearch:
     times: StepTimes
     progress: Progress
     _again: dict[tuple[str, str], Again] = field(default_factory=dict)  # by role and key of a way
-    _kinds: dict[tuple[Action, str | None], KindTimes] = field(default_factory=dict)  # for all numbers of steps
+    _kinds: dict[Action, KindTimes] = field(default_factory=dict)  # by member, for all samplers and numbers of steps
 
     @property
     def teacher(self) -> Action:
@@ -153,9 +153,9 @@ class ScheduleSearch:
         settings = replace(
             self.settings, sampling=replace(self.settings.sampling, steps=steps), corrections=False, curve=0
         )
-        known = self._kinds.get((member, solver))
+        known = self._kinds.get(member)
         choosing = prepare(here, settings, self.splits, self.one_batch, self.progress, known, target.judge)
-        self._kinds[member, solver] = choosing.every_times
+        self._kinds[member] = choosing.every_times
         again = partial(self._calibrated, solver, choosing, full, member)
         way = again(budget)
         if way is None:
