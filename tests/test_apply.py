@@ -52,6 +52,27 @@ def test_a_student_that_is_not_refitted_does_not_say_that_it_is(recipe, cli, tmp
     assert "refit" not in (tmp_path / "student/README.md").read_text(encoding="utf-8")
 
 
+def test_a_bare_cut_says_so_and_can_be_refitted(recipe, cli, tmp_path):
+    """Recipes of published students take out and bring nothing along."""
+    bare = cli("apply", recipe("drop"), "mini-sd", "--out", "bare")
+    assert bare.returncode == 0, bare.stderr
+    assert "Nothing makes up for what is taken out" in bare.stdout
+    assert "--refit full" in bare.stdout
+    result = cli("apply", "recipe.yaml", "mini-sd", "--out", "refitted", "--refit", "full", *FEW[:4], "--steps", "8")
+    assert result.returncode == 0, result.stderr
+    assert "Nothing makes up" not in result.stdout
+    assert load_recipe(tmp_path / "refitted/recipe.yaml").refit == "full"
+    cut, solved = (StableDiffusionPipeline.from_pretrained(tmp_path / name).unet for name in ("bare", "refitted"))
+    changed = {n for n, t in solved.named_parameters() if not torch.equal(t, dict(cut.named_parameters())[n])}
+    assert changed
+    assert all(name.startswith(("down_blocks.3", "up_blocks", "conv_out")) for name in changed)
+    unknown = cli("apply", "recipe.yaml", "mini-sd", "--out", "none", "--refit", "much")
+    assert (unknown.returncode, "unknown refit 'much'" in unknown.stderr) == (2, True)
+    refused = cli("apply", "recipe.yaml", "mini-sd", "--out", "none", "--refit", "full", "--slot-start", "zero")
+    assert refused.returncode == 2
+    assert "--refit does nothing with --slot-start zero" in " ".join(refused.stderr.split())
+
+
 def test_options_of_a_fit_are_refused_where_nothing_is_fitted(recipe, cli, tmp_path):
     refused = cli("apply", recipe("drop", "full"), "mini-sd", "--slot-start", "zero", "--bands", "4", "--out", "out")
     assert refused.returncode == 2

@@ -109,7 +109,15 @@ CASES = {
     ),
     "a guidance that is no number": Case(("generate", "mini-sd", "a cat", "--guidance", "nan"), ("no finite number",)),
     "fitting a model that takes a mask": Case(
-        ("apply", "slot.yaml", "inpainting"), ("takes 9 channels and gives 4", "with --slot-start zero")
+        ("apply", "slot.yaml", "inpainting"), ("takes 9 channels and gives 4", "where nothing is fitted")
+    ),
+    "a schedule of the student's that is none of time": Case(
+        ("assemble", "mini-sd", "--budget", "macs=0.7x", "--inherit", "macs=0.6x"),
+        ("for time alone", "--inherit latency"),
+    ),
+    "a mode in the place of a share": Case(
+        ("assemble", "mini-sd", "--budget", "macs=0.7x", "--inherit", "uniform:2"),
+        ("--inherit takes a share of the student's time, not 'uniform:2'", "--inherit latency=0.6x"),
     ),
     "a name that is empty": Case(("apply", "good.yaml", ""), ("unknown model ''",)),
     "a disk that is full half-way, a tensor at a time": Case(

@@ -23,6 +23,7 @@ from asdm_compress.assembly.record import load_assembly
 from asdm_compress.core.distillation import load_preset, rate_for
 from asdm_compress.core.edits import has_weights
 from asdm_compress.core.recipe import load_recipe
+from asdm_compress.evaluation.record import load_evaluation
 from asdm_compress.inheritance.schedule_file import load_schedule
 from asdm_compress.models.loading import load_pipeline
 from asdm_compress.models.source import LoadOptions
@@ -34,7 +35,7 @@ def assembled(tmp_path_factory, cli_in):
     """One real run of the main job, small in prompts alone; several tests look at what it left."""
     folder = tmp_path_factory.mktemp("assembled")
     arguments = ["assemble", "mini-sd", "--out", "out", "--json"]
-    shared = ["--calibration-prompts", "3", "--repeats", "3", "--steps", "4", "--bands", "4"]
+    shared = ["--calibration-prompts", "3", "--repeats", "3", "--steps", "4", "--bands", "4", "--scheduler", "ddim"]
     small = [*shared, "--held-out-prompts", "2", "--slot", "1x1", "--narrow", "0.5", "--neighbours", "6"]
 
     def run(budget: str | None, *more: str, command=None) -> subprocess.CompletedProcess[str]:
@@ -80,7 +81,7 @@ def test_assemble_leaves_a_student_that_meets_its_budget(assembled):
         assert evidence.damage_bound == pytest.approx(evidence.summed_damage, rel=1e-3)
 
 
-def test_a_student_carries_a_calibrated_schedule_that_generate_takes(assembled, cli):
+def test_a_student_carries_a_calibrated_schedule_that_generate_and_evaluate_take(assembled, cli, tmp_path):
     folder, printed, _ = assembled
     out = folder / "out"
     entry = load_recipe(out / "recipe.yaml").inheritance
@@ -93,6 +94,12 @@ def test_a_student_carries_a_calibrated_schedule_that_generate_takes(assembled, 
     result = cli("generate", str(out), "a cross", "--steps", "4", "--inherit", "calibrated", "--json")
     assert result.returncode == 0, result.stderr
     assert any("inheriting calibrated" in name for name in json.loads(result.stdout)["seconds_per_image"])
+    # It is of the sampler that it was calibrated for, which is not the model's own.
+    assert json.loads((out / "scheduler/scheduler_config.json").read_text())["_class_name"] == "DDIMScheduler"
+    few = ("--images", "2", "--steps", "4", "--repeats", "0", "--guidance", "5", "--against", "mini-sd")
+    result = cli("evaluate", str(out), "--inherit", "calibrated", *few, "--out", "evaluated", "--json")
+    assert result.returncode == 0, result.stderr
+    assert load_evaluation(tmp_path / "evaluated/eval.json").model.inherit == str(out / "inheritance.yaml")
 
 
 def test_the_report_is_one_file_that_needs_no_network(assembled):
@@ -188,7 +195,7 @@ def test_an_infeasible_budget_ends_with_three_and_the_smallest(assembled):
 
 def test_apply_replays_the_recipe_to_the_same_weights(assembled, cli_anew, tmp_path):
     folder, printed, _ = assembled
-    same = ["--calibration-prompts", "3", "--steps", "4", "--bands", "4"]
+    same = ["--calibration-prompts", "3", "--steps", "4", "--bands", "4", "--scheduler", "ddim"]
     result = cli_anew("apply", str(folder / "out" / "recipe.yaml"), "mini-sd", "--out", "again", "--json", *same)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["stock"] == printed["stock"]

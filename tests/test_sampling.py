@@ -139,6 +139,21 @@ def test_prompts_are_split_and_held_out_ones_are_new(pipeline, tmp_path):
     assert (split.calibration, split.held_out) == (("one", "two"), ("three", "four"))
 
 
+@pytest.mark.parametrize(
+    ("given", "kept_back"), [(2, 1), (7, 1), (20, 5), (50, 8), (100, 8), (264, 8), (528, 16), (600, 16)]
+)
+def test_of_own_prompts_enough_are_kept_back_for_a_report(pipeline, given, kept_back):
+    """In the proportion of the two numbers alone it would be one of twenty."""
+    own = [f"prompt {i}" for i in range(given)]
+    split = choose_prompts(pipeline, own, 512, 16)
+    assert len(split.held_out) == kept_back
+    assert len(split.calibration) == min(given - kept_back, 512)
+    assert not set(split.calibration) & set(split.held_out)
+    assert f"of {given} prompts {len(split.calibration)} are measured" in split.of_own(given)
+    assert ("not used" in split.of_own(given)) == (given > 528)
+    assert len(choose_prompts(pipeline, own, 1, 100).calibration) == 1
+
+
 def test_bad_prompt_files_are_named(tmp_path):
     path = tmp_path / "prompts.txt"
     with pytest.raises(AsdmError, match="cannot be read"):

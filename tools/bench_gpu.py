@@ -44,6 +44,7 @@ RULES = ("uniform:2,branch=0", "uniform:3,branch=0", "uniform:5,branch=0", "unif
 DEEPCACHE_SETTINGS = ((2, 0), (3, 0), (5, 0), (3, 2))
 TOKENS, GUIDANCE = 77, 7.5
 FULL_WIDTH = 320
+RECOMPILED = 64  # forms of one call that are compiled
 
 
 def family_of(name: str, width: int) -> Family:
@@ -170,6 +171,9 @@ def main(words: list[str] | None = None) -> None:
         for model in options.models:
             for mode in options.modes:
                 torch.compiler.reset()
+                # One for every student, and none may fall back to eager passes without a word.
+                torch._dynamo.config.recompile_limit = RECOMPILED
+                torch._dynamo.config.fail_on_recompile_limit_hit = True
                 teacher = random_unet(family_of(model, options.width), DTYPES[options.dtype], device)
                 if mode == "compiled":
                     teacher.compile()

@@ -11,13 +11,14 @@ from diffusers import UNet2DConditionModel
 
 from asdm_compress.assembly.calibration import Calibration
 from asdm_compress.assembly.damage import Damage
+from asdm_compress.assembly.in_time import Clock
 from asdm_compress.assembly.options import Finest, Option, is_coarse_enough, teacher_costs
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.plan_fit import RefitChoice, fit_plan
 from asdm_compress.assembly.search import TIME_LIMIT_SECONDS, Interaction, Pairs, Solution, solve
 from asdm_compress.assembly.teacher_runs import TeacherRuns
 from asdm_compress.core.defaults import NEIGHBOURS_SECONDS
-from asdm_compress.core.edits import has_weights
+from asdm_compress.core.edits import Edit, has_weights
 from asdm_compress.core.units import Limit
 from asdm_compress.models.edits import SlotWeights
 from asdm_compress.profiling.profile import Profile, ProfileSettings
@@ -75,7 +76,8 @@ class Search:
     `of_options` are the moments that single edits were fitted and measured on, by default those of `calibration`, which
     may be fewer: a plan's fit holds more of each.
     `damages` are of edits with what is fitted for each, `plain_damages` of those that only take out, without: none
-    where nothing is refitted, since they would be the same.
+    where nothing is refitted, since they would be the same. `timed` is the teacher that times are measured on, where it
+    is in another precision than the one that errors are measured on.
     """
 
     teacher: UNet2DConditionModel
@@ -89,6 +91,15 @@ class Search:
     neighbours_seconds: float = NEIGHBOURS_SECONDS
     plain_damages: Mapping[str, Damage] = field(default_factory=dict)
     of_options: tuple[Calibration, Calibration] | None = None
+    timed: UNet2DConditionModel | None = None
+
+    def clock(
+        self, limits: Sequence[Limit] | None = None, timed: dict[frozenset[tuple[str, Edit]], float] | None = None
+    ) -> Clock:
+        """What times students, under the search's own limits or others; `timed` is what it knows already."""
+        teacher = self.teacher if self.timed is None else self.timed
+        known = {} if timed is None else timed
+        return Clock(teacher, self.profile, self.limits if limits is None else limits, self.settings, known)
 
     def fit(self, plan: Plan, calibration: Calibration, runs: TeacherRuns | None = None) -> SlotWeights:
         """The weights of a plan fitted on some moments, of which the teacher's states may be known."""

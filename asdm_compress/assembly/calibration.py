@@ -14,6 +14,7 @@ from torch import Tensor
 from asdm_compress.core.defaults import BANDS, MOMENTS, PROBES
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.processes import ALONE, Processes
+from asdm_compress.models.precision import true_fp32
 from asdm_compress.sampling.run import GuidedInputs, SamplingRun
 from asdm_compress.sampling.settings import SamplingSettings, check_text_to_image, encode
 
@@ -153,6 +154,7 @@ def check_bands(steps: int, bands: int) -> None:
 
 
 @torch.no_grad()
+@true_fp32()
 def record(
     pipeline: StableDiffusionPipeline,
     prompts: Sequence[str],
@@ -178,7 +180,7 @@ def record(
     probe_steps = 0 if band_weights is not None else settings.steps + sum(settings.steps - step for step in probed)
     starts = processes.share(range(0, len(prompts), TOGETHER))
     total = len(starts) * settings.steps + probe_steps
-    texts = encode(pipeline, prompts, settings.guidance)
+    texts = encode(pipeline, prompts, settings.guidance).to(pipeline.unet.dtype)
     if band_weights is None:
 
         def probing(taken: int, _: int) -> None:

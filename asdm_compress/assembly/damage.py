@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from asdm_compress.assembly.plan import Plan, edited
 from asdm_compress.core.files import CACHE_HINT, disk_errors
 from asdm_compress.core.processes import ALONE, Processes, files_of_all
 from asdm_compress.models.edits import SlotWeights
+from asdm_compress.models.precision import true_fp32
 from asdm_compress.models.walk import State, Step, finish, shared_prefix, start, steps_of, take
 from asdm_compress.sampling.run import GuidedInputs
 
@@ -56,6 +58,7 @@ class Damage:
 
 
 @torch.no_grad()
+@true_fp32()
 def measure_damages(
     unet: UNet2DConditionModel,
     options: Sequence[Option],
@@ -148,6 +151,7 @@ def measure_plan(
 
 
 @torch.no_grad()
+@true_fp32()
 def compare_predictions(
     teacher: UNet2DConditionModel,
     student: UNet2DConditionModel,
@@ -165,6 +169,7 @@ def compare_predictions(
 
 
 @torch.no_grad()
+@true_fp32()
 def predictions(unet: UNet2DConditionModel, calibration: Calibration) -> torch.Tensor:
     """The guided predictions for all moments, (N, C, H, W)."""
     return torch.cat([_predict(unet, calibration.part(first, last)) for first, last in chunks_of(calibration)])
@@ -215,8 +220,14 @@ def sketch(errors: torch.Tensor) -> torch.Tensor:
     Scalar products keep their expectation (the count sketch of Charikar, Chen and Farach-Colton, 2002).
     """
     flat = errors.flatten(1).float()
-    signs = torch.randint(0, 2, flat.shape[1:], generator=torch.Generator().manual_seed(0)).to(flat) * 2 - 1
+    signs = _signs(flat.shape[1], flat.device)
     return F.pad(flat * signs, (0, -flat.shape[1] % SKETCH)).reshape(len(flat), -1, SKETCH).sum(1)
+
+
+@lru_cache(maxsize=4)
+def _signs(count: int, device: torch.device) -> torch.Tensor:
+    drawn = torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(0))
+    return drawn.to(device, torch.float32) * 2 - 1
 
 
 def _as_text(values: torch.Tensor) -> str:

@@ -11,7 +11,7 @@ from ortools.sat.python import cp_model
 
 from asdm_compress.assembly.attempts import ATTEMPTS, LEAST_ATTEMPTS, Search
 from asdm_compress.assembly.damage import Damage, measure_plan
-from asdm_compress.assembly.in_time import Clock, measured_ratio, search_in_time
+from asdm_compress.assembly.in_time import measured_ratio, search_in_time
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.search import Solution
 from asdm_compress.assembly.surgery import assemble
@@ -79,7 +79,7 @@ def climb(
     timed: dict[frozenset[tuple[str, Edit]], float] = {}
     for share in sorted({*shares, *exact}, reverse=True):
         limits = (Limit("latency", share, relative=True),)
-        clock = Clock(search.teacher, search.profile, limits, search.settings, timed)
+        clock = search.clock(limits, timed)
         for attempt in ATTEMPTS[:LEAST_ATTEMPTS]:
             here = search.suited_to(attempt)
             if here is None:
@@ -101,8 +101,8 @@ def climb(
     for number, solution in enumerate(plans, start=1):
         weights = search.fit(solution.plan, fitting)
         damage = measure_plan(search.teacher, solution.plan, measuring, weights)
-        student = assemble(search.teacher, solution.plan, weights)
-        rungs.append(Rung(solution, measured_ratio(search.teacher, student, search.settings), damage))
+        student = assemble(clock.teacher, solution.plan, weights)
+        rungs.append(Rung(solution, measured_ratio(clock.teacher, student, search.settings), damage))
         if progress:
             progress(number, len(plans))
     return sorted(rungs, key=lambda rung: -rung.latency)

@@ -24,6 +24,7 @@ from asdm_compress.assembly.slot_fit import BandSums, SlotFits, groups_of, slot_
 from asdm_compress.core.edits import SHARED, ConvSpec, Edit, conv_spec, has_weights, kept_share
 from asdm_compress.core.processes import ALONE, Processes
 from asdm_compress.models.edits import SlotWeights
+from asdm_compress.models.precision import true_fp32
 from asdm_compress.models.walk import finish, shared_prefix, start, steps_of, take
 from asdm_compress.models.widths import inner_widths
 from asdm_compress.profiling.slot_costs import as_run
@@ -232,6 +233,7 @@ def fit_absorbers(
     def module_of(option: Option) -> nn.Module:
         return student_steps[option.name].modules[-1]
 
+    @true_fp32()
     def fitted(group: Sequence[Option]) -> dict[str, SlotWeights]:
         """In a function of its own, since who gets the weights needs the memory of what they were made of."""
         sums = {o.name: Refit(module_of(o), Refit.kind_for(module_of(o), "full")) for o in group}
@@ -249,6 +251,7 @@ def fit_absorbers(
 
 
 @torch.no_grad()
+@true_fp32()
 def _inner_sums(unet: UNet2DConditionModel, paths: Sequence[str], calibration: Calibration) -> dict[str, InnerSums]:
     inner, steps = inner_widths(unet), steps_of(unet)
     sums = {path: InnerSums.empty(inner[path], unet.device) for path in paths}
@@ -296,6 +299,7 @@ def _within_memory(items: Sequence[ItemT], size_of: Callable[[ItemT], int]) -> I
 
 
 @torch.no_grad()
+@true_fp32()
 def _accumulate(unet: UNet2DConditionModel, bearers: Sequence[_Bearer], calibration: Calibration) -> list[BandSums]:
     steps = steps_of(unet)
     at = {step.path: i for i, step in enumerate(steps)}

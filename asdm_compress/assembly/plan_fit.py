@@ -22,6 +22,7 @@ from asdm_compress.assembly.teacher_runs import TeacherRuns
 from asdm_compress.core.edits import conv_spec, has_weights, kept_share
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.edits import SlotWeights, edited_copy, put_tensors
+from asdm_compress.models.precision import true_fp32
 from asdm_compress.models.walk import State, Step, shared_prefix, start, steps_of, take
 from asdm_compress.models.widths import inner_widths
 
@@ -38,6 +39,7 @@ def check_refit(name: str) -> None:
 
 
 @torch.no_grad()
+@true_fp32()
 def fit_plan(
     unet: UNet2DConditionModel,
     plan: Plan,

@@ -76,8 +76,10 @@ class NormalEquations:
         Of more than `PLACES` places as many are taken, drawn anew for every call.
         """
         every = inputs.shape[2] * inputs.shape[3]
-        generator = torch.Generator().manual_seed(round(self.samples * 1e6) % 2**31)
-        places = torch.randperm(every, generator=generator)[:PLACES].to(inputs.device) if every > PLACES else None
+        places: Tensor | None = None
+        if every > PLACES:
+            generator = torch.Generator().manual_seed(round(self.samples * 1e6) % 2**31)
+            places = torch.randperm(every, generator=generator)[:PLACES].to(inputs.device)
         patch_bytes = 8 * kernel**2 * inputs[0].numel()
         rows = max(1, BYTES_PER_BLOCK // patch_bytes)
         for start in range(0, len(inputs), rows):

@@ -107,7 +107,7 @@ def search_verified(search: Search) -> Verified:
     """
     halves = search.calibration.for_plans()
     moments = _Moments.of(search.teacher, halves)
-    clock = Clock(search.teacher, search.profile, search.limits, search.settings)
+    clock = search.clock()
     pairs: dict[frozenset[str], float] = {}
     found, refused = _attempts(search, clock, pairs, moments)
     if not found:
@@ -125,7 +125,7 @@ def search_verified(search: Search) -> Verified:
     weights = search.fit(solution.plan, search.calibration)
     return Verified(
         solution=solution,
-        student=assemble(search.teacher, solution.plan, weights),
+        student=assemble(clock.teacher, solution.plan, weights),
         costs=best.in_time.costs,
         latency_ratio=best.in_time.latency_ratio,
         predicted_latency_ratio=slower * max(solution.costs["latency"] / search.profile.latency, 1e-9),

@@ -41,9 +41,16 @@ def apply(
     slot_start: Annotated[
         str, typer.Option(help="Weights that the recipe brings along: fit to this model, zero, random, or copied.")
     ] = "fit",
+    refit: Annotated[
+        str | None,
+        typer.Option(
+            help="Solve what stays anew on this model: full, scale (a factor per channel) or none; by default as the "
+            "recipe says, which of the recipes of others is none."
+        ),
+    ] = None,
     prompts: o.Prompts = None,
     calibration_prompts: Annotated[
-        int, typer.Option(min=1, help="Prompts that convolutions are fitted on.")
+        int, typer.Option(min=1, help="Prompts that convolutions and what stays are fitted on.")
     ] = CALIBRATION_PROMPTS,
     calibration_triples: Annotated[
         int,
@@ -62,7 +69,11 @@ def apply(
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
-    """Replay a recipe on a checkpoint of the same family, without a search."""
+    """Replay a recipe on a checkpoint of the same family, without a search.
+
+    What the recipe brings along is fitted to this model. The recipes of published students bring nothing along: their
+    cut is to be trained (`distill`), or, with --refit full, what stays is solved anew first.
+    """
     path = find_recipe(recipe)
     content = load_recipe(path)
     check_output(out, overwrite, None, prompts)
@@ -71,9 +82,11 @@ def apply(
     dtype = _dtype_of(variant, o.own_name(dtype))
     if slot_start not in ("fit", "zero", "random", "copied"):
         raise AsdmError(f"unknown slot start {slot_start!r}", "Use fit, zero, random or copied.")
+    if refit is not None:
+        content = content.model_copy(update={"refit": _known_refit(refit)})
     if slot_start != "fit":
         why = f"does nothing with --slot-start {slot_start}, which fits nothing"
-        o.refuse_given(context, [name for name in _FITTED if name != "slot_start"], why, "Leave it out.")
+        o.refuse_given(context, ["refit", *(name for name in _FITTED if name != "slot_start")], why, "Leave it out.")
     if not content.brings_weights:
         o.refuse_given(context, _FITTED, "does nothing with a recipe that fits nothing", "Leave it out.")
     output = Output(quiet, as_json)
@@ -107,6 +120,11 @@ def apply(
         output.show(f"{result.slots} convolutions and narrowed modules {how}.")
     elif content.refit != "none" and slot_start != "fit":
         output.show(f"What stays is not refitted ({slot_start}): train before use.")
+    elif result.removed and not content.brings_weights:
+        output.show(
+            "Nothing makes up for what is taken out: train the student with `asdm-compress distill`, or solve what "
+            "stays anew with --refit full."
+        )
     output.show(
         f"Wrote {out}: {result.kept} tensors inherited, {result.removed} removed; "
         f"{'opens in plain diffusers' if result.is_stock else 'opens after `import asdm_compress`'}."
@@ -123,6 +141,12 @@ def apply(
             "pushed": result.pushed,
         }
     )
+
+
+def _known_refit(name: str) -> str:
+    if name not in ("full", "scale", "none"):
+        raise AsdmError(f"unknown refit {name!r}", "Use full, scale or none.")
+    return name
 
 
 def _dtype_of(variant: str | None, dtype: str) -> str:

@@ -24,12 +24,13 @@ from asdm_compress.core.edits import parse_shares
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_output
 from asdm_compress.core.processes import joined
-from asdm_compress.core.units import parse_budget
+from asdm_compress.core.units import Limit, parse_budget
 
 if TYPE_CHECKING:
     from asdm_compress.workflows.assemble_members import MembersResult
 
 _SHARES = ",".join(map(str, NARROW_SHARES))
+_INHERIT_HINT = "For example --inherit latency=0.6x; regular caching such as uniform:3 is for `generate --inherit`."
 
 
 def assemble(
@@ -111,6 +112,7 @@ def assemble(
     repeats: Annotated[int, typer.Option(min=2, help="Timed passes.")] = 15,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
+    measure_dtype: o.MeasureDtype = "auto",
     threads: o.Threads = None,
     prediction_type: o.PredictionType = None,
     allow_pickle: o.AllowPickle = False,
@@ -118,7 +120,7 @@ def assemble(
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
-    """Cut a model to a budget with the least damage, provably, and write the student with its evidence.
+    """Cut a model to a budget with the least damage, with a bound, and write the student with its evidence.
 
     Modules are taken out, narrowed, or replaced by small convolutions, and what stays is solved anew; nothing is
     trained (`distill` does that). The folder opens in diffusers after `import asdm_compress`. Measurements are kept on
@@ -126,7 +128,7 @@ def assemble(
     several processes share the measurements of damages.
     """
     limits = parse_budget(budget or [])
-    schedule = parse_budget([inherit]) if inherit else ()
+    schedule = _share_of_time(inherit) if inherit else ()
     shares = parse_shares(narrow)
     if members is not None and inherit is not None:
         raise AsdmError("--members and --inherit do not go together", "Use `optimize --members` on the students.")
@@ -148,7 +150,6 @@ def assemble(
         from asdm_compress.reporting.calibration import contestants_table
         from asdm_compress.reporting.tables import evidence_table, plan_tree
         from asdm_compress.sampling.settings import SamplingSettings
-        from asdm_compress.workflows.calibrate import goal_of
         from asdm_compress.workflows.plan import PlanSettings
 
         settings = PlanSettings(
@@ -168,10 +169,11 @@ def assemble(
             finest=finest,  # type: ignore[arg-type]
             refit=refit,  # type: ignore[arg-type]
             exact=exact,
+            measure_dtype=o.measure_dtype(measure_dtype),
             neighbours_seconds=neighbours,
         )
         target = Target(out, overwrite, o.command_line())
-        goal = goal_of(schedule, None, None).limit if schedule else None
+        goal = schedule[0] if schedule else None
         if members is not None:
             _show(run_assemble_members(model, limits, target, load, settings, output, members, processes), output)
             return
@@ -202,6 +204,17 @@ def assemble(
         if as_json:
             raise typer.Exit(int(result.refused.exit_code))
         raise result.refused
+
+
+def _share_of_time(said: str) -> tuple[Limit, ...]:
+    """The time that a student's own schedule is calibrated to."""
+    try:
+        limits = parse_budget([said])
+    except AsdmError as error:
+        raise AsdmError(f"--inherit takes a share of the student's time, not {said!r}", _INHERIT_HINT) from error
+    if len(limits) != 1 or limits[0].resource != "latency":
+        raise AsdmError(f"schedules are calibrated for time alone, not for {said!r}", _INHERIT_HINT)
+    return limits
 
 
 def _show(made: MembersResult | None, output: Output) -> None:

@@ -18,7 +18,7 @@ def calibrate(
     context: typer.Context,
     model: o.Model = "mini-sd",
     budget: Annotated[
-        list[str] | None, typer.Option("--budget", "-b", help="latency=0.5x or latency=2.5s, of a whole run.")
+        list[str] | None, typer.Option("--budget", "-b", help="latency=0.5x or latency=2.5s, of a run's sampling loop.")
     ] = None,
     members: Annotated[
         str | None,

@@ -55,13 +55,13 @@ def distill(
     schedule: Annotated[str | None, typer.Option(help="constant, cosine, linear, … as diffusers has them.")] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help="Steps in which the learning rate rises.")] = None,
     optimiser: Annotated[str | None, typer.Option(help="adamw, adamw-fused or adamw-8bit.")] = None,
-    clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
+    clip: Annotated[float | None, typer.Option("--max-grad-norm", help="Largest norm of the gradient.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of the averaged weights.")] = None,
     task: Annotated[
         float | None, typer.Option(help="Weight of the task loss, against the noise that was added.")
     ] = None,
     output_weight: Annotated[
-        float | None, typer.Option("--output", help="Weight of the loss against the teacher's prediction.")
+        float | None, typer.Option("--output-weight", help="Weight of the loss against the teacher's prediction.")
     ] = None,
     feature: Annotated[float | None, typer.Option(help="Weight of the feature loss.")] = None,
     features: Annotated[

@@ -21,7 +21,7 @@ EXAMPLES: Final = {
     "distill": "asdm-compress distill mini-light --out trained",
     "calibrate": "asdm-compress calibrate mini-sd --budget latency=0.5x --out fast",
     "switch": "asdm-compress switch mini-sd mini-light --schedule small-first:10 --out both",
-    "optimize": "asdm-compress optimize mini-sd --members mini-light --budget latency=0.33x --out fast",
+    "optimize": "asdm-compress optimize mini-sd --members mini-light --budget latency=0.33x --out faster",
     "generate": 'asdm-compress generate mini-light "a small red circle" --compare mini-sd',
     "evaluate": "asdm-compress evaluate mini-light --against mini-sd",
     "report": "asdm-compress report mini-light",

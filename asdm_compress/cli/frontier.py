@@ -78,6 +78,7 @@ def frontier(
     repeats: Annotated[int, typer.Option(min=2, help="Timed passes.")] = 15,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
+    measure_dtype: o.MeasureDtype = "auto",
     threads: o.Threads = None,
     prediction_type: o.PredictionType = None,
     allow_pickle: o.AllowPickle = False,
@@ -85,7 +86,7 @@ def frontier(
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
-    """For every budget the plan of least damage, exactly: the frontier as a table, JSON and a plot.
+    """For every budget the plan of least summed damage, with a bound: the frontier as a table, JSON and a plot.
 
     A folder that `assemble` wrote has everything that this needs. For a model, damages that `assemble` has measured
     with the same settings are not measured again.
@@ -131,6 +132,7 @@ def frontier(
             finest=finest,  # type: ignore[arg-type]
             refit=refit,  # type: ignore[arg-type]
             exact=exact,
+            measure_dtype=o.measure_dtype(measure_dtype),
         )
         found = of_model(model, place, load, settings, wanted, output, overwrite)
     output.show(frontier_table(found))

@@ -14,7 +14,9 @@ from asdm_compress.core.files import check_output
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="mini-sd, a diffusers folder, a name or a hub id.")],
+    model: Annotated[
+        str, typer.Argument(help="mini-sd, a diffusers folder, a .safetensors or .ckpt file, a name or a hub id.")
+    ],
     prompt: Annotated[list[str], typer.Argument(help="One or more prompts; each makes its images.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files and the grid.")] = Path("images"),
     compare: Annotated[str | None, typer.Option(help="A teacher to sample beside it, at the same seeds.")] = None,

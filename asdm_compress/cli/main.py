@@ -110,5 +110,8 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        hint = "Use --dtype bf16, a smaller --image-size or --batch, or, where something is fitted, fewer moments."
+        hint = (
+            "Ask for less at once, as far as this command has these: --dtype bf16, a smaller --batch or --image-size, "
+            "and where something is fitted fewer --calibration-triples."
+        )
         fail(AsdmError("memory ran out", hint, ExitCode.ENVIRONMENT), as_json="--json" in sys.argv)

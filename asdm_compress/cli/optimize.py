@@ -19,7 +19,9 @@ def optimize(
     model: o.Model = "mini-sd",
     budget: Annotated[
         list[str] | None,
-        typer.Option("--budget", "-b", help="latency=0.33x or latency=2.5s, of a whole image; of --images, of one."),
+        typer.Option(
+            "--budget", "-b", help="latency=0.33x, or seconds per image such as latency=2.5s, decoding included."
+        ),
     ] = None,
     members: Annotated[
         str | None, typer.Option(help="Students, separated by commas, that steps may be given to.")
@@ -27,7 +29,9 @@ def optimize(
     students: Annotated[
         int,
         typer.Option(
-            min=0, help="Make up to so many students first, as `assemble --members` does, where none are given."
+            min=0,
+            help="Make up to so many students first, as `assemble --members` does by default, where none are given. At "
+            "full size make them with `assemble`, whose options say how much is measured, and give them as --members.",
         ),
     ] = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pipeline and its report.")] = Path("fast"),

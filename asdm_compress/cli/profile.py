@@ -17,7 +17,8 @@ DEPTHS = ("block", "layer", "unit", "sub-unit")
 def profile(
     model: o.Model = "mini-sd",
     out: Annotated[
-        Path | None, typer.Option(help="Folder for profile.json and profile.svg; by default nothing is written.")
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for profile.json and profile.svg; by default nothing is written."),
     ] = None,
     depth: Annotated[str, typer.Option(help="block, layer, unit or sub-unit: how deep the table goes.")] = "unit",
     batch: Annotated[int, typer.Option(min=1, help="Samples per pass; 2 is one image with guidance.")] = 2,

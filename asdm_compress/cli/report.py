@@ -12,7 +12,10 @@ from asdm_compress.cli.console import Output
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="What assemble, apply, calibrate, distill or evaluate wrote.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="What assemble, frontier, apply, calibrate, switch, optimize, distill or evaluate wrote."),
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Another folder for the report; by default the same.")
     ] = None,

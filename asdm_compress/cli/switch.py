@@ -23,8 +23,9 @@ def switch(
         typer.Option(
             "--schedule",
             "-s",
-            help="small-first:10, large-first:10, interleaved:3, explicit:teacher*5/student*10/skip/teacher, or the "
-            "file that `calibrate --members` wrote. Members have the names of their folders.",
+            help="small-first:10, large-first:10, interleaved:3, explicit:teacher*6/student*16/skip/student/teacher "
+            "(one for every step), or the file that `calibrate --members` wrote. Members have the names of their "
+            "folders.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the switched pipeline.")] = Path("switched"),

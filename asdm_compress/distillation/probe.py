@@ -10,7 +10,9 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from asdm_compress.assembly.calibration import Calibration, record
-from asdm_compress.assembly.damage import compare_predictions
+from asdm_compress.assembly.damage import compare_predictions, predictions
+from asdm_compress.models.loading import with_parts
+from asdm_compress.models.precision import true_fp32
 from asdm_compress.sampling.run import SamplingRun
 from asdm_compress.sampling.settings import SamplingSettings, encode
 
@@ -33,30 +35,41 @@ class ProbeResult:
 class Probe:
     """Holds what the teacher does on the prompts, so that a probe costs the student's runs alone.
 
-    `wanted` are the teacher's final latents (N, C, h, w), `found` those of the student that was measured last.
+    `exact` is the teacher's UNet in fp32 where the pipeline's own is in half precision, whose rounding is more than
+    what a near student differs by; it is not kept. `wanted` are its final latents (N, C, h, w), `found` those of the
+    student that was measured last.
     """
 
     def __init__(
-        self, pipeline: StableDiffusionPipeline, prompts: Sequence[str], settings: SamplingSettings, seed: int = 90_000
+        self,
+        pipeline: StableDiffusionPipeline,
+        prompts: Sequence[str],
+        settings: SamplingSettings,
+        seed: int = 90_000,
+        exact: UNet2DConditionModel | None = None,
     ) -> None:
         self.pipeline, self.settings = pipeline, replace(settings, seed=seed)
         self.texts = encode(pipeline, prompts, settings.guidance)
         self.prompts = tuple(prompts)
-        self.wanted = self._run(pipeline.unet)
+        teacher = pipeline.unet if exact is None else exact
+        weights = (1 / BANDS,) * BANDS
+        with true_fp32():
+            self.wanted = self._run(teacher)
+            self.moments: Calibration = record(
+                with_parts(pipeline, unet=teacher), prompts, self.settings, BANDS, None, weights
+            )
+            self.reference = predictions(teacher, self.moments)
         self.found: Tensor = self.wanted
-        self.moments: Calibration = record(pipeline, prompts, self.settings, BANDS, None, (1 / BANDS,) * BANDS)
 
     def measure(self, student: UNet2DConditionModel) -> ProbeResult:
         """Sample with the student, which is left as it was."""
         was_training = student.training
         student.eval()
         try:
-            teacher = self.pipeline.unet
-            # A teacher in half precision is compared with a student as that is trained: mixed.
-            mixed = teacher.dtype != student.dtype
-            with torch.autocast(student.device.type, teacher.dtype, enabled=mixed):
+            # Whatever it is trained in: its weights are kept in fp32.
+            with torch.autocast(student.device.type, enabled=False), true_fp32():
                 self.found = self._run(student)
-                damage = compare_predictions(teacher, student, self.moments).total
+                damage = compare_predictions(student, student, self.moments, self.reference).total
         finally:
             student.train(was_training)
         return ProbeResult(relative_error(self.found, self.wanted), float(damage))

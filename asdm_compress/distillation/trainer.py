@@ -319,7 +319,10 @@ class Trainer:
         self.ema.optimization_step = step
 
     def _new_average(self) -> EMAModel:
-        average = EMAModel(self.subjects.student.parameters(), decay=self.settings.ema_decay, use_ema_warmup=True)
+        average = EMAModel(
+            self.subjects.student.parameters(), decay=self.settings.ema_decay, use_ema_warmup=True,
+            foreach=not self.loop.sharded,
+        )  # fmt: skip
         average.to(self.accelerator.device)
         return average
 

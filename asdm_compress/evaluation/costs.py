@@ -182,6 +182,7 @@ def peak_while_sampling(pipeline: StableDiffusionPipeline, prompt: str, settings
     """
     if pipeline.device.type != "cuda":
         return None
+    pipeline.unet.eval()  # which forgets kernels that earlier runs have left there
     torch.cuda.reset_peak_memory_stats(pipeline.device)
     before = torch.cuda.memory_allocated(pipeline.device)
     _one_image(pipeline, prompt, settings)

@@ -20,6 +20,8 @@ CALIBRATION_SEED: Final = 1
 HELD_OUT_SEED: Final = 2
 EVALUATION_SEED: Final = 3
 PROBE_SEED: Final = 7
+# Of a user's own prompts at least, where there are four times as many: of fewer pictures no report says much.
+KEPT_BACK: Final = 8
 
 _SUBJECTS: Final = (
     "an old fisherman", "a red bicycle", "a bowl of ripe apricots", "two dogs", "a wooden chair", "a steam locomotive",
@@ -53,6 +55,15 @@ class PromptSplit:
     captions: tuple[Caption, ...] | None = None
     seen_captions: tuple[Caption, ...] | None = None
 
+    def of_own(self, given: int) -> str:
+        """What became of so many prompts that a user gave."""
+        unused = given - len(self.calibration) - len(self.held_out)
+        rest = f"; {unused} are not used" if unused else ""
+        return (
+            f"of {given} prompts {len(self.calibration)} are measured and fitted on, and {len(self.held_out)} are kept "
+            f"back for the report{rest}"
+        )
+
 
 def distinct(prompts: Sequence[str]) -> tuple[str, ...]:
     """Prompts in order, each once. Raises AsdmError for fewer than two that differ."""
@@ -70,13 +81,14 @@ def choose_prompts(
 ) -> PromptSplit:
     """Split a user's own prompts, each taken once; without any, take such as the pipeline understands.
 
-    Raises AsdmError for fewer than two that differ.
+    Of a user's own a fourth is kept back where that is no more than `KEPT_BACK`, and more only in the proportion of the
+    two numbers. Raises AsdmError for fewer than two that differ.
     """
     if own is not None:
         own = distinct(own)
-        share = max(1, round(len(own) * calibration / (calibration + held_out)))
-        share = min(share, len(own) - 1)
-        return PromptSplit(tuple(own[:share][:calibration]), tuple(own[share:][:held_out]))
+        wanted = round(len(own) * held_out / (calibration + held_out))
+        back = min(max(1, wanted, min(KEPT_BACK, held_out, len(own) // 4)), len(own) - 1)
+        return PromptSplit(tuple(own[: len(own) - back][:calibration]), tuple(own[len(own) - back :][:held_out]))
     if understands_scenes(pipeline):
         seen = sample_captions(calibration, CALIBRATION_SEED, held_out=False)
         unseen = sample_captions(held_out, HELD_OUT_SEED, held_out=True)

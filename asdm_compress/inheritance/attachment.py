@@ -6,11 +6,13 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Final
 
+import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from torch._dynamo.eval_frame import OptimizedModule
 
 from asdm_compress.core.errors import AsdmError
+from asdm_compress.inheritance.corrections import Correction, CorrectionKey
 from asdm_compress.inheritance.dispatcher import Forward, attach_to, compiled_in_place, leave
 from asdm_compress.inheritance.evaluator import Evaluator
 from asdm_compress.inheritance.members import HasMembers
@@ -20,6 +22,9 @@ from asdm_compress.inheritance.validity import ModelMark, mark_of
 from asdm_compress.models.call import UNetCall
 from asdm_compress.models.families import check_supported
 
+Corrections = Mapping[CorrectionKey, Correction]
+# A rule's own, and what became of them for a device and a type.
+_Moved = tuple[Corrections, torch.device, torch.dtype, Corrections]
 COMPILED: Final[Mapping[str, Any]] = {"fullgraph": True}
 
 
@@ -34,6 +39,7 @@ class Attachment:
         self.compiled: OptimizedModule | None = None
         self.unet, self.compiled = _opened(pipeline)
         self.notices: set[str] = set()  # given already
+        self._moved: _Moved | None = None
         self._renew()
 
     @functools.cached_property
@@ -80,6 +86,14 @@ class Attachment:
             return called(**call.arguments(), return_dict=False)[0]  # type: ignore[no-any-return]
 
         return plain
+
+    def corrections_on(self, rule: Schedule, like: Tensor) -> Corrections:
+        """A rule's corrections with the device and type of `like`, moved once for all runs that have these."""
+        moved = self._moved
+        if moved is None or moved[0] is not rule.corrections or moved[1:3] != (like.device, like.dtype):
+            there = {key: correction.on(like) for key, correction in rule.corrections.items()}
+            moved = self._moved = (rule.corrections, like.device, like.dtype, there)
+        return moved[3]
 
     @property
     def is_compiled(self) -> bool:

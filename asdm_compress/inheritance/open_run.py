@@ -72,8 +72,8 @@ class OpenRun:
                 if notice is not None and notice not in attachment.notices:
                     attachment.notices.add(notice)
                     warnings.warn(notice, CarriedOver, stacklevel=2)
-            # Moved once for a run: within it nothing waits for the device.
-            corrections = {key: correction.on(call.sample) for key, correction in rule.corrections.items()}
+            # Moved before the run: within it nothing waits for the device.
+            corrections = attachment.corrections_on(rule, call.sample)
             if start and corrections:
                 all_of_them = with_own_members(self.unet, actions_of(rule, timeline, 0), timeline, 0)
                 whole = attachment.evaluator.plan(all_of_them, timeline, self.guided)

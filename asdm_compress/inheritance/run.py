@@ -138,9 +138,8 @@ class Run:
         recorded: tuple[Tensor, ...] = ()
         if step.program.is_plain and self.plain is not None:
             prediction = self._plainly(step, active)
-            # What is compiled may put the next prediction where this one lies.
-            own = prediction if self.evaluator.compile_options is None else prediction.clone()
-            recorded = (own,) * len(step.program.recorded)
+            # What is compiled, by us or by whoever made the UNet, may put the next prediction where this one lies.
+            recorded = (prediction.clone(),) * len(step.program.recorded) if step.program.recorded else ()
         else:
             timestep = self.timeline.timesteps[self.step]
             evaluator = self.evaluator.of(step.action.member)
@@ -245,7 +244,7 @@ class Run:
             return value
         assert call is not None
         of_input, of_prediction = use.denoised
-        return ((value - of_input * _latents(call, value)) / of_prediction).to(call.sample.dtype)
+        return ((value - of_input * _latents(call, value).float()) / of_prediction).to(call.sample.dtype)
 
     def _keep(self, step: StepPlan, recorded: Mapping[Feature, Tensor]) -> None:
         for kept in step.keeps:

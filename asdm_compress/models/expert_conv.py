@@ -41,12 +41,20 @@ class Moment:
     def of(timestep: Tensor | float, batch: int, device: torch.device) -> Moment:
         """The moment of a call with a timestep that is a number, a scalar, or (B,).
 
-        Outside of training and compiling the value is read, which on a GPU waits for it.
+        Outside of training and compiling the value is read, which on a GPU waits for it, and cannot be done while a
+        CUDA graph is captured.
         """
         given = torch.as_tensor(timestep, device=device).reshape(-1)
-        reads = device.type != "meta" and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        reads = device.type != "meta" and not torch.is_grad_enabled() and not _in_a_graph(device)
         uniform = len(given) == 1 or (reads and bool((given == given[0]).all()))
         return Moment(given.expand(batch), uniform, float(given[0]) if uniform and reads else None)
+
+
+def _in_a_graph(device: torch.device) -> bool:
+    """Whether what runs is compiled or captured, so that it must not hang on the numbers that there are now."""
+    if torch.compiler.is_compiling():
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 # The moment of the forward pass under way, for layers inside blocks that do not hand it on.
@@ -151,7 +159,7 @@ class MultiExpertConv2d(nn.Module):
             assert moment is not None
             if moment.uniform:
                 return self._convolve(hidden_states, *self._kernels_at(moment))
-            if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if not torch.is_grad_enabled() and not _in_a_graph(hidden_states.device):
                 return self._convolve_by_moment(hidden_states, moment)
         return self._convolve_each(hidden_states, self.route(hidden_states, moment))
 
@@ -199,7 +207,8 @@ class MultiExpertConv2d(nn.Module):
             best = int(share.argmax())
             is_one = abs(float(share[best]) - 1) < ONE_HOT_TOLERANCE and self.spec.mixing == "softmax"
             kept = best if is_one else self.kernels_for(share)
-            self._mixed.put(moment.value, kept)
+            if is_one or device == "cpu":  # a GPU mixes them in no time, and has no memory for dozens
+                self._mixed.put(moment.value, kept)
         if isinstance(kept, int):
             return [weight[kept] for weight in self.weights()], self.bias[kept]
         return kept

@@ -231,11 +231,15 @@ def fingerprint(unet: UNet2DConditionModel, settings: ProfileSettings, model_nam
 
 
 def check_fingerprint(wanted: Fingerprint, found: Fingerprint) -> None:
-    """Raise AsdmError, showing what differs, when a profile was made for something else; names do not matter."""
+    """Raise AsdmError, showing what differs, when a profile was made for something else.
+
+    Names do not matter, nor does the number of the processor's threads for what was timed on a GPU.
+    """
+    on_processor = wanted.device == processor_name()
     differing = [
         f"{name}: {getattr(found, name)} in the profile, {getattr(wanted, name)} here"
         for name in Fingerprint.model_fields
-        if name != "model" and getattr(found, name) != getattr(wanted, name)
+        if name != "model" and (on_processor or name != "threads") and getattr(found, name) != getattr(wanted, name)
     ]
     if differing:
         raise AsdmError(f"the profile was made for something else: {'; '.join(differing)}", "Make the profile again.")

@@ -123,7 +123,7 @@ def report_of(stages: Stages, blanks: Blanks) -> Report:
         (time_section(stages, blanks.teacher), "Where the time goes", assembled),
         (predictions_section(stages), "Predicted against measured", assembled),
         (damage_section(stages), "Damage by timestep band", assembled),
-        (frontier_section(stages), "Frontier", f"asdm-compress frontier {place}" if of_student else ""),
+        (frontier_section(stages), "Frontier", f"asdm-compress frontier {place}" if stages.assembly else ""),
         (
             evaluation_section(stages),
             "Evaluation",

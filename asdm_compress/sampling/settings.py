@@ -42,7 +42,17 @@ def check_text_to_image(pipeline: StableDiffusionPipeline) -> None:
         raise AsdmError(
             f"this UNet takes {config['in_channels']} channels and gives {config['out_channels']}: it is no plain "
             "text-to-image model, and this command samples from text alone",
-            "`profile` works on it, and `apply` where nothing is fitted, or with --slot-start zero.",
+            "`profile` works on it, and `apply` where nothing is fitted.",
+        )
+
+
+def check_not_offloaded(pipeline: StableDiffusionPipeline) -> None:
+    """Raise AsdmError for weights that are elsewhere until the UNet is called: its parts are run by themselves here."""
+    hooks = [getattr(pipeline.unet, name, None) for name in ("_hf_hook", "_diffusers_hook")]
+    if any(hook is not None for hook in hooks):
+        raise AsdmError(
+            "the pipeline's UNet is offloaded, and its parts cannot be measured one by one",
+            "Measure before enable_model_cpu_offload and its like; what is found holds with them.",
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,6 +18,7 @@ from asdm_compress.inheritance.evaluator import Evaluator
 from asdm_compress.inheritance.run import Run
 from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.models.call import UNetCall
+from asdm_compress.profiling.latency import clock_for
 from asdm_compress.sampling.run import SamplingRun
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.scheduling.guided_unet import GuidedUNet
@@ -123,23 +123,18 @@ def _seconds(
 ) -> list[float]:
     """Seconds of every step, medians over a few runs; the first holds what a run costs beside its steps."""
     loop = Loop(pipeline, texts, settings, schedule)
+    clock = clock_for(pipeline.device, undisturbed=True)  # as of the times that these are compared with
     runs: list[list[float]] = []
     loop()
     for _ in range(TIMED_RUNS):
-        marks = [_now(pipeline.device)]
+        clock.synchronise()
+        marks = [clock.mark()]
 
-        def mark(*_: Any, marks: list[float] = marks) -> dict[str, Any]:
-            marks.append(_now(pipeline.device))
+        def mark(*_: Any, marks: list[Any] = marks) -> dict[str, Any]:
+            marks.append(clock.mark())
             return {}
 
         loop(mark)
-        runs.append([after - before for before, after in pairwise(marks)])
+        clock.synchronise()
+        runs.append([clock.between(before, after) for before, after in pairwise(marks)])
     return [median(seconds) for seconds in zip(*runs, strict=True)]
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif torch.get_num_threads() == 1:
-        return time.process_time()  # as the times that it is compared with
-    return time.perf_counter()

@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from asdm_compress.models.precision import true_fp32
 from asdm_compress.sampling.images import check_latents
 from asdm_compress.sampling.run import SamplingRun
 from asdm_compress.sampling.settings import SamplingSettings
@@ -22,6 +23,7 @@ Progress = Callable[[int, int], None]
 
 
 @torch.no_grad()
+@true_fp32()
 def measure_gains(
     pipeline: StableDiffusionPipeline,
     texts: Tensor,

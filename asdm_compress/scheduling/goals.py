@@ -206,16 +206,20 @@ def choose_schedule(choosing: Choosing, goal: Goal, share: float | None) -> Plan
     shares = np.linspace(choosing.front.cheapest.share, 1.0, SHARES)
     low, high = 0, len(shares) - 1
     kept: Plan | None = None
+    most = -math.inf
     while low <= high:
         middle = (low + high) // 2
         plan = choosing.chosen(float(shares[middle]), goal.metric, wide=False)
-        if choosing.judge.score(plan.way).lower(goal.metric) >= goal.least:
+        surely = choosing.judge.score(plan.way).lower(goal.metric)
+        most = max(most, surely)
+        if surely >= goal.least:
             kept, high = plan, middle - 1
         else:
             low = middle + 1
     if kept is None:
         raise AsdmError(
-            f"no schedule keeps a mean {goal.metric} of {goal.least:g} with {CONFIDENCE:.0%} confidence",
+            f"no schedule keeps a mean {goal.metric} of {goal.least:g} with {CONFIDENCE:.0%} confidence; the most that "
+            f"one surely has is {most:.4g}",
             "Ask for less, or validate on more prompts with --validation-prompts.",
             ExitCode.INFEASIBLE,
         )

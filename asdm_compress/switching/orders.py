@@ -18,7 +18,9 @@ from asdm_compress.core.errors import AsdmError
 from asdm_compress.inheritance.actions import Action, skip
 from asdm_compress.inheritance.forecast import HOLD, LINEAR, parse_forecast
 
-ORDER_GRAMMAR: Final = "small-first:10, large-first:10, interleaved:3, explicit:teacher*5/student*10/skip/teacher"
+ORDER_GRAMMAR: Final = (
+    "small-first:10, large-first:10, interleaved:3, explicit:teacher*6/student*16/skip/student/teacher"
+)
 _TIMES: Final = re.compile(r"(?P<what>.+?)(?:\*(?P<count>\d+))?")
 
 

@@ -207,9 +207,10 @@ def _fit(
     """Fit the plan's convolutions, and what stays, to what the model itself does, in fp32."""
     if not source.is_pipeline:
         raise AsdmError(
-            "the recipe's convolutions, narrowed and refitted modules are fitted by sampling, for which a "
-            f"{source.kind} is not enough",
-            "Give a whole pipeline folder, or --slot-start zero for a student that a later training fills.",
+            "the recipe's convolutions, narrowed and refitted modules are fitted by sampling, for which a UNet alone "
+            "is not enough",
+            "Give the whole checkpoint, a pipeline folder or one file with text encoder and VAE, or --slot-start zero "
+            "for a student that a later training fills.",
         )
     specs = [spec for spec in map(conv_spec, plan.edits.values()) if spec is not None]
     experts = max((spec.experts for spec in specs if spec.needs_timestep), default=1)

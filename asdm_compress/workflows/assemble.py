@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from asdm_compress.assembly.calibration import record
-from asdm_compress.assembly.damage import measure_plan
+from asdm_compress.assembly.damage import Damage, measure_plan
 from asdm_compress.assembly.frontier import FILE_NAME as FRONTIER
 from asdm_compress.assembly.store import weights_hash
 from asdm_compress.assembly.surgery import assemble, specify
@@ -111,10 +112,7 @@ def run_assemble(
     _note_timing(found, progress)
     verified, chosen = found.verified, found.verified.solution.plan
     unseen = replace(settings.sampling, seed=HELD_OUT_IMAGE_SEED)
-    with progress.bar("Measuring the plan on held-out prompts") as bar:
-        weights = found.calibration.band_weights
-        others = record(pipeline, found.prompts.held_out, unseen, settings.bands, bar, weights)
-        held_out = measure_plan(teacher, chosen, others, verified.slot_weights)
+    held_out = _held_out_damage(with_unet(pipeline, measured.teacher), found, unseen, settings.bands, progress)
     runs = _pictures(pipeline, found, unseen, progress)
     # The reader of the bundled model's world knows pictures of that world's size only.
     captions = found.prompts.captions if unseen.image_size is None else None
@@ -132,7 +130,7 @@ def run_assemble(
     frontier = frontier_record(found, limits, recipe.base.model, target.command, progress)
     schedule = _calibrated(target.out.name, pipeline, verified, settings, inherit, progress)
     recipe = recipe.model_copy(update={"inheritance": schedule.entry()})
-    pipeline.scheduler = own_scheduler
+    pipeline.scheduler = schedule.sampler_of_student(pipeline, own_scheduler, progress)
     with progress.stage("Writing"), output_folder(target.out, target.overwrite) as aside:
         stored, teachers = _student_in_stored_precision(source, options, found, pipeline)
         recipe = recipe.model_copy(update={"provenance": {**recipe.provenance, "weights": teachers}})
@@ -152,6 +150,16 @@ def run_assemble(
     return AssembleResult(
         target.out, recipe, rows, details.proof, quality, is_stock, schedule.calibrated, schedule.refused
     )
+
+
+def _held_out_damage(
+    pipeline: StableDiffusionPipeline, found: PlanResult, settings: SamplingSettings, bands: int, progress: Progress
+) -> Damage:
+    """The damage of the plan on prompts that nothing has seen; the UNet is in the precision of all damages."""
+    verified = found.verified
+    with progress.bar("Measuring the plan on held-out prompts") as bar:
+        others = record(pipeline, found.prompts.held_out, settings, bands, bar, found.calibration.band_weights)
+        return measure_plan(pipeline.unet, verified.solution.plan, others, verified.slot_weights)
 
 
 def _pictures(
@@ -186,6 +194,14 @@ class _Schedule:
     calibrated: Calibrated | None = None
     settings: CalibrateSettings | None = None
     refused: AsdmError | None = None
+
+    def sampler_of_student(self, pipeline: StableDiffusionPipeline, own: Any, progress: Progress) -> Any:
+        """The model's own, or the one that the schedule was calibrated for, without which it is refused."""
+        if self.calibrated is None:
+            return own
+        if type(pipeline.scheduler) is not type(own):
+            progress.note(f"the student keeps the sampler of its schedule, {type(pipeline.scheduler).__name__}")
+        return pipeline.scheduler
 
     def entry(self) -> CalibratedInheritance | None:
         """For the recipe."""

@@ -68,7 +68,7 @@ def open_instruments(
             "Give more prompts, or more of them for --validation-prompts and --test-prompts.",
         )
     if count < FEW:
-        progress.note(f"Quality is judged on {count} pictures, which say little: {FEW} and more are better.")
+        progress.note(f"quality is judged on {count} pictures, which say little: {FEW} and more are better")
     clip = criterion.clip
     return Instruments(Weights(clip=clip, cmmd=clip), reads_scenes=clip is None, device=pipeline.device)
 

@@ -33,7 +33,14 @@ from asdm_compress.models.source import LoadOptions
 from asdm_compress.profiling.latency import median_ratio
 from asdm_compress.reporting.calibration import Point, steps_svg, time_psnr_svg
 from asdm_compress.sampling.schedulers import make_scheduler
-from asdm_compress.sampling.settings import SamplingSettings, check_size, check_text_to_image, encode, initial_latents
+from asdm_compress.sampling.settings import (
+    SamplingSettings,
+    check_not_offloaded,
+    check_size,
+    check_text_to_image,
+    encode,
+    initial_latents,
+)
 from asdm_compress.scheduling.check_steps import check_steps
 from asdm_compress.scheduling.fits import Fitter
 from asdm_compress.scheduling.goals import Choosing, Goal, Plan, choose_schedule
@@ -147,16 +154,6 @@ def write_schedule(folder: Path, model: str, calibrated: Calibrated, settings: C
     return content
 
 
-def _check_not_offloaded(pipeline: StableDiffusionPipeline) -> None:
-    """Raise AsdmError for weights that are elsewhere until the UNet is called: its parts are run by themselves here."""
-    hooks = [getattr(pipeline.unet, name, None) for name in ("_hf_hook", "_diffusers_hook")]
-    if any(hook is not None for hook in hooks):
-        raise AsdmError(
-            "the pipeline's UNet is offloaded, and its parts cannot be measured one by one",
-            "Calibrate before enable_model_cpu_offload and its like; the schedule holds with them.",
-        )
-
-
 def find_schedule(pipeline: StableDiffusionPipeline, settings: CalibrateSettings, progress: Progress) -> Calibrated:
     """The schedule for a goal, and its rivals in the same time; see `run_calibrate`."""
     if isinstance(pipeline.unet, HasMembers):
@@ -168,7 +165,7 @@ def find_schedule(pipeline: StableDiffusionPipeline, settings: CalibrateSettings
     check_supported(pipeline.unet)
     check_text_to_image(pipeline)
     check_size(pipeline, settings.sampling)
-    _check_not_offloaded(pipeline)
+    check_not_offloaded(pipeline)
     sampling = settings.sampling
     splits = split_prompts(pipeline, settings)
     if settings.goal.limit is None and len(splits.validation) < 2:

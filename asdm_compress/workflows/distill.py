@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -137,7 +138,7 @@ def run_distill(
         progress.note("one process has nothing to share out, so the student is whole")
         settings = replace(settings, loop=replace(settings.loop, sharded=False))
     accelerator.wait_for_everyone()  # nobody makes anything before all have looked
-    opened = _open(student, settings, options, accelerator, progress)
+    opened, exact = _open(student, settings, options, accelerator, progress)
     training = choose_training(opened.recipe, opened.teacher, settings.preset, settings.changes)
     teacher = opened.teacher.unet
     check_training(out, training, settings, accelerator.num_processes)
@@ -149,9 +150,7 @@ def run_distill(
     if training.trains == "lora":
         add_lora(opened.student, training.lora_rank, training.seed)
     noising = noise_scheduler(opened.teacher.scheduler.config)
-    # For latents made from captions, and for probes.
-    if notice := choose_scheduler(opened.teacher, None, _PROBE_STEPS, training.data.sampling_steps):
-        progress.note(notice)
+    _choose_scheduler(opened.teacher, training, progress)
     places = ([p.student for p in pairs], [p.teacher for p in pairs])
     with progress.stage("Estimating memory and time"):
         forecast = rehearse(
@@ -163,9 +162,8 @@ def run_distill(
     if settings.dry_run:
         return result
     if accelerator.is_main_process:
-        there = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())  # of a run that goes on
         best = 4 * opened.student.num_parameters() if training.probe_every else 0  # beside every checkpoint
-        check_space(run, (forecast.checkpoint_bytes + best) * (settings.loop.keep + 1) - there)
+        _check_space(run, (forecast.checkpoint_bytes + best) * (settings.loop.keep + 1))
         prepare_run(run, training, opened.hashes, source.identity(), probed, settings)
     cache = _data(source, opened, training, accelerator, progress)
     share = Share(accelerator.process_index, accelerator.num_processes)
@@ -174,7 +172,9 @@ def run_distill(
         opened.student, teacher if training.losses.needs_teacher else None, noising, batches, phases,
         tuple(places[0]), tuple(places[1]), around,
     )  # fmt: skip
-    outcome, trained = _train(subjects, opened, training, probed, run, accelerator, settings, progress)
+    probe = _probe(opened.teacher, exact, probed, training, accelerator, progress)
+    del exact  # which is for that alone
+    outcome, trained = _train(subjects, opened, training, probe, run, accelerator, settings, progress)
     opened = replace(opened, student=trained)
     result = replace(result, outcome=outcome, items=len(cache), skipped=tuple(cache.skipped))
     if accelerator.is_main_process:
@@ -186,20 +186,37 @@ def run_distill(
     return result
 
 
+def _choose_scheduler(teacher: StableDiffusionPipeline, training: Distillation, progress: Progress) -> None:
+    """One for latents made from captions, and for probes."""
+    if notice := choose_scheduler(teacher, None, _PROBE_STEPS, training.data.sampling_steps):
+        progress.note(notice)
+
+
+def _check_space(run: Path, wanted: int) -> None:
+    """Raise AsdmError where a run has no room for so many bytes, of which it has some where it goes on."""
+    check_space(run, wanted - sum(path.stat().st_size for path in run.rglob("*") if path.is_file()))
+
+
 def _open(
     student: str, settings: DistillSettings, options: LoadOptions, accelerator: Accelerator, progress: Progress
-) -> StudentAndTeacher:
-    """Student and teacher, the teacher on this process's device and in the precision that it runs in."""
+) -> tuple[StudentAndTeacher, UNet2DConditionModel | None]:
+    """Student and teacher, the teacher on this process's device and in the precision that it runs in.
+
+    And the teacher's UNet as it was before, in the host's memory, where it runs in half precision.
+    """
+    exact: UNet2DConditionModel | None = None
     with progress.stage("Opening student and teacher"):
         opened = open_student(student, settings.teacher, options, settings.recipe)
         opened.teacher.to(accelerator.device)
         if str(accelerator.mixed_precision) in _HALF:
+            if accelerator.is_main_process:
+                exact = copy.deepcopy(opened.teacher.unet).cpu()
             with quiet_libraries():
                 opened.teacher.unet.to(_HALF[str(accelerator.mixed_precision)])
     for note in opened.notes():
         progress.note(note)
     check_text_to_image(opened.teacher)
-    return opened
+    return opened, exact
 
 
 def _pairs(opened: StudentAndTeacher, training: Distillation, progress: Progress) -> tuple[FeaturePair, ...]:
@@ -217,22 +234,33 @@ def _pairs(opened: StudentAndTeacher, training: Distillation, progress: Progress
     return pairs
 
 
+def _probe(
+    teacher: StableDiffusionPipeline,
+    exact: UNet2DConditionModel | None,
+    prompts: Sequence[str],
+    training: Distillation,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> Probe | None:
+    """What probes the student, in the main process, where that is asked for."""
+    if not training.probe_every or not accelerator.is_main_process:
+        return None
+    with progress.stage("Sampling the teacher for the probe"):
+        exact = None if exact is None else exact.to(accelerator.device)
+        return Probe(teacher, prompts, SamplingSettings(_PROBE_STEPS, training.data.guidance), exact=exact)
+
+
 def _train(
     subjects: Subjects,
     opened: StudentAndTeacher,
     training: Distillation,
-    probed: Sequence[str],
+    probe: Probe | None,
     run: Path,
     accelerator: Accelerator,
     settings: DistillSettings,
     progress: Progress,
 ) -> tuple[Outcome, UNet2DConditionModel]:
-    probe: Probe | None = None
-    paint: Callable[[int], None] = _paint_nothing
-    if training.probe_every and accelerator.is_main_process:
-        with progress.stage("Sampling the teacher for the probe"):
-            probe = Probe(opened.teacher, probed, SamplingSettings(_PROBE_STEPS, training.data.guidance))
-        paint = partial(_paint, opened.teacher, probe, run)
+    paint: Callable[[int], None] = _paint_nothing if probe is None else partial(_paint, opened.teacher, probe, run)
     if settings.trackers:
         accelerator.init_trackers("distill")
     with progress.meter("Training") as meter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +40,7 @@ from asdm_compress.evaluation.summary import (
     speed_measures,
 )
 from asdm_compress.inheritance.attach import inheriting
+from asdm_compress.models.resolve import resolve
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.reporting.measures import protocol_card
 from asdm_compress.scenes.world import IMAGE_SIZE
@@ -63,7 +65,7 @@ from asdm_compress.workflows.evaluation_run import (
     reference_features,
     run_key,
 )
-from asdm_compress.workflows.generate import noting
+from asdm_compress.workflows.generate import noting, rule_for
 from asdm_compress.workflows.progress import Progress, Silent
 
 CARD: Final = "protocol.md"
@@ -95,6 +97,8 @@ def run_evaluate(
     Of several processes the main one alone has a result; the others help it to sample and to measure. Raises AsdmError
     for input that cannot be used, weights that are missing, and a run under way that is of other settings.
     """
+    if settings.inherit is not None:
+        settings = replace(settings, inherit=str(rule_for(settings.inherit, resolve(model, options, beside=True))))
     check_apart(out, overwrite, [model, *([settings.against] if settings.against else [])])
     check_output(out, overwrite, None, *settings.read())
     run = out.with_name(out.name + _RUN)

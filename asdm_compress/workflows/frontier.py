@@ -168,7 +168,7 @@ def _with_images(
 ) -> Frontier:
     """Every plan built and fitted: its damage on prompts kept out of the fit, its latency, its images."""
     fitting, measuring = measured.calibration.for_plans()
-    teacher = pipeline.unet
+    teacher, timed = measured.teacher, pipeline.unet
     prompts = measured.prompts.held_out[:count]
     unseen = replace(settings.sampling, seed=HELD_OUT_IMAGE_SEED)
     (folder / IMAGES_FOLDER).mkdir()
@@ -182,11 +182,11 @@ def _with_images(
         for number, point in enumerate(found.points):
             plan = Plan({entry.site: entry.edit for entry in point.edits})
             weights = fit_plan(teacher, plan, fitting, refit=settings.refit)
-            student = assemble(teacher, plan, weights)
+            student = assemble(timed, plan, weights)
             runs = sample(with_unet(pipeline, student), prompts, unseen)
             update = {
                 "measured_damage": measure_plan(teacher, plan, measuring, weights, predicted).total,
-                "measured_latency": measured_ratio(teacher, student, measured.shape),
+                "measured_latency": measured_ratio(timed, student, measured.shape),
                 "images": _images(number, prompts, unseen.seed, reference, runs, folder),
             }
             points.append(point.model_copy(update=update))

@@ -194,7 +194,7 @@ def _students(
     except AsdmError as error:
         if error.exit_code != ExitCode.INFEASIBLE:
             raise
-        progress.note(f"No students are made: {error}.")
+        progress.note(f"no students are made: {error}")
         return None
 
 

@@ -41,6 +41,7 @@ from asdm_compress.core.edits import SHARED, Routing, has_weights
 from asdm_compress.core.processes import ALONE, Processes
 from asdm_compress.core.units import Limit, parse_budget
 from asdm_compress.evaluation.prompts import PromptSplit, choose_prompts
+from asdm_compress.models.precision import measured_in
 from asdm_compress.profiling.profile import (
     Profile,
     ProfileSettings,
@@ -52,7 +53,7 @@ from asdm_compress.profiling.profile import (
 from asdm_compress.profiling.slot_costs import places_of, slot_costs
 from asdm_compress.sampling.run import check_one_evaluation_per_step
 from asdm_compress.sampling.schedulers import choose_scheduler
-from asdm_compress.sampling.settings import SamplingSettings, check_text_to_image
+from asdm_compress.sampling.settings import SamplingSettings, check_not_offloaded, check_text_to_image
 from asdm_compress.workflows.progress import Progress, Silent
 
 
@@ -64,7 +65,9 @@ class PlanSettings:
     (None is the usual number) and `routing` say which convolutions the search may put into the places of what it takes
     out, `narrow` to which shares of their inner width ResNets, attentions and feed-forwards may be narrowed, `finest`
     the smallest parts that it may edit, and `refit` how much of what stays is solved anew after the cut (see
-    `assembly.refit`); `exact` that it may use edits that compute the same function in less time. For
+    `assembly.refit`); `exact` that it may use edits that compute the same function in less time. `measure_dtype` is the
+    precision of the UNet that errors are measured on and fits are made to (see `models.precision`); times are those of
+    the pipeline's own. For
     `neighbours_seconds` plans are tried that are like the best one, and within as many those of
     like damage once more.
     """
@@ -85,6 +88,7 @@ class PlanSettings:
     finest: Finest = "sub-unit"
     refit: RefitChoice = "full"
     exact: bool = True
+    measure_dtype: torch.dtype | None = None
     neighbours_seconds: float = NEIGHBOURS_SECONDS
 
     @property
@@ -98,9 +102,10 @@ class Measured:
     """Everything that a search goes by: what every possible edit saves, and what it damages.
 
     `calibration` is what plans are fitted to, as much of it as there is memory for; `of_options` what single edits were
-    fitted to and measured on.
+    fitted to and measured on. `teacher` is the UNet of all of them, in the precision that errors are measured in.
     """
 
+    teacher: UNet2DConditionModel
     limits: Sequence[Limit]
     shape: ProfileSettings
     profile: Profile
@@ -152,8 +157,8 @@ def choose(
     m = measured
     with progress.stage("Searching, fitting and verifying the plan"):
         search = Search(
-            pipeline.unet, m.profile, m.options, m.damages, m.limits, m.shape, m.calibration, settings.refit,
-            settings.neighbours_seconds, m.plain_damages, m.of_options,
+            m.teacher, m.profile, m.options, m.damages, m.limits, m.shape, m.calibration, settings.refit,
+            settings.neighbours_seconds, m.plain_damages, m.of_options, pipeline.unet,
         )  # fmt: skip
         verified = search_verified(search)
     return PlanResult(verified, m.profile, m.prompts, m.calibration, m.options, m.damages, m.plain_damages)
@@ -178,13 +183,11 @@ def measure(
     check_finest(settings.finest)
     teacher, sampling = pipeline.unet, settings.sampling
     check_teacher(teacher)
+    check_not_offloaded(pipeline)
     check_text_to_image(pipeline)
     check_bands(sampling.steps, settings.bands)
-    notice = choose_scheduler(pipeline, settings.scheduler, sampling.steps)
-    if notice and processes.is_main:
-        progress.note(notice)
-    check_one_evaluation_per_step(pipeline.scheduler, sampling.steps)
-    prompts = choose_prompts(pipeline, settings.prompts, settings.calibration_prompts, settings.held_out_prompts)
+    _choose_scheduler(pipeline, settings, progress if processes.is_main else Silent())
+    prompts = _prompts(pipeline, settings, progress if processes.is_main else Silent())
     is_fitted = bool(specs or settings.narrow or settings.refit != "none")
     if is_fitted:
         check_prompts(len(prompts.calibration))
@@ -198,6 +201,8 @@ def measure(
     with progress.stage("Timing convolutions in slots and narrower modules"):
         options = processes.on_main(lambda: _options(teacher, costs, limits, shape, settings))
     check_reachable(options, teacher_costs(costs), limits)
+    pipeline = measured_in(pipeline, settings.measure_dtype)  # from here on nothing is timed
+    teacher = pipeline.unet
     folder = measurement_folder(
         pipeline, prompts.calibration, sampling, settings.bands, settings.effort, shape.channels_last
     )
@@ -231,7 +236,22 @@ def measure(
                 f"plans are fitted to {len(held)} of {len(calibration)} triples: more do not fit into the memory"
             )
         calibration = held
-    return Measured(limits, shape, costs, prompts, calibration, options, damages, plain, of_options)
+    return Measured(teacher, limits, shape, costs, prompts, calibration, options, damages, plain, of_options)
+
+
+def _choose_scheduler(pipeline: StableDiffusionPipeline, settings: PlanSettings, progress: Progress) -> None:
+    steps = settings.sampling.steps
+    if notice := choose_scheduler(pipeline, settings.scheduler, steps):
+        progress.note(notice)
+    check_one_evaluation_per_step(pipeline.scheduler, steps)
+
+
+def _prompts(pipeline: StableDiffusionPipeline, settings: PlanSettings, progress: Progress) -> PromptSplit:
+    """The prompts of both kinds; who has given own ones is told what becomes of them."""
+    found = choose_prompts(pipeline, settings.prompts, settings.calibration_prompts, settings.held_out_prompts)
+    if settings.prompts is not None:
+        progress.note(found.of_own(len(set(settings.prompts))))
+    return found
 
 
 def _note_empty_bands(measuring: Calibration, settings: PlanSettings, progress: Progress, processes: Processes) -> None:

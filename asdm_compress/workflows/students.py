@@ -102,7 +102,7 @@ class Students:
 
 
 def make_students(
-    teacher: UNet2DConditionModel,
+    timed: UNet2DConditionModel,
     measured: Measured,
     share: float,
     overhead: float,
@@ -113,14 +113,14 @@ def make_students(
     """The at most `most` students that switch best together in a share of the teacher's time, from what was measured.
 
     Of the teacher's time `overhead` is not its UNet's. A ladder of plans for shares of that time is fitted and
-    measured; which of them are taken comes out of one integer program (see `assembly.ladder`). Raises AsdmError with
-    exit code 3 where no students take so little.
+    measured, timed as cuts of `timed`; which of them are taken comes out of one integer program (see
+    `assembly.ladder`). Raises AsdmError with exit code 3 where no students take so little.
     """
     of_unet = max((share - overhead) / (1 - overhead), 1e-3)
     limits = (Limit("latency", of_unet, relative=True),)
     search = Search(
-        teacher, measured.profile, measured.options, measured.damages, limits, measured.shape, measured.calibration,
-        settings.refit,
+        measured.teacher, measured.profile, measured.options, measured.damages, limits, measured.shape,
+        measured.calibration, settings.refit, timed=timed,
     )  # fmt: skip
     with progress.bar("Fitting and measuring students of several sizes") as bar:
         # One of the budget itself could take all steps.
