@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 
-from asdm_compress.assembly.calibration import Calibration, _pick_steps, measure_band_weights, record
+from asdm_compress.assembly.calibration import Calibration, Effort, _pick_steps, measure_band_weights, record
 from asdm_compress.assembly.damage import (
     SKETCH,
     compare_predictions,
@@ -22,6 +22,7 @@ from asdm_compress.assembly.damage import (
     sketch,
     summarise,
 )
+from asdm_compress.assembly.duration import measuring_time
 from asdm_compress.assembly.options import find_options
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.store import measurement_folder, recorded, weights_hash
@@ -340,3 +341,19 @@ def test_errors_that_add_up_are_foreseen(unet, mini_profile, calibration):
     foreseen = one.total + other.total + one.interaction(other)
     assert foreseen == pytest.approx(together, rel=0.25)
     assert np.square(one.sketch).sum() == pytest.approx(one.total, rel=0.5)
+
+
+@pytest.mark.parametrize(("guidance", "prompts", "bands"), [(4.0, 3, 2), (1.0, 2, 4)])
+def test_how_long_a_recording_takes_is_known_before(pipeline, mini_profile, guidance, prompts, bands):
+    """Oracle: the rows that go through the UNet."""
+    rows = []
+    hook = pipeline.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    sampling, effort = SamplingSettings(4, guidance), Effort(6, 2)
+    try:
+        record(pipeline, PROMPTS[:prompts], sampling, bands, effort=effort)
+    finally:
+        hook.remove()
+    one = mini_profile.latency / mini_profile.fingerprint.batch
+    expected = measuring_time(mini_profile, prompts, sampling, effort, bands, [])
+    assert expected.recording == pytest.approx(sum(rows) * one, rel=0.05)
+    assert expected.total == expected.recording

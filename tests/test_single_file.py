@@ -384,6 +384,7 @@ def test_a_file_is_assembled_to_a_budget(made, tmp_path, monkeypatch):
     settings = PlanSettings(
         ProfileSettings(image_size=64, repeats=1), SamplingSettings(steps=2, image_size=64), "ddim",
         ("a cat", "a dog"), calibration_prompts=1, held_out_prompts=1, bands=2, slot="none", narrow=(), refit="none",
+        finest="unit",
     )  # fmt: skip
     limits = parse_budget(["params=0.8x"])
     target = Target(tmp_path / "student")

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asdm_compress.core.errors import AsdmError
-from asdm_compress.core.units import RESOURCES, Limit, format_count, parse_budget, within
+from asdm_compress.core.units import RESOURCES, Limit, format_count, format_duration, parse_budget, within
 
 
 @given(resource=st.sampled_from(RESOURCES), share=st.integers(1, 100))
@@ -70,3 +70,10 @@ def test_every_limit_counts():
 
 def test_counts_are_printed_with_their_scale():
     assert [format_count(v) for v in (12, 1234, 859_520_964, 401.64e9)] == ["12", "1.23 k", "860 M", "402 G"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(90, "90 s"), (720, "12 min"), (61_440, "17 h 4 min"), (260_000, "3.0 days")]
+)
+def test_long_waits_are_said_in_what_people_count(seconds, said):
+    assert format_duration(seconds) == said

@@ -112,6 +112,16 @@ def format_bytes(value: float) -> str:
     return f"{value:.0f} B"
 
 
+def format_duration(seconds: float) -> str:
+    """Seconds of a wait, for people: '95 s', '12 min', '17 h 4 min', '3.0 days'."""
+    if seconds < 120:
+        return format_seconds(seconds)
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours >= 48:
+        return f"{hours / 24:.1f} days"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
 def format_seconds(value: float) -> str:
     """Seconds with three significant digits: '12.3 ms', '3.81 s'."""
     if value >= 1:

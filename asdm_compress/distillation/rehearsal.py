@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from asdm_compress.core.distillation import Distillation
 from asdm_compress.core.errors import AsdmError, ExitCode, is_out_of_memory
-from asdm_compress.core.units import format_bytes, format_seconds
+from asdm_compress.core.units import format_bytes, format_duration, format_seconds
 from asdm_compress.distillation.draws import micro_batches
 from asdm_compress.distillation.estimate import Memory, encoder_bytes, estimate_memory, rows_kept, seconds_per_pass
 from asdm_compress.distillation.features import FeatureUNet
@@ -38,7 +38,7 @@ class Forecast:
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in asdict(self.memory).items() if size)
         return (
             f"expected memory {format_bytes(self.memory.total)} per device ({parts}); "
-            f"{format_seconds(self.seconds_per_step)} per step, {_duration(self.seconds)} in all"
+            f"{format_seconds(self.seconds_per_step)} per step, {format_duration(self.seconds)} in all"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -123,10 +123,3 @@ def _made_up(
     timesteps = torch.randint(0, 1000, (rows,), generator=generator).to(device)
     own, rolled = torch.ones(rows, dtype=torch.bool, device=device), rolled_rows(rows, trajectory_steps).to(device)
     return Batch(clean, noise, timesteps, text, own, rolled)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return format_seconds(seconds)
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

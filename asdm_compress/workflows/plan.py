@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -12,6 +13,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from asdm_compress.assembly.attempts import Search
 from asdm_compress.assembly.calibration import DEFAULT_BANDS, Calibration, Effort, check_bands, record
 from asdm_compress.assembly.damage import Damage
+from asdm_compress.assembly.duration import measuring_time
 from asdm_compress.assembly.option_fit import fitting_places, measure_options
 from asdm_compress.assembly.options import (
     Finest,
@@ -39,7 +41,7 @@ from asdm_compress.core.defaults import (
 )
 from asdm_compress.core.edits import SHARED, Routing, has_weights
 from asdm_compress.core.processes import ALONE, Processes
-from asdm_compress.core.units import Limit, parse_budget
+from asdm_compress.core.units import Limit, format_duration, parse_budget
 from asdm_compress.evaluation.prompts import PromptSplit, choose_prompts
 from asdm_compress.models.precision import measured_in
 from asdm_compress.profiling.profile import (
@@ -55,6 +57,8 @@ from asdm_compress.sampling.run import check_one_evaluation_per_step
 from asdm_compress.sampling.schedulers import choose_scheduler
 from asdm_compress.sampling.settings import SamplingSettings, check_not_offloaded, check_text_to_image
 from asdm_compress.workflows.progress import Progress, Silent
+
+LONG: Final = 3600.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +205,7 @@ def measure(
     with progress.stage("Timing convolutions in slots and narrower modules"):
         options = processes.on_main(lambda: _options(teacher, costs, limits, shape, settings))
     check_reachable(options, teacher_costs(costs), limits)
+    _note_duration(costs, settings, prompts, options, progress if processes.is_main else Silent())
     pipeline = measured_in(pipeline, settings.measure_dtype)  # from here on nothing is timed
     teacher = pipeline.unet
     folder = measurement_folder(
@@ -230,13 +235,32 @@ def measure(
         with progress.bar("Measuring what nothing makes up for") as bar:
             plain = measure_options(teacher, cuts, calibration, plain_store, bar, False, processes)
     if is_fitted:
-        held = for_memory(teacher, calibration)
-        if len(held) < len(calibration) and processes.is_main:
-            progress.note(
-                f"plans are fitted to {len(held)} of {len(calibration)} triples: more do not fit into the memory"
-            )
-        calibration = held
+        calibration = _held(teacher, calibration, progress if processes.is_main else Silent())
     return Measured(teacher, limits, shape, costs, prompts, calibration, options, damages, plain, of_options)
+
+
+def _held(teacher: UNet2DConditionModel, calibration: Calibration, progress: Progress) -> Calibration:
+    """What plans are fitted to: as much as there is memory for."""
+    held = for_memory(teacher, calibration)
+    if len(held) < len(calibration):
+        progress.note(f"plans are fitted to {len(held)} of {len(calibration)} triples: more do not fit into the memory")
+    return held
+
+
+def _note_duration(
+    costs: Profile, settings: PlanSettings, prompts: PromptSplit, options: Sequence[Option], progress: Progress
+) -> None:
+    """Say how long it will take where that is long: nobody should find out by waiting."""
+    effort, bands = settings.effort, settings.bands
+    expected = measuring_time(costs, len(prompts.calibration), settings.sampling, effort, bands, options)
+    if expected.total > LONG:
+        recording, measuring = format_duration(expected.recording), format_duration(expected.measuring)
+        progress.note(
+            f"recording runs of {len(prompts.calibration)} prompts takes about {recording} at the speed of the "
+            f"profiled pass, and measuring {len(options)} edits {measuring}, fits apart; what was measured before is not "
+            "measured again. Fewer --calibration-prompts and --calibration-triples, --finest unit and fewer kinds of "
+            "--slot and --narrow take less"
+        )
 
 
 def _choose_scheduler(pipeline: StableDiffusionPipeline, settings: PlanSettings, progress: Progress) -> None:
