@@ -276,6 +276,11 @@ def _middles(steps: int, bands: int) -> list[int]:
     return [members[len(members) // 2] for members in in_band]
 
 
+def probe_steps(steps: int, bands: int) -> int:
+    """How often `measure_band_weights` runs the UNet for an image: a whole run, and one from the middle of each band."""
+    return steps + sum(steps - step for step in _middles(steps, bands))
+
+
 def _pick_steps(count: int, settings: SamplingSettings, weights: Sequence[float], moments: int) -> Tensor:
     """For every band and prompt a random step of the band, or -1 where the prompt has no moment in it, (bands, count).
 

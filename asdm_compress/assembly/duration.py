@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from asdm_compress.assembly.calibration import OPTION_MEASURED, Effort
+from asdm_compress.assembly.calibration import OPTION_MEASURED, Effort, probe_steps
 from asdm_compress.assembly.options import Option
 from asdm_compress.profiling.profile import Profile
 from asdm_compress.sampling.settings import SamplingSettings
@@ -31,13 +31,10 @@ class Duration:
 def measuring_time(
     profile: Profile, prompts: int, sampling: SamplingSettings, effort: Effort, bands: int, options: Sequence[Option]
 ) -> Duration:
-    """What `record` on so many prompts, and the damages of these options, will take as fast as the profiled pass is.
-
-    Probes run to the end once, and from the middle of every band on once more.
-    """
+    """What `record` on so many prompts, and the damages of these options, will take as fast as the profiled pass is."""
     branches = 2 if sampling.guidance > 1 else 1
     per_image = branches * profile.latency / profile.fingerprint.batch
-    probed = min(effort.probes, prompts) * sampling.steps * (1 + bands / 2)
+    probed = min(effort.probes, prompts) * probe_steps(sampling.steps, bands)
     moments = min(OPTION_MEASURED, effort.moments, prompts * bands)
     return Duration(
         recording=(prompts * sampling.steps + probed) * per_image,

@@ -257,9 +257,9 @@ def _note_duration(
         recording, measuring = format_duration(expected.recording), format_duration(expected.measuring)
         progress.note(
             f"recording runs of {len(prompts.calibration)} prompts takes about {recording} at the speed of the "
-            f"profiled pass, and measuring {len(options)} edits {measuring}, fits apart; what was measured before is not "
-            "measured again. Fewer --calibration-prompts and --calibration-triples, --finest unit and fewer kinds of "
-            "--slot and --narrow take less"
+            f"profiled pass, and measuring {len(options)} edits {measuring}, fits apart; what was measured before is "
+            "not measured again. Fewer --calibration-prompts and --calibration-triples, --finest unit and fewer kinds "
+            "of --slot and --narrow take less"
         )
 
 
