@@ -277,7 +277,7 @@ def _middles(steps: int, bands: int) -> list[int]:
 
 
 def probe_steps(steps: int, bands: int) -> int:
-    """How often `measure_band_weights` runs the UNet for an image: a whole run, and one from the middle of each band."""
+    """How often `measure_band_weights` runs the UNet for an image: a whole run, and one from each band's middle."""
     return steps + sum(steps - step for step in _middles(steps, bands))
 
 
