@@ -12,6 +12,7 @@ from documents.figures import decibels, minutes, percent, results, share, small,
 MINI_SD: Final = Path(__file__).parents[2] / "asdm_compress" / "models" / "mini_sd"
 OURS: Final = "ours"
 BUDGETS: Final = (0.9, 0.8, 0.7, 0.6, 0.5)
+REFITTED_KNAPSACK: Final = "drop-only knapsack, with our refit"
 # Cuts of others with what stays solved anew by us are no rivals.
 REFITTED: Final = ("with our refit", "refitted", "ours")
 
@@ -66,30 +67,36 @@ def against_others() -> str:
 
 def all_plans() -> str:
     """Every row of the bench of plans."""
-    return _plans("assembly")
-
-
-def plans_with_sharing() -> str:
-    """The rows of a later bench, whose searches have the edit `shared`."""
-    return _plans("assembly_with_sharing")
-
-
-def plans_with_sharing_setting() -> str:
-    """Where these are from."""
-    found = results("assembly_with_sharing")
-    return (
-        f"on one core of {found['machine']['processor']}, another program on the other "
-        f"({source('assembly_with_sharing', 'bench_assembly')})"
-    )
-
-
-def _plans(name: str) -> str:
-    rows = [r for r in results(name)["rows"] if r["maker"] != "teacher"]
+    rows = [r for r in results("assembly")["rows"] if r["maker"] != "teacher"]
     rows.sort(key=lambda r: (-(r["budget"] or 0), r.get("damage", float("inf"))))
     return table(
         ("budget", "plan", "latency", "damage, held out", "PSNR", "captions right", "Fréchet to teacher"),
         [_plan_row(row) for row in rows],
     )
+
+
+def refitted_cuts() -> str:
+    """Where another search's cuts come to with our refit, beside our own plans."""
+    rows = {(r["budget"], r["maker"]): r for r in results("assembly")["rows"] if r["budget"] and "damage" in r}
+    ahead, behind = [], []
+    for budget in BUDGETS:
+        ours, theirs = (rows.get((budget, maker)) for maker in (OURS, REFITTED_KNAPSACK))
+        if ours is not None and theirs is not None:
+            before = theirs["damage"] < ours["damage"]
+            times = ours["damage"] / theirs["damage"] if before else theirs["damage"] / ours["damage"]
+            (ahead if before else behind).append(f"{times:.1f} times at {budget}x")
+    found = []
+    if behind:
+        found.append(f"have more damage than our plan ({', '.join(behind)})")
+    if ahead:
+        found.append(f"have less than it ({', '.join(ahead)})")
+    return " and ".join(found)
+
+
+def plans_note() -> str:
+    """What is to be known of the bench's run."""
+    found = results("assembly")
+    return f"Measured on one core of {found['machine']['processor']}; {found['note']}"
 
 
 def _plan_row(row: dict[str, Any]) -> list[object]:
