@@ -119,6 +119,9 @@ CASES = {
         ("assemble", "mini-sd", "--budget", "macs=0.7x", "--inherit", "uniform:2"),
         ("--inherit takes a share of the student's time, not 'uniform:2'", "--inherit latency=0.6x"),
     ),
+    "a device that there is no support for": Case(
+        ("profile", "mini-sd", "--device", "mps"), ("the device mps is not supported",)
+    ),
     "a name that is empty": Case(("apply", "good.yaml", ""), ("unknown model ''",)),
     "a disk that is full half-way, a tensor at a time": Case(
         ("apply", "good.yaml", "mini-sd"), ("the disk is full: out was not written",), 1_000_000

@@ -113,8 +113,10 @@ def load_options(
         place = torch.device(device)
     except RuntimeError as error:
         raise AsdmError(f"unknown device {device!r}", "Use cpu, cuda or cuda:1.") from error
+    if place.type not in ("cpu", "cuda"):
+        raise AsdmError(f"the device {device} is not supported", "Use cpu, or cuda where there is a GPU.")
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if place.type not in ("cpu", "cuda") or (place.type == "cuda" and (place.index or 0) >= cards):
+    if place.type == "cuda" and (place.index or 0) >= cards:
         raise AsdmError(
             f"the device {device} is not available here", "See `asdm-compress doctor`.", ExitCode.ENVIRONMENT
         )
