@@ -71,6 +71,8 @@ def test_a_bare_cut_says_so_and_can_be_refitted(recipe, cli, tmp_path):
     refused = cli("apply", "recipe.yaml", "mini-sd", "--out", "none", "--refit", "full", "--slot-start", "zero")
     assert refused.returncode == 2
     assert "--refit does nothing with --slot-start zero" in " ".join(refused.stderr.split())
+    refused = cli("apply", "shared-v1", "mini-sd", "--out", "none", "--refit", "full")
+    assert (refused.returncode, "takes nothing out" in refused.stderr) == (2, True), refused.stderr
 
 
 def test_options_of_a_fit_are_refused_where_nothing_is_fitted(recipe, cli, tmp_path):

@@ -22,7 +22,7 @@ from asdm_compress.assembly.damage import (
     sketch,
     summarise,
 )
-from asdm_compress.assembly.duration import measuring_time
+from asdm_compress.assembly.duration import PART_OF_PASS, measuring_time
 from asdm_compress.assembly.options import find_options
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.store import measurement_folder, recorded, weights_hash
@@ -357,3 +357,18 @@ def test_how_long_a_recording_takes_is_known_before(pipeline, mini_profile, guid
     expected = measuring_time(mini_profile, prompts, sampling, effort, bands, [])
     assert expected.recording == pytest.approx(sum(rows) * one)
     assert expected.total == expected.recording
+
+
+@pytest.mark.parametrize(("is_fitted", "prompts"), [(True, 3), (True, 14), (False, 3)])
+def test_how_long_damages_take_goes_by_the_moments_that_they_are_measured_on(
+    pipeline, unet, mini_profile, few_options, is_fitted, prompts
+):
+    sampling, effort = SamplingSettings(2, 4.0), Effort(20, 1)
+    captions = [c.text for c in sample_captions(prompts, 9)]
+    recorded = replace(record(pipeline, captions, sampling, 2, effort=effort), held_out=is_fitted)
+    moments = len(recorded.for_options()[1])
+    one = 2 * mini_profile.latency / mini_profile.fingerprint.batch
+    expected = measuring_time(mini_profile, prompts, sampling, effort, 2, few_options, is_fitted, refits=False)
+    assert expected.measuring == pytest.approx(len(few_options) * moments * PART_OF_PASS * one, rel=0.35)
+    twice = measuring_time(mini_profile, prompts, sampling, effort, 2, few_options, is_fitted, refits=True)
+    assert twice.measuring == 2 * expected.measuring  # of cuts with and without what makes up for them

@@ -35,10 +35,10 @@ def half(monkeypatch, tmp_path):
     return load_pipeline("mini-sd", LoadOptions(dtype=torch.bfloat16))
 
 
-def settings(dtype=None):
+def settings(dtype=None, refit="none"):
     return PlanSettings(
-        ProfileSettings(repeats=2), SamplingSettings(2, 4.0), prompts=PROMPTS, calibration_prompts=4,
-        held_out_prompts=2, bands=2, effort=Effort(6, 1), slot="none", narrow=(), finest="unit", refit="none",
+        ProfileSettings(repeats=2), SamplingSettings(2, 1.0), prompts=PROMPTS, calibration_prompts=4,
+        held_out_prompts=2, bands=2, effort=Effort(6, 1), slot="none", narrow=(), finest="unit", refit=refit,
         neighbours_seconds=0, measure_dtype=dtype,
     )  # fmt: skip
 
@@ -48,7 +48,10 @@ def as_bf16(inputs):
 
 
 def test_errors_are_measured_in_fp32_and_times_in_what_runs(half):
-    found = plan(half, "macs=0.9x", settings(torch.float32))
+    found = plan(half, "macs=0.9x", settings(torch.float32, "full"))
+    fitted = [tensor for own in found.verified.slot_weights.values() for tensor in own.values()]
+    assert fitted
+    assert {tensor.dtype for tensor in fitted} == {torch.float32}
     assert found.calibration.inputs.samples.dtype == torch.float32
     assert half.unet.dtype == found.verified.student.dtype == torch.bfloat16
     assert found.profile.fingerprint.dtype == "bfloat16"

@@ -229,12 +229,14 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=SamplingSettings().guidance)
     parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS)
     parser.add_argument("--extras", nargs="*", choices=EXTRAS, default=EXTRAS)
+    parser.add_argument("--rivals-alone", action="store_true", help="leave our own plans as they were measured before")
     arguments = parser.parse_args()
     check_alone()
     bench = Bench(Counts(arguments.prompts, arguments.damage_prompts), arguments.guidance)
     bench.keep(1.0, "teacher", Plan({}), bench.teacher)
     for budget in arguments.budgets:
-        bench.search(budget, "ours", bench.found.options)
+        if not arguments.rivals_alone:
+            bench.search(budget, "ours", bench.found.options)
         bench.rivals(budget)
     if "cuts" in arguments.extras:
         bench.search(SHOWN, "ours, only taking out", without_weights(bench.found.options))

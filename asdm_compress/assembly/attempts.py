@@ -94,12 +94,12 @@ class Search:
     timed: UNet2DConditionModel | None = None
 
     def clock(
-        self, limits: Sequence[Limit] | None = None, timed: dict[frozenset[tuple[str, Edit]], float] | None = None
+        self, limits: Sequence[Limit] | None = None, known: dict[frozenset[tuple[str, Edit]], float] | None = None
     ) -> Clock:
-        """What times students, under the search's own limits or others; `timed` is what it knows already."""
+        """What times students, under the search's own limits or others; `known` are shares that are timed already."""
         teacher = self.teacher if self.timed is None else self.timed
-        known = {} if timed is None else timed
-        return Clock(teacher, self.profile, self.limits if limits is None else limits, self.settings, known)
+        limits = self.limits if limits is None else limits
+        return Clock(teacher, self.profile, limits, self.settings, {} if known is None else known)
 
     def fit(self, plan: Plan, calibration: Calibration, runs: TeacherRuns | None = None) -> SlotWeights:
         """The weights of a plan fitted on some moments, of which the teacher's states may be known."""

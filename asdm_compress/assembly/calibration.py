@@ -177,9 +177,9 @@ def record(
     check_text_to_image(pipeline)
     report = progress or (lambda done, total: None)
     probed = processes.share(_middles(settings.steps, bands))
-    probe_steps = 0 if band_weights is not None else settings.steps + sum(settings.steps - step for step in probed)
+    probing_steps = 0 if band_weights is not None else _steps_from(probed, settings.steps)
     starts = processes.share(range(0, len(prompts), TOGETHER))
-    total = len(starts) * settings.steps + probe_steps
+    total = len(starts) * settings.steps + probing_steps
     texts = encode(pipeline, prompts, settings.guidance).to(pipeline.unet.dtype)
     if band_weights is None:
 
@@ -199,7 +199,7 @@ def record(
             at = torch.full((len(rows),), step)
             moments = (model_input[rows].clone(), when, texts[here][rows], at, start + rows)
             kept.setdefault(start, []).append(moments if processes.count == 1 else tuple(x.cpu() for x in moments))
-            report(probe_steps + number * settings.steps + step + 1, total)
+            report(probing_steps + number * settings.steps + step + 1, total)
     everything = {start: parts for share in processes.gather(kept) for start, parts in share.items()}
     in_order = [part for start in sorted(everything) for part in everything[start]]
     samples, timesteps, kept_texts, steps, kept_prompts = (torch.cat(parts) for parts in zip(*in_order, strict=True))
@@ -278,7 +278,11 @@ def _middles(steps: int, bands: int) -> list[int]:
 
 def probe_steps(steps: int, bands: int) -> int:
     """How often `measure_band_weights` runs the UNet for an image: a whole run, and one from each band's middle."""
-    return steps + sum(steps - step for step in _middles(steps, bands))
+    return _steps_from(_middles(steps, bands), steps)
+
+
+def _steps_from(middles: Sequence[int], steps: int) -> int:
+    return steps + sum(steps - step for step in middles)
 
 
 def _pick_steps(count: int, settings: SamplingSettings, weights: Sequence[float], moments: int) -> Tensor:

@@ -97,7 +97,12 @@ def remap_metadata(metadata: Mapping[str, str], teacher: UNet2DConditionModel, p
     def renamed(names: Mapping[str, Any]) -> dict[str, Any]:
         return {moved.get(name, name): said for name, said in names.items() if name in moved or name not in known}
 
-    config = json.loads(told)
+    try:
+        config = json.loads(told)
+    except json.JSONDecodeError:
+        config = None
+    if not isinstance(config, dict):  # which whoever loads the LoRA will say
+        return dict(metadata)
     for key, said in config.items():
         what = key.removeprefix(PEFT)  # text encoders' have a prefix of their own
         if what in _NUMBERS_OF and isinstance(said, dict):

@@ -60,6 +60,8 @@ def measurement_folder(
     # What is usual is not named, as it was not before there was anything else.
     unusual: dict[str, Any] = {} if effort == THOROUGH else {"effort": asdict(effort)}
     unusual |= {"channels_last": True} if channels_last else {}
+    if pipeline.device.type == "cuda" and pipeline.unet.dtype == torch.float32:
+        unusual |= {"convolutions": "fp32"}  # which once were in TF32
     key = content_hash(
         {
             "store": STORE_VERSION,

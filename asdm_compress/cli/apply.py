@@ -13,7 +13,7 @@ from asdm_compress.cli.console import Output
 from asdm_compress.core.defaults import BANDS, CALIBRATION_PROMPTS, GUIDANCE, MOMENTS, STEPS
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import check_output
-from asdm_compress.core.recipe import find_recipe, load_recipe, telling_lines
+from asdm_compress.core.recipe import Recipe, find_recipe, load_recipe, telling_lines
 from asdm_compress.core.units import parse_bytes
 
 # What only a recipe takes that brings weights of its own along.
@@ -83,7 +83,7 @@ def apply(
     if slot_start not in ("fit", "zero", "random", "copied"):
         raise AsdmError(f"unknown slot start {slot_start!r}", "Use fit, zero, random or copied.")
     if refit is not None:
-        content = content.model_copy(update={"refit": _known_refit(refit)})
+        content = _refitted(content, refit)
     if slot_start != "fit":
         why = f"does nothing with --slot-start {slot_start}, which fits nothing"
         o.refuse_given(context, ["refit", *(name for name in _FITTED if name != "slot_start")], why, "Leave it out.")
@@ -143,10 +143,17 @@ def apply(
     )
 
 
-def _known_refit(name: str) -> str:
-    if name not in ("full", "scale", "none"):
-        raise AsdmError(f"unknown refit {name!r}", "Use full, scale or none.")
-    return name
+def _refitted(recipe: Recipe, refit: str) -> Recipe:
+    """The recipe with another refit; what was measured of its own student does not hold for this one's."""
+    if refit not in ("full", "scale", "none"):
+        raise AsdmError(f"unknown refit {refit!r}", "Use full, scale or none.")
+    if refit == recipe.refit:
+        return recipe
+    measured = {} if recipe.evidence is None else {"evidence": None, "distillation": None}
+    found = recipe.model_copy(update={"refit": refit, **measured})
+    if refit != "none" and not found.brings_weights:
+        raise AsdmError("--refit does nothing with a recipe that takes nothing out", "Leave it out.")
+    return found
 
 
 def _dtype_of(variant: str | None, dtype: str) -> str:

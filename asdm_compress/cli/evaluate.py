@@ -20,7 +20,11 @@ def evaluate(
         "evaluation"
     ),
     inherit: Annotated[
-        str | None, typer.Option(help="The model inherits features: an inheritance.yaml, or a mode such as uniform:3.")
+        str | None,
+        typer.Option(
+            help="The model inherits features: an inheritance.yaml, a mode such as uniform:3, or `calibrated` for the "
+            "schedule in its folder."
+        ),
     ] = None,
     protocol: Annotated[
         str, typer.Option(help="own, or bk-sdm: 30 000 COCO captions, PNDM, 25 steps, 512 to 256 pixels, seed 1234.")

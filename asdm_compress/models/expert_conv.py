@@ -21,12 +21,15 @@ from torch import Tensor, nn
 
 from asdm_compress.core.edits import ConvSpec
 from asdm_compress.core.errors import AsdmError
+from asdm_compress.models.graphs import in_a_graph
 
 TRAIN_TIMESTEPS: Final = 1000.0  # routers see timesteps as shares of this
 # A weight this near to one picks its expert as it is: the rest would change less than fp32 rounding does.
 ONE_HOT_TOLERANCE: Final = 1e-6
 START_SHARPNESS: Final = 1000.0  # a step 0.02 from a boundary (half of one of 25) is one-hot to 2e-9
 CACHED_MOMENTS: Final = 64
+
+_Kept = int | Tensor | tuple[list[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +48,9 @@ class Moment:
         CUDA graph is captured.
         """
         given = torch.as_tensor(timestep, device=device).reshape(-1)
-        reads = device.type != "meta" and not torch.is_grad_enabled() and not _in_a_graph(device)
+        reads = device.type != "meta" and not torch.is_grad_enabled() and not in_a_graph(device)
         uniform = len(given) == 1 or (reads and bool((given == given[0]).all()))
         return Moment(given.expand(batch), uniform, float(given[0]) if uniform and reads else None)
-
-
-def _in_a_graph(device: torch.device) -> bool:
-    """Whether what runs is compiled or captured, so that it must not hang on the numbers that there are now."""
-    if torch.compiler.is_compiling():
-        return True
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 # The moment of the forward pass under way, for layers inside blocks that do not hand it on.
@@ -159,7 +155,7 @@ class MultiExpertConv2d(nn.Module):
             assert moment is not None
             if moment.uniform:
                 return self._convolve(hidden_states, *self._kernels_at(moment))
-            if not torch.is_grad_enabled() and not _in_a_graph(hidden_states.device):
+            if not torch.is_grad_enabled() and not in_a_graph(hidden_states.device):
                 return self._convolve_by_moment(hidden_states, moment)
         return self._convolve_each(hidden_states, self.route(hidden_states, moment))
 
@@ -203,15 +199,20 @@ class MultiExpertConv2d(nn.Module):
             return self.kernels_for(self.route(None, first)[0])
         kept = self._mixed.get(moment.value, tuple((p.data_ptr(), p._version) for p in self.parameters()))
         if kept is None:
-            share = self.route(None, first)[0]
-            best = int(share.argmax())
-            is_one = abs(float(share[best]) - 1) < ONE_HOT_TOLERANCE and self.spec.mixing == "softmax"
-            kept = best if is_one else self.kernels_for(share)
-            if is_one or device == "cpu":  # a GPU mixes them in no time, and has no memory for dozens
-                self._mixed.put(moment.value, kept)
+            kept = self._answer(self.route(None, first)[0])
+            self._mixed.put(moment.value, kept)
         if isinstance(kept, int):
             return [weight[kept] for weight in self.weights()], self.bias[kept]
-        return kept
+        return self.kernels_for(kept) if isinstance(kept, Tensor) else kept
+
+    def _answer(self, share: Tensor) -> _Kept:
+        """What is kept of a moment with these shares (E,): the one expert that answers, or their mixture."""
+        if self.spec.mixing == "softmax":
+            best = int(share.argmax())
+            if abs(float(share[best]) - 1) < ONE_HOT_TOLERANCE:
+                return best
+        # A GPU mixes kernels in no time, and has no memory for those of dozens of moments.
+        return self.kernels_for(share) if share.device.type == "cpu" else share
 
     def _convolve(self, hidden: Tensor, kernels: Sequence[Tensor], bias: Tensor) -> Tensor:
         for i, (kernel, groups) in enumerate(zip(kernels, self.groups, strict=True)):
@@ -264,12 +265,9 @@ class MultiExpertConv2d(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, {self.spec.name}"
 
 
-_Kept = int | tuple[list[Tensor], Tensor]
-
-
 class _MomentCache:
-    """For the last few moments the expert that answers, or the mixed kernels. Not a part of the weights: neither saved
-    nor copied, and empty as soon as the weights are others."""
+    """For the last few moments the expert that answers, the mixed kernels, or what mixes them. Not a part of the
+    weights: neither saved nor copied, and empty as soon as the weights are others."""
 
     def __init__(self) -> None:
         self._weights: Any = None

@@ -21,6 +21,7 @@ from diffusers.models.attention_processor import (
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from asdm_compress.models.graphs import in_a_graph
 from asdm_compress.models.tree import shallow_copy
 
 # Others may treat the rows of a batch differently, as those of perturbed-attention guidance do.
@@ -74,7 +75,7 @@ def _equal_half(module: nn.Module, *inputs: Tensor | None) -> int | None:
     costs are counted, an even batch is taken for one with guidance.
     """
     given = [tensor for tensor in inputs if tensor is not None]
-    if _is_recorded(given[0]):
+    if in_a_graph(given[0].device):
         return None
     rows = given[0].shape[0]
     if rows % 2 or any(tensor.shape[0] != rows for tensor in given):
@@ -87,13 +88,6 @@ def _equal_half(module: nn.Module, *inputs: Tensor | None) -> int | None:
     if device == "cpu":
         return half if all(torch.equal(t[:half], t[half:]) for t in given) else None
     return half if bool(torch.stack([(t[:half] == t[half:]).all() for t in given]).all()) else None
-
-
-def _is_recorded(tensor: Tensor) -> bool:
-    """Whether a graph is being made of what runs, which must not hang on the numbers that there are now."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return True
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _twice(output: Tensor) -> Tensor:

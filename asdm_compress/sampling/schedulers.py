@@ -59,6 +59,14 @@ def scheduler_like(other: SchedulerMixin, own: SchedulerMixin) -> SchedulerMixin
     return made
 
 
+def sample_alike(one: SchedulerMixin, other: SchedulerMixin) -> bool:
+    """Whether two schedulers are of one kind with the same settings."""
+    first, second = (
+        {key: value for key, value in scheduler.config.items() if not key.startswith("_")} for scheduler in (one, other)
+    )
+    return type(one) is type(other) and first == second
+
+
 def choose_scheduler(pipeline: StableDiffusionPipeline, name: str | None, *steps: int) -> str | None:
     """Give a pipeline the scheduler called `name`; without a name, one that calls the UNet once per step.
 

@@ -34,6 +34,7 @@ from asdm_compress.profiling.profile import Profile
 from asdm_compress.reporting.assembly import GRID_COLUMNS, PlanRow, plan_rows, teacher_student_grid
 from asdm_compress.sampling.images import Samples, sample
 from asdm_compress.sampling.run import check_one_evaluation_per_step
+from asdm_compress.sampling.schedulers import sample_alike
 from asdm_compress.sampling.settings import SamplingSettings, check_size
 from asdm_compress.scheduling.goals import Goal
 from asdm_compress.scheduling.measure import check_inheritable
@@ -199,7 +200,7 @@ class _Schedule:
         """The model's own, or the one that the schedule was calibrated for, without which it is refused."""
         if self.calibrated is None:
             return own
-        if type(pipeline.scheduler) is not type(own):
+        if not sample_alike(pipeline.scheduler, own):
             progress.note(f"the student keeps the sampler of its schedule, {type(pipeline.scheduler).__name__}")
         return pipeline.scheduler
 

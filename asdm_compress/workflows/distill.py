@@ -207,10 +207,11 @@ def _open(
     exact: UNet2DConditionModel | None = None
     with progress.stage("Opening student and teacher"):
         opened = open_student(student, settings.teacher, options, settings.recipe)
+        is_half = str(accelerator.mixed_precision) in _HALF
+        if is_half and accelerator.is_main_process and not settings.dry_run:
+            exact = copy.deepcopy(opened.teacher.unet).cpu()
         opened.teacher.to(accelerator.device)
-        if str(accelerator.mixed_precision) in _HALF:
-            if accelerator.is_main_process:
-                exact = copy.deepcopy(opened.teacher.unet).cpu()
+        if is_half:
             with quiet_libraries():
                 opened.teacher.unet.to(_HALF[str(accelerator.mixed_precision)])
     for note in opened.notes():

@@ -65,7 +65,7 @@ from asdm_compress.workflows.evaluation_run import (
     reference_features,
     run_key,
 )
-from asdm_compress.workflows.generate import noting, rule_for
+from asdm_compress.workflows.generate import CALIBRATED, noting, rule_for
 from asdm_compress.workflows.progress import Progress, Silent
 
 CARD: Final = "protocol.md"
@@ -97,10 +97,10 @@ def run_evaluate(
     Of several processes the main one alone has a result; the others help it to sample and to measure. Raises AsdmError
     for input that cannot be used, weights that are missing, and a run under way that is of other settings.
     """
-    if settings.inherit is not None:
-        settings = replace(settings, inherit=str(rule_for(settings.inherit, resolve(model, options, beside=True))))
     check_apart(out, overwrite, [model, *([settings.against] if settings.against else [])])
     check_output(out, overwrite, None, *settings.read())
+    if settings.inherit == CALIBRATED:
+        settings = replace(settings, inherit=str(rule_for(CALIBRATED, resolve(model, options, beside=True))))
     run = out.with_name(out.name + _RUN)
     rules, departures = choose_rules(settings.protocol, settings.changes)
     weights = find_all_weights(rules, settings)

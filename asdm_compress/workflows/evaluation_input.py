@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import SchedulerMixin, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 
 from asdm_compress.assembly.store import weights_hash
 from asdm_compress.core.errors import AsdmError
@@ -28,10 +28,11 @@ from asdm_compress.models.loading import open_pipeline, open_unet, with_parts
 from asdm_compress.models.resolve import resolve
 from asdm_compress.models.source import LoadOptions, Source
 from asdm_compress.sampling.own_steps import own_steps
-from asdm_compress.sampling.schedulers import evaluations, make_scheduler, scheduler_like
+from asdm_compress.sampling.schedulers import evaluations, make_scheduler, sample_alike, scheduler_like
 from asdm_compress.sampling.settings import SamplingSettings, check_text_to_image
 from asdm_compress.scenes.captions import Caption
 from asdm_compress.workflows.card import PYTHON
+from asdm_compress.workflows.generate import is_schedule
 from asdm_compress.workflows.progress import Progress
 from asdm_compress.workflows.student import RECIPE
 
@@ -105,7 +106,7 @@ class Opened:
     def own_sampling(self) -> OwnSampling | None:
         """How the model samples, where that is not as the teacher does."""
         teacher, model = (self.pipelines[role].scheduler for role in ROLES)
-        if self.model_steps == self.rules.steps and _sample_alike(scheduler_like(teacher, model), model):
+        if self.model_steps == self.rules.steps and sample_alike(scheduler_like(teacher, model), model):
             return None
         return OwnSampling(sampler=type(model).__name__, steps=self.model_steps, unet_calls=self.calls["model"])
 
@@ -218,10 +219,7 @@ def open_models(
     if settings.model_sampler:
         student.scheduler = make_scheduler(settings.model_sampler, student)
     elif own is None and not rules.sampler:
-        like_teacher = scheduler_like(teacher.scheduler, student.scheduler)
-        if not _sample_alike(like_teacher, student.scheduler):
-            progress.note("the model's own sampler differs from the teacher's; both sample with the teacher's")
-            student.scheduler = like_teacher
+        _give_both_one_sampler(teacher, student, settings.inherit, progress)
     pipelines: dict[Role, StableDiffusionPipeline] = {"teacher": teacher, "model": student}
     opened = Opened({"teacher": theirs, "model": ours}, pipelines, rules, departures, steps)
     own_sampling = opened.own_sampling
@@ -237,6 +235,21 @@ def open_models(
     return opened
 
 
+def _give_both_one_sampler(
+    teacher: StableDiffusionPipeline, student: StableDiffusionPipeline, inherit: str | None, progress: Progress
+) -> None:
+    """The teacher's; the student's where it follows a schedule, which is for that one alone."""
+    like_teacher = scheduler_like(teacher.scheduler, student.scheduler)
+    if sample_alike(like_teacher, student.scheduler):
+        return
+    whose = "model's" if is_schedule(inherit) else "teacher's"
+    progress.note(f"the model's own sampler differs from the teacher's; both sample with the {whose}")
+    if is_schedule(inherit):
+        teacher.scheduler = scheduler_like(student.scheduler, teacher.scheduler)
+    else:
+        student.scheduler = like_teacher
+
+
 def _resolve_teacher(model: str, ours: Source, settings: EvaluateSettings, options: LoadOptions) -> Source:
     if settings.against:
         return resolve(settings.against, options)
@@ -244,14 +257,6 @@ def _resolve_teacher(model: str, ours: Source, settings: EvaluateSettings, optio
         return resolve(_named_teacher(model, ours), options)
     except AsdmError as error:
         raise AsdmError(error.message, "Name the student's teacher with --against.", error.exit_code) from error
-
-
-def _sample_alike(one: SchedulerMixin, other: SchedulerMixin) -> bool:
-    """Whether two schedulers are of one kind with the same settings."""
-    first, second = (
-        {key: value for key, value in scheduler.config.items() if not key.startswith("_")} for scheduler in (one, other)
-    )
-    return type(one) is type(other) and first == second
 
 
 def _named_teacher(model: str, source: Source) -> str:

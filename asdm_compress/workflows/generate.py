@@ -21,7 +21,7 @@ from asdm_compress.models.source import LoadOptions, Source
 from asdm_compress.reporting.grid import labelled_grid
 from asdm_compress.sampling.images import Samples, sample
 from asdm_compress.sampling.own_steps import own_steps
-from asdm_compress.sampling.schedulers import make_scheduler
+from asdm_compress.sampling.schedulers import make_scheduler, sample_alike
 from asdm_compress.sampling.settings import SamplingSettings, check_size
 from asdm_compress.workflows.progress import Progress
 
@@ -100,12 +100,14 @@ def run_generate(
     check_apart(out, overwrite, names)
     prompts = [prompt for prompt in settings.prompts for _ in range(settings.images_per_prompt)]
     runs: list[Samples] = []
+    samplers = []
     for number, name in enumerate(names):
         with progress.stage(f"Opening {name}"):
             source = resolve(name, options)
             pipeline = open_pipeline(source, options)
             if settings.scheduler:
                 pipeline.scheduler = make_scheduler(settings.scheduler, pipeline)
+        samplers.append(pipeline.scheduler)
         sampling = settings.sampling_of(source, pipeline.scheduler)
         if sampling.steps != settings.sampling.steps:
             progress.note(f"{name} is made for {sampling.steps} steps")
@@ -118,11 +120,13 @@ def run_generate(
             with inheriting(pipeline, rule) if rule else nullcontext(), noting(progress):
                 negative = settings.negative_prompt
                 runs.append(sample(pipeline, prompts, sampling, settings.batch, bar, negative))
+    if not sample_alike(samplers[0], samplers[-1]):
+        kinds = " and ".join(type(sampler).__name__ for sampler in samplers)
+        progress.note(f"the two are sampled by their own samplers, {kinds}; --scheduler gives both one")
     if len({run.latents.shape for run in runs}) > 1:
         raise AsdmError("the two models make images of different sizes", "Give both one --image-size.")
     if settings.inherit:
-        is_file = Path(settings.inherit).suffix in (".yaml", ".yml")
-        names[-1] += f" inheriting {Path(settings.inherit).name if is_file else settings.inherit}"
+        names[-1] += f" inheriting {Path(settings.inherit).name if is_schedule(settings.inherit) else settings.inherit}"
     shown = [f"{Path(model).name or model}{name.removeprefix(model)}" for model, name in zip(given, names, strict=True)]
     labels = [f"{name}\n{run.seconds:.2f} s/image" for name, run in zip(shown, runs, strict=True)]
     captions = [f"{prompt} [seed {settings.sampling.seed + i}]" for i, prompt in enumerate(prompts)]
@@ -137,6 +141,11 @@ def run_generate(
         grid.save(aside / "grid.png")
     seconds = {name: run.seconds for name, run in zip(names, runs, strict=True)}
     return GenerateResult([*files, "grid.png"], seconds, compare(runs[1], runs[0]) if len(runs) == 2 else None)
+
+
+def is_schedule(inherit: str | None) -> bool:
+    """Whether this is a schedule's file, which is for one sampler, and no mode."""
+    return inherit is not None and Path(inherit).suffix in (".yaml", ".yml")
 
 
 def rule_for(inherit: str | None, source: Source) -> str | Path | None:

@@ -205,7 +205,7 @@ def measure(
     with progress.stage("Timing convolutions in slots and narrower modules"):
         options = processes.on_main(lambda: _options(teacher, costs, limits, shape, settings))
     check_reachable(options, teacher_costs(costs), limits)
-    _note_duration(costs, settings, prompts, options, progress if processes.is_main else Silent())
+    _note_duration(costs, settings, prompts, options, is_fitted, progress if processes.is_main else Silent())
     pipeline = measured_in(pipeline, settings.measure_dtype)  # from here on nothing is timed
     teacher = pipeline.unet
     folder = measurement_folder(
@@ -248,18 +248,25 @@ def _held(teacher: UNet2DConditionModel, calibration: Calibration, progress: Pro
 
 
 def _note_duration(
-    costs: Profile, settings: PlanSettings, prompts: PromptSplit, options: Sequence[Option], progress: Progress
+    costs: Profile,
+    settings: PlanSettings,
+    prompts: PromptSplit,
+    options: Sequence[Option],
+    is_fitted: bool,
+    progress: Progress,
 ) -> None:
     """Say how long it will take where that is long: nobody should find out by waiting."""
     effort, bands = settings.effort, settings.bands
-    expected = measuring_time(costs, len(prompts.calibration), settings.sampling, effort, bands, options)
+    expected = measuring_time(
+        costs, len(prompts.calibration), settings.sampling, effort, bands, options, is_fitted, settings.refit == "full"
+    )
     if expected.total > LONG:
         recording, measuring = format_duration(expected.recording), format_duration(expected.measuring)
         progress.note(
             f"recording runs of {len(prompts.calibration)} prompts takes about {recording} at the speed of the "
             f"profiled pass, and measuring {len(options)} edits {measuring}, fits apart; what was measured before is "
-            "not measured again. Fewer --calibration-prompts and --calibration-triples, --finest unit and fewer kinds "
-            "of --slot and --narrow take less"
+            "not measured again. Fewer prompts and moments, parts no finer than units, and fewer kinds of slots and "
+            "widths take less"
         )
 
 

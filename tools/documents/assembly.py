@@ -84,19 +84,23 @@ def refitted_cuts() -> str:
         if ours is not None and theirs is not None:
             before = theirs["damage"] < ours["damage"]
             times = ours["damage"] / theirs["damage"] if before else theirs["damage"] / ours["damage"]
-            (ahead if before else behind).append(f"{times:.1f} times at {budget}x")
+            taking = f"in {share(theirs['latency_ratio'])}, ours in {share(ours['latency_ratio'])}"
+            (ahead if before else behind).append(f"{times:.1f} times at {budget}x, {taking}")
     found = []
     if behind:
-        found.append(f"have more damage than our plan ({', '.join(behind)})")
+        found.append(f"have more damage than our plan ({'; '.join(behind)})")
     if ahead:
-        found.append(f"have less than it ({', '.join(ahead)})")
+        found.append(f"have less than it ({'; '.join(ahead)})")
     return " and ".join(found)
 
 
 def plans_note() -> str:
-    """What is to be known of the bench's run."""
+    """Where the rows are from."""
     found = results("assembly")
-    return f"Measured on one core of {found['machine']['processor']}; {found['note']}"
+    return (
+        f"Measured on one core of {found['machine']['processor']}; other programs used {found['other_load_cores']:.1f} "
+        "cores meanwhile, which disturbs timings: each row's latency is measured anew at its end"
+    )
 
 
 def _plan_row(row: dict[str, Any]) -> list[object]:
