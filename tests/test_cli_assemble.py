@@ -289,7 +289,7 @@ def test_the_python_of_readme_and_guides_runs(assembled, tmp_path):
 def test_ctrl_c_half_way_leaves_no_half_written_folder(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "asdm_compress", "assemble", "--budget", "macs=0.7x", "--out", "out",
-         "--calibration-prompts", "8", "--steps", "4", "--bands", "4", "--repeats", "1", "--slot", "none",
+         "--calibration-prompts", "8", "--steps", "4", "--bands", "4", "--repeats", "2", "--slot", "none",
          "--narrow", "none"],
         cwd=tmp_path, env={**os.environ, "ASDM_COMPRESS_CACHE": str(tmp_path / "cache")},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
