@@ -12,6 +12,7 @@ from documents.figures import decibels, minutes, percent, results, share, small,
 MINI_SD: Final = Path(__file__).parents[2] / "asdm_compress" / "models" / "mini_sd"
 OURS: Final = "ours"
 BUDGETS: Final = (0.9, 0.8, 0.7, 0.6, 0.5)
+_PRECISIONS: Final = {"float32": "fp32", "bfloat16": "bf16"}
 REFITTED_KNAPSACK: Final = "drop-only knapsack, with our refit"
 # Cuts of others with what stays solved anew by us are no rivals.
 REFITTED: Final = ("with our refit", "refitted", "ours")
@@ -73,6 +74,17 @@ def all_plans() -> str:
         ("budget", "plan", "latency", "damage, held out", "PSNR", "captions right", "Fréchet to teacher"),
         [_plan_row(row) for row in rows],
     )
+
+
+def sharing() -> str:
+    """What `shared` saves by itself."""
+    found = results("shared")
+    parts = [
+        f"`{row['model']}` at {row['pixels']} px in {_PRECISIONS[row['dtype']]} {share(value(row['latency_ratio']))} "
+        f"of the time and {share(row['macs_ratio'])} of the MACs"
+        for row in found["rows"]
+    ]
+    return f"{'; '.join(parts)} ({source('shared', 'bench_shared')}, {found['machine']['processor']})"
 
 
 def refitted_cuts() -> str:
