@@ -83,12 +83,16 @@ def command_line() -> str:
 
 def measure_dtype(name: str) -> torch.dtype | None:
     """The precision that a user names; None for auto. Raises AsdmError for one that there is not."""
+    return None if own_name(name) == "auto" else _type_called(name)
+
+
+def _type_called(name: str) -> torch.dtype:
     import torch
 
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if own_name(name) not in {"auto", *types}:
+    if own_name(name) not in types:
         raise AsdmError(f"unknown dtype {name!r}", f"Use auto, {', '.join(types)}.")
-    return types.get(own_name(name))
+    return types[own_name(name)]
 
 
 def load_options(
@@ -122,10 +126,6 @@ def load_options(
         )
     if place.type == "cuda" and place.index is not None:
         torch.cuda.set_device(place)
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = own_name(dtype)
-    if dtype == "auto":
+    if own_name(dtype) == "auto":
         dtype = "fp32" if place.type == "cpu" else "fp16"
-    if dtype not in types:
-        raise AsdmError(f"unknown dtype {dtype!r}", f"Use auto, {', '.join(types)}.")
-    return LoadOptions(types[dtype], place, random_weights, allow_pickle, parse_prediction_type(prediction_type))
+    return LoadOptions(_type_called(dtype), place, random_weights, allow_pickle, parse_prediction_type(prediction_type))

@@ -109,9 +109,11 @@ def refitted_cuts() -> str:
 def plans_note() -> str:
     """Where the rows are from."""
     found = results("assembly")
+    runs = found["command"].count(";") + 1
     return (
-        f"Measured on one core of {found['machine']['processor']}; other programs used {found['other_load_cores']:.1f} "
-        "cores meanwhile, which disturbs timings: each row's latency is measured anew at its end"
+        f"Measured in {runs} runs on one core of {found['machine']['processor']}; other programs used "
+        f"{found['other_load_cores']:.1f} cores meanwhile, which disturbs timings: each row's latency is measured anew "
+        "at its end"
     )
 
 
