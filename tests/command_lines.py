@@ -9,6 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+# Before a program's own words: two processes on CPUs, which accelerate takes for two accelerators.
+LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+
 _RUN_ALL = """
 import contextlib, io, json, resource, sys, traceback
 from asdm_compress.cli.main import main

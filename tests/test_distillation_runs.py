@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from command_lines import LAUNCH
 from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -153,9 +154,8 @@ def test_a_training_killed_in_a_save_and_elsewhere_ends_bit_identical(place):
 
 def launch(folder, program, *more, **variables):
     """In two processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *program]
     return subprocess.run(
-        [*launcher, *more],
+        [sys.executable, *LAUNCH, *program, *more],
         cwd=folder,
         env={**environment(folder), **variables},
         capture_output=True,

@@ -60,7 +60,7 @@ def fresh(make, rule=RULE, scheduler="ddim", **more):
         return latents(pipe, **more)
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "heun", "euler-a"])
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "dpm++-sde", "heun", "euler-a"])
 def test_computing_everything_is_bit_identical_and_so_is_disabling(make, scheduler):
     pipe = make(scheduler=scheduler)
     plain = latents(pipe)
@@ -87,7 +87,7 @@ def test_an_assembled_student_inherits_as_its_teacher_does(make, unet):
     assert float((found - plain).square().mean()) < 0.2 * float(plain.square().mean())
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "heun", "euler-a", "pndm"])
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++-sde", "heun", "euler-a", "pndm"])
 def test_a_run_after_another_is_as_the_first(make, scheduler):
     expected = fresh(make, scheduler=scheduler)
     pipe = make(scheduler=scheduler)

@@ -10,11 +10,10 @@ import sys
 import pytest
 import shared_work
 import torch
+from command_lines import LAUNCH
 
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.processes import Processes
-
-LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
 
 def run(*command, cwd, **environment):

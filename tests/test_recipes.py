@@ -44,6 +44,7 @@ def test_every_recipe_of_the_repository_ships():
 @pytest.mark.parametrize("name", sorted(bundled_recipes()))
 def test_a_recipe_replays_at_full_size_and_on_a_trained_unet(name, unet, inputs):
     found = describe(find_recipe(name))
+    assert found.sources
     assert found.parameters == PARAMETERS.get(name, found.parameters)
     saved = 1 - found.macs / found.teacher_macs
     assert saved == pytest.approx(SAVED_MACS.get(name, saved), abs=1e-3)

@@ -1,12 +1,12 @@
 """Run the benches one after another, alone on the machine, and write what they found into README and guides.
 
-    python tools/bench_all.py                       # hours
+    python tools/bench_all.py                       # hours, most of a day with full size
     python tools/bench_all.py assemble assembly     # only these
     python tools/bench_all.py --list
 
-Every bench runs in a process of its own, so that none inherits another's threads and memory. One that fails does not
-stop the others; the exit code says whether any did. What is written are the documents' marked figures (see
-`write_documents.py`).
+Every bench runs in a process of its own, so that none inherits another's threads and memory, and with every set of
+arguments that a results file comes from. One that fails does not stop the others; the exit code says whether any did.
+What is written are the documents' marked figures (see `write_documents.py`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ from pathlib import Path
 from typing import Final
 
 TOOLS: Final = Path(__file__).resolve().parent
+# Of what is run more than once: the arguments of every run.
+RUNS: Final = {
+    "assemble_full_size": ((), ("--kill-after", "600")),
+    "distill": (("--parts", "all"),),
+    "inheritance": ((), ("--full-size",)),
+}
 
 
 def benches() -> dict[str, Path]:
-    """Every bench by name, the main job's first."""
+    """Every bench by name, the main job's first, and the matrix of what works around a student."""
     found = {path.stem.removeprefix("bench_"): path for path in sorted(TOOLS.glob("bench_*.py"))}
     del found["all"]
-    return {"assemble": found.pop("assemble"), **found}
+    return {"assemble": found.pop("assemble"), **found, "matrix": TOOLS / "make_matrix.py"}
 
 
 def main() -> None:
@@ -43,14 +49,14 @@ def main() -> None:
         return
     failed = []
     for name in arguments.names or known:
-        began = time.monotonic()
-        print(f"== {name}", flush=True)
-        code = subprocess.run([sys.executable, str(known[name])], check=False).returncode
-        print(
-            f"== {name}: {'done' if code == 0 else f'failed with {code}'}, {time.monotonic() - began:.0f} s", flush=True
-        )
-        if code:
-            failed.append(name)
+        for more in RUNS.get(name, ((),)):
+            began, shown = time.monotonic(), " ".join((name, *more))
+            print(f"== {shown}", flush=True)
+            code = subprocess.run([sys.executable, str(known[name]), *more], check=False).returncode
+            said = "done" if code == 0 else f"failed with {code}"
+            print(f"== {shown}: {said}, {time.monotonic() - began:.0f} s", flush=True)
+            if code:
+                failed.append(shown)
     code = subprocess.run([sys.executable, str(TOOLS / "write_documents.py")], check=False).returncode
     if failed:
         print(f"failed: {', '.join(failed)}")

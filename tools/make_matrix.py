@@ -3,8 +3,9 @@
     python tools/make_matrix.py                     # writes tools/results/matrix.json
     python tools/make_matrix.py "torchao int8 weights"     # only these rows; the others stay as they are
 
-`tests/test_matrix.py` runs a part of the same checks. A cell says that a thing works, with the largest difference from
-its oracle (see each check's own words) where there is one, or why not.
+`tests/test_matrix.py` runs a part of the same checks. A row whose package is not installed stays as it is, too. A cell
+says that a thing works, with the largest difference from its oracle (see each check's own words) where there is one, or
+why not.
 """
 
 from __future__ import annotations
@@ -38,18 +39,24 @@ def main() -> None:
     pipeline = load_pipeline("mini-sd", LoadOptions())
     subjects = [Subject(name, pipeline) for name in PLANS]
     wanted = sys.argv[1:] or [check.name for check in CHECKS]
-    old = json.loads(OUT.read_text(encoding="utf-8")) if sys.argv[1:] else {"rows": [], "versions": {}}
-    rows = {row["name"]: row for row in old["rows"]}
+    old = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
+    if old.get("mini_sd") != bundled_weights() and not sys.argv[1:]:
+        old = {}
+    rows = {row["name"]: row for row in old.get("rows", [])}
     for check in CHECKS:
         if check.name in wanted:
             cells = {}
-            for subject in subjects:
-                cells[subject.name] = tried(check, subject)
-                print(json.dumps({check.name: {subject.name: cells[subject.name]}}), flush=True)
+            try:
+                for subject in subjects:
+                    cells[subject.name] = tried(check, subject)
+                    print(json.dumps({check.name: {subject.name: cells[subject.name]}}), flush=True)
+            except ModuleNotFoundError as error:
+                print(f"{check.name} is left as it is: {error}", flush=True)
+                continue
             rows[check.name] = {
                 "name": check.name, "oracle": check.oracle, "device": processor_name(), "cells": cells
             }  # fmt: skip
-            _write([rows[each.name] for each in CHECKS if each.name in rows], old["versions"])
+            _write([rows[each.name] for each in CHECKS if each.name in rows], old.get("versions", {}))
     print(table(json.loads(OUT.read_text(encoding="utf-8"))))
 
 
@@ -61,11 +68,13 @@ def _write(rows: list[dict[str, Any]], before: dict[str, str]) -> None:
 
 
 def tried(check: Check, subject: Subject) -> dict[str, Any]:
-    """One cell: what the check found, or the error that it ended in."""
+    """One cell: what the check found, or the error that it ended in. Raises ModuleNotFoundError."""
     torch.manual_seed(0)
     began = time.perf_counter()
     try:
         outcome = check.run(subject)
+    except ModuleNotFoundError:
+        raise
     except Exception as error:
         traceback.print_exc()
         return {"works": False, "error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}

@@ -17,6 +17,7 @@ SCHEDULERS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "dpm++": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": False, "algorithm_type": "dpmsolver++"}),
     "dpm++-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "algorithm_type": "dpmsolver++"}),
+    "dpm++-sde": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": False, "algorithm_type": "sde-dpmsolver++"}),
     "euler": ("EulerDiscreteScheduler", {"use_karras_sigmas": False}),
     "euler-a": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {"use_karras_sigmas": False}),

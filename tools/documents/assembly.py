@@ -301,9 +301,13 @@ def _cell(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return ""
     if not cell["works"]:
-        return f"no: {cell.get('note', '')}"
+        return f"no: {cell['error'] if 'error' in cell else cell.get('note') or _off(cell)}"
     words = ["yes"]
     if "difference" in cell:
-        size = cell["difference"]
-        words.append("exact" if size == 0 else f"{size:.2%}" if cell["relative"] else f"{size:.0e}")
+        words.append(_off(cell))
     return ", ".join([*words, cell["note"]] if "note" in cell else words)
+
+
+def _off(cell: dict[str, Any]) -> str:
+    size = cell["difference"]
+    return "exact" if size == 0 else f"{size:.2%}" if cell["relative"] else f"{size:.0e}"

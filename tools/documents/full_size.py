@@ -41,10 +41,12 @@ def assembled_at_full_size() -> str:
     """What the main job takes on Stable Diffusion 1.5, and a run of it that was killed and went on."""
     found, again = results("assemble_full_size"), results("assemble_full_size_resumed")
     kills = [f"after {minutes(run['seconds'])}, with {run['damages']} damages kept" for run in again["killed"]]
-    where = source("assemble_full_size", "bench_assemble_full_size")
+    where, of_again = (
+        source(name, "bench_assemble_full_size") for name in ("assemble_full_size", "assemble_full_size_resumed")
+    )
     return (
-        f"{_assembled(found)}, channels-last. An older run, not so, killed {' and '.join(kills)}, went on "
-        f"from there: {_assembled(again)} in all ({where})"
+        f"{_assembled(found)}, channels-last ({where}). An older run, not so, killed {' and '.join(kills)}, went on "
+        f"from there: {_assembled(again)} in all ({of_again})"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from inspect import signature
 from typing import Any
@@ -133,8 +134,8 @@ def schedulers(subject: Subject) -> Outcome:
 
 
 def several_per_prompt(subject: Subject) -> Outcome:
-    """Oracle: each image made alone from its own seed."""
-    pipeline = subject.pipeline(subject.unet)
+    """Oracle: each image made alone from its own seed; in double precision, in which the order of sums says nothing."""
+    pipeline = copy.deepcopy(subject.pipeline(subject.unet)).to(torch.float64)
     seeds = [torch.Generator().manual_seed(i) for i in range(3)]
     together = _images(pipeline, generator=seeds, num_images_per_prompt=3)
     alone = torch.cat([_images(pipeline, seed=i) for i in range(3)])
