@@ -303,6 +303,10 @@ def test_the_verdict_is_that_of_test_prompts():
     ours, theirs = contestant("schedule", 40.0, 30.0), contestant("fewer steps", 35.0, 31.0)
     assert "beats none of its rivals: -1.00 dB" in verdict_on((ours, theirs))
     assert "beats everything" in verdict_on((theirs, ours))
+    unsure = replace(theirs, test=Score((29.0, 34.0), (0.9, 0.9)))
+    assert "but not surely: +1.00 dB (± " in verdict_on((unsure, ours))
+    single = [replace(c, test=Score(c.test.psnr[:1], c.test.ssim[:1])) for c in (theirs, ours)]
+    assert "but not surely: +1.00 dB (of one picture)" in verdict_on(single)
 
 
 def test_a_batch_is_timed_in_full_where_prompts_are_few(pipeline):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,7 +90,12 @@ def test_hooks_that_move_weights_do_so_in_runs(make, expected, name, before):
     assert torch.equal(latents(pipe), expected["opened"])
     disable(pipe)
     assert torch.equal(latents(pipe), expected["plain"])
-    assert mark_of(pipe.unet).fits(mark_of(make().unet))
+    mark = mark_of(pipe.unet)
+    assert mark.fits(mark_of(make().unet))
+    assert mark.fits(replace(mark, weights=tuple(torch.tensor(mark.weights).bfloat16().tolist())))
+    tuned = sorted(range(len(mark.weights)), key=lambda i: abs(mark.weights[i]))[len(mark.weights) // 2]
+    moved = [w * (1.02 if i == tuned else 1) for i, w in enumerate(mark.weights)]
+    assert not mark.fits(replace(mark, weights=tuple(moved)))
     if not name.startswith("diffusers"):
         remove_hook_from_module(pipe.unet, recurse=True)
         assert torch.equal(latents(pipe), expected["plain"])

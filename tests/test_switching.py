@@ -17,6 +17,7 @@ from diffusers import (
 from safetensors import safe_open
 from safetensors.torch import save_file
 from switched import STEPS, call, held, own_bytes, pipe_of, schedule_of, switched_by_hand
+from torch import nn
 
 from asdm_compress.assembly.plan import Plan
 from asdm_compress.assembly.surgery import assemble
@@ -35,7 +36,7 @@ from asdm_compress.profiling.counting import count
 from asdm_compress.sampling.own_steps import FILE_NAME, own_steps
 from asdm_compress.switching.orders import parse_order
 from asdm_compress.switching.schedules import SwitchingSchedule
-from asdm_compress.switching.sharing import as_prefixes, of_prefixes
+from asdm_compress.switching.sharing import as_prefixes, find_shared, of_prefixes
 from asdm_compress.switching.switched_unet import SwitchedUNet2DConditionModel
 from asdm_compress.workflows.progress import Silent
 from asdm_compress.workflows.switch import open_models
@@ -235,6 +236,20 @@ def test_what_makes_no_switched_unet_is_refused(pipeline, unet, students, switch
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}), encoding="utf-8")
         with pytest.raises(AsdmError, match=says):
             SwitchedUNet2DConditionModel.from_pretrained(tmp_path)
+
+
+def test_matrices_with_more_places_than_fp32_counts_are_shared_too():
+    """As Stable Diffusion's decoder has them: of its largest convolutions fp32 takes the last place for one behind."""
+
+    class Wide(nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.conv_in = nn.Conv2d(1, 1, 1, bias=False)
+            self.conv_in.weight = nn.Parameter(torch.full((1,), value).expand(1280, 2560, 3, 3))
+
+    owner, same, other = Wide(1.0), Wide(1.0), Wide(2.0)
+    assert find_shared(same, [("", owner)]).tensors == {"conv_in.weight": "conv_in.weight"}
+    assert not find_shared(other, [("", owner)]).tensors
 
 
 def test_shared_names_are_written_by_their_highest_places():

@@ -34,11 +34,6 @@ class Program:
         return self.taken, self.recorded, tuple(self.corrections.items())
 
     @property
-    def is_whole(self) -> bool:
-        """Whether this is the UNet's whole forward pass and nothing else."""
-        return not self.taken and not self.recorded
-
-    @property
     def is_plain(self) -> bool:
         """Whether the UNet's own forward pass tells all of it: at most the prediction is recorded."""
         return not self.taken and all(feature.value == PREDICTION for feature in self.recorded)
@@ -144,11 +139,6 @@ def _live(ops: Mapping[str, Op]) -> set[str]:
             live.add(value)
             todo += ops[value].inputs
     return live
-
-
-def live_values(graph: Graph, taken: Collection[Feature]) -> frozenset[str]:
-    """The values that a pass computes, or is given, when it takes these features."""
-    return frozenset(op.value for op in program_of(graph, taken).ops)
 
 
 def _dying(order: list[Op], kept: Collection[Feature]) -> tuple[tuple[str, ...], ...]:

@@ -118,15 +118,6 @@ class Run:
         twin._kept = {kept: self._kept[kept] for kept in needed_from(plan, self.step)}
         return twin
 
-    def replan(self, actions: Sequence[Action]) -> None:
-        """Other actions for the steps still to come.
-
-        The run goes on as if it began here: the features that it holds were kept for the old actions and are forgotten.
-        """
-        self.actions = (*self.actions[: self.step], *actions)
-        self._restart(self.guided)
-        self._fitted_from = self._forecast_from
-
     def evaluate(self, call: UNetCall, guided: bool | None = None) -> Tensor:
         """The next prediction (B, C, H, W), all rows of it.
 

@@ -121,4 +121,5 @@ def with_parts(pipeline: StableDiffusionPipeline, **parts: Any) -> StableDiffusi
     """Another pipeline of the same class with some parts in the place of its own; not every class has the flag."""
     flags = {"requires_safety_checker"} & set(inspect.signature(type(pipeline).__init__).parameters)
     whole = {**pipeline.components, **parts}
-    return type(pipeline)(**whole, **{flag: pipeline.config.get(flag, False) for flag in flags})
+    with quiet_libraries():  # of a missing safety checker diffusers would warn once for each of hundreds
+        return type(pipeline)(**whole, **{flag: pipeline.config.get(flag, False) for flag in flags})

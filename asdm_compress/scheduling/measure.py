@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ def sampler_timeline(pipeline: StableDiffusionPipeline, steps: int) -> Timeline:
     """The evaluations of a run; raises AsdmError for one step, and for samplers that evaluate more than once a step."""
     check_inheritable(steps)
     check_one_evaluation_per_step(pipeline.scheduler, steps)
-    scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config)
+    # Copied: from its config diffusers would not take over what a pipeline has corrected in it, such as `steps_offset`.
+    scheduler = copy.deepcopy(pipeline.scheduler)
     scheduler.set_timesteps(steps)
     return timeline_of(scheduler)
 

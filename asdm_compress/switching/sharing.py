@@ -121,7 +121,9 @@ def _collect(place: str, names: Sequence[str], tensors: Mapping[str, str], found
 
 def _probe(tensor: Tensor) -> object:
     flat = tensor.detach().flatten()
-    at = torch.linspace(0, len(flat) - 1, min(_PROBED, len(flat))).long()
+    count = min(_PROBED, len(flat))
+    # In whole numbers: of the largest convolutions of Stable Diffusion fp32 does not tell the last place from the next.
+    at = torch.tensor([i * (len(flat) - 1) // max(count - 1, 1) for i in range(count)], dtype=torch.long)
     return tuple(tensor.shape), tensor.dtype, tuple(flat[at.to(flat.device)].tolist())
 
 

@@ -352,7 +352,7 @@ class Search:
         timeline = sampler_timeline(pipeline, way.steps)
         size = initial_latents(pipeline, 1, sampling).shape
         validity = Validity(
-            "this folder", mark_of(pipeline.unet), type(pipeline.scheduler).__name__, len(timeline),
+            "the one in its folder", mark_of(pipeline.unet), type(pipeline.scheduler).__name__, len(timeline),
             timeline.sigmas or (), max(sampling.guidance, 1.0), (int(size[2]), int(size[3])),
             solver_of(pipeline.scheduler),
         )  # fmt: skip

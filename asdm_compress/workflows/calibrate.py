@@ -128,8 +128,13 @@ def calibrate(pipeline: StableDiffusionPipeline, budget: str, settings: Calibrat
     """
     goal = goal_of(parse_budget([budget]), None, None)
     settings = CalibrateSettings(goal, curve=0) if settings is None else replace(settings, goal=goal)
+    if settings.scheduler is not None:
+        raise AsdmError(
+            "a schedule is calibrated for the pipeline's own sampler, whatever the settings name",
+            "Give the pipeline that sampler first: pipeline.scheduler = …",
+        )
     found, sampling = find_schedule(pipeline, settings, Silent()), settings.sampling
-    validity = _validity("this model", pipeline, found.choosing.surrogate.timeline, sampling)
+    validity = _validity("the one that was calibrated", pipeline, found.choosing.surrogate.timeline, sampling)
     return replace(found.schedule(sampling.steps), validity=validity)
 
 

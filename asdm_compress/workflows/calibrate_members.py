@@ -40,6 +40,7 @@ from asdm_compress.workflows.calibrate import (
     split_prompts,
     timed_batch,
 )
+from asdm_compress.workflows.calibrated import decibels_ahead
 from asdm_compress.workflows.members_search import MembersSearch, Round
 from asdm_compress.workflows.progress import Progress
 from asdm_compress.workflows.switch import open_members
@@ -286,18 +287,18 @@ def _verdict(entrants: Sequence[Entrant], share: float) -> str:
         said.append(
             f"T-Stitch's order has {ratio:.3g} times the final-latent error in {nearest.share:.3f}x of the time, where "
             f"this takes {ours.share:.3f}x; in pictures the schedule "
-            f"is {more:+.2f} dB (± {interval:.2f}) from it."
+            f"is {decibels_ahead(more, interval)} from it."
         )
     alone = [r for r in rivals if r.role == "one student"]
     if alone:
         strongest = max(alone, key=lambda r: r.test.mean())
         more, interval = gain(ours.test, strongest.test)
-        said.append(f"Against {strongest.way.name}, {strongest.share:.3f}x, it is {more:+.2f} dB (± {interval:.2f}).")
+        said.append(f"Against {strongest.way.name}, {strongest.share:.3f}x, it is {decibels_ahead(more, interval)}.")
     fewer = [r for r in rivals if r.role == "fewer steps"]
     if fewer:
         strongest = max(fewer, key=lambda r: r.test.mean())
         more, interval = gain(ours.test, strongest.test)
-        said.append(f"Against {strongest.way.name} it is {more:+.2f} dB (± {interval:.2f}).")
+        said.append(f"Against {strongest.way.name} it is {decibels_ahead(more, interval)}.")
     if ours.share > share:
         said.append(f"Its time is {ours.share:.3f}x, over the limit of {share:.3f}x; calibrate on a quiet machine.")
     return " ".join(said) or "Nothing else fits into this time."

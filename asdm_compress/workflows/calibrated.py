@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -190,6 +191,11 @@ def front_json(front: Front, choosing: Choosing) -> dict[str, Any]:
     return {"actions": [action.name for action in names], "corners": corners}
 
 
+def decibels_ahead(difference: float, interval: float) -> str:
+    """A mean difference of PSNR for people, with half its interval where there is one: of one picture there is none."""
+    return f"{difference:+.2f} dB" + (f" (± {interval:.2f})" if math.isfinite(interval) else " (of one picture)")
+
+
 def verdict_on(contestants: Sequence[Contestant]) -> str:
     """What won on test prompts, which chose nothing: on those for validation the schedule was chosen itself.
 
@@ -202,8 +208,10 @@ def verdict_on(contestants: Sequence[Contestant]) -> str:
         return "Nothing else fits into this time."
     strongest = max(better, key=lambda c: c.validation.mean()) if better else max(rivals, key=lambda c: c.test.mean())
     difference, interval = gain(ours.test, strongest.test)
-    said = f"{difference:+.2f} dB (± {interval:.2f}) against {strongest.role} ({strongest.way.name}) on test prompts"
+    said = f"{decibels_ahead(difference, interval)} against {strongest.role} ({strongest.way.name}) on test prompts"
     if not better:
+        if difference - interval <= 0:
+            return f"The schedule is ahead of everything that was tried in its time, but not surely: {said}."
         return f"The schedule beats everything that was tried in its time: {said}."
     beaten = [c.role for c in rivals if c not in better]
     start = (

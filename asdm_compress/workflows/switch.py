@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,9 +176,15 @@ def schedule_of(
         raise AsdmError(
             f"{settings.order!r} is neither an order nor a schedule's file", f"Orders are written like {ORDER_GRAMMAR}."
         )
-    scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config)
+    scheduler = copy.deepcopy(pipeline.scheduler)  # see `sampler_timeline`
     scheduler.set_timesteps(steps)
     timeline = timeline_of(scheduler)
+    if actions is not None and len(actions) != len(timeline):
+        raise AsdmError(
+            f"{settings.order} has {steps} actions, and {type(scheduler).__name__} calls the UNet {len(timeline)} "
+            f"times in {steps} steps: it is for another sampler",
+            "Name the sampler that it was calibrated for with --scheduler.",
+        )
     if actions is None:
         actions = parse_order(settings.order, by_size(pipeline, members), len(timeline))
     unknown = [a.member for a in actions if a.member is not None and a.member not in members]

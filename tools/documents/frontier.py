@@ -98,7 +98,8 @@ def frontier_target() -> str:
     reached = "reached" if min(times) >= TIMES else "missed"
     off = [100 * (a - b) for a, b in zip(fastest["right_each"], reference["right_each"], strict=True)]
     return (
-        f"Of {len(chosen)} ways that all together chose for quality, on other captions, the fastest that is {margin} "
+        f"Of {len(chosen)} way{'s' * (len(chosen) > 1)} that all together chose for quality, on other captions, the "
+        f"fastest that is {margin} "
         f"is {times[0]:.1f} times as fast per image, text encoder and VAE included, and {times[1]:.1f} times without "
         f"({fastest['way']}; {fastest['right']} captions right where the full run has {reference['right']}, by "
         f"{fmean(off):+.1f} ± {_half_width(off):.1f} points, Fréchet distance {fastest['frechet']:.2f} and "
