@@ -49,6 +49,16 @@ def check(source):
     assert [i.caption for i in late] == [CAPTIONS[3]]
 
 
+def test_of_several_captions_the_first_is_taken(pictures, tmp_path):
+    """As COCO's images have them."""
+    rows = {"image": [{"bytes": p, "path": None} for p in pictures[:2]], "text": [["one", "another"], []]}
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False))
+    table.to_parquet(str(tmp_path / "part.parquet"))
+    found = list(open_source(Data(source=str(tmp_path / "part.parquet")), False).read(0, 2, 16))
+    assert found[0].caption == "one"
+    assert found[1].reason == "it has no caption"
+
+
 def test_a_saved_dataset_and_parquet_give_the_same(table, tmp_path):
     table.save_to_disk(str(tmp_path / "saved"))
     check(open_source(Data(source=str(tmp_path / "saved")), False))

@@ -31,6 +31,12 @@ def test_intervals_of_a_handful_cover_what_they_should(few):
     assert np.mean([one.low <= 20 <= one.high for one in medians]) >= 0.91
 
 
+def test_no_time_is_under_nothing():
+    found = intervals.median([1.0, 3.0])
+    assert (found.low, found.method) == (0.0, "t")
+    assert found.high > 3
+
+
 def test_intervals_of_too_little_and_of_nothing_new():
     assert intervals.mean([3.0]).method == "none"
     assert (intervals.mean([2.0, 2.0]).low, intervals.mean([2.0, 2.0]).high) == (2, 2)

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler, PNDMScheduler
 from PIL import Image
 
 from asdm_compress.core.errors import AsdmError
@@ -15,10 +15,13 @@ from asdm_compress.evaluation import prompts
 from asdm_compress.evaluation.distances import frechet_distance
 from asdm_compress.evaluation.fidelity import compare
 from asdm_compress.evaluation.prompts import choose_prompts, read_prompts, understands_scenes
+from asdm_compress.models.loading import load_pipeline, with_parts
+from asdm_compress.models.saving import save_pipeline
+from asdm_compress.models.source import LoadOptions
 from asdm_compress.reporting.grid import labelled_grid
 from asdm_compress.sampling import images
 from asdm_compress.sampling.images import sample
-from asdm_compress.sampling.schedulers import SCHEDULERS, choose_scheduler, make_scheduler
+from asdm_compress.sampling.schedulers import SCHEDULERS, choose_scheduler, make_scheduler, sample_alike
 from asdm_compress.sampling.settings import SamplingSettings
 
 SETTINGS = SamplingSettings(steps=3, guidance=4.0, seed=11)
@@ -208,3 +211,19 @@ def test_a_named_scheduler_has_nothing_of_the_pipelines_own_kind(pipeline):
         assert make_scheduler("dpm++-karras", pipeline).config.use_karras_sigmas
     finally:
         pipeline.scheduler = own
+
+
+def test_what_nobody_chose_of_a_sampler_stays_unchosen_in_a_saved_folder(pipeline, tmp_path):
+    """As of the folders of Stable Diffusion 1.x: PNDM's own spacing of steps is none of DPM++'s."""
+    unsaid = PNDMScheduler(skip_prk_steps=True, steps_offset=1, beta_schedule="scaled_linear")
+    original = with_parts(pipeline, scheduler=unsaid)
+    save_pipeline(original, tmp_path / "saved")
+    saved = load_pipeline(str(tmp_path / "saved"), LoadOptions())
+    kinds = [make_scheduler("dpm++", one).config.timestep_spacing for one in (original, saved)]
+    assert kinds == ["linspace", "linspace"]
+    assert sample_alike(saved.scheduler, unsaid)
+    # What a folder says is kept, be it what its class has by itself.
+    said = PNDMScheduler(skip_prk_steps=True, steps_offset=1, timestep_spacing="leading")
+    save_pipeline(with_parts(pipeline, scheduler=said), tmp_path / "said")
+    again = load_pipeline(str(tmp_path / "said"), LoadOptions())
+    assert make_scheduler("dpm++", again).config.timestep_spacing == "leading"

@@ -80,6 +80,13 @@ _GOES_ON: Final = {
 }
 
 
+# What needs less memory, of commands where the usual would change what is asked for.
+_LESS_AT_ONCE: Final = {
+    "distill": "Go on with --resume and a smaller --micro-batch, or --gradient-checkpointing.",
+    "evaluate": "Begin anew with a smaller --batch and --overwrite.",
+}
+
+
 class _InterruptedError(BaseException):
     """Ctrl-C or a polite kill. No KeyboardInterrupt, which the command-line library would turn into its own exit."""
 
@@ -110,8 +117,10 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        hint = (
+        named = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        hint = _LESS_AT_ONCE.get(
+            named,
             "Ask for less at once, as far as this command has these: --dtype bf16, a smaller --batch or --image-size, "
-            "and where something is fitted fewer --calibration-triples."
+            "and where something is fitted fewer --calibration-triples.",
         )
         fail(AsdmError("memory ran out", hint, ExitCode.ENVIRONMENT), as_json="--json" in sys.argv)

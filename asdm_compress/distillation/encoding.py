@@ -49,8 +49,8 @@ class Encoder:
         found: dict[str, Any] = {
             "image_size": self.image_size,
             "vae": [weights_hash(p.vae), p.vae.config["scaling_factor"]],
-            "text": weights_hash(p.text_encoder),
-            "tokens": [p.tokenizer.model_max_length, content_hash(p.tokenizer.get_vocab())],
+            "text": [weights_hash(p.text_encoder), content_hash(_layers_of(p.text_encoder))],
+            "tokens": [p.tokenizer.model_max_length, content_hash(p.tokenizer.get_vocab()), p.tokenizer.pad_token],
             "dtype": str(p.vae.dtype),
         }
         if self.makes_images:
@@ -100,3 +100,10 @@ class Encoder:
             run.advance()
         latents: Tensor = run.latents
         return latents
+
+
+def _layers_of(text_encoder: Any) -> dict[str, Any]:
+    """What of its config decides what the weights compute, and not how they were stored."""
+    stored = ("dtype", "torch_dtype", "transformers_version", "architectures")
+    config = text_encoder.config.to_dict()
+    return {name: value for name, value in config.items() if not name.startswith("_") and name not in stored}

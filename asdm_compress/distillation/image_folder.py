@@ -100,7 +100,13 @@ def _from_table(path: Path, rows: Sequence[Mapping[str, Any]], caption_column: s
     return [(str(row.get(FILE_COLUMN) or ""), _caption(row.get(caption_column))) for row in rows]
 
 
+def first_of(value: Any) -> Any:
+    """The first of several captions, as COCO's images have them; any other value itself."""
+    return next(iter(value), None) if isinstance(value, (list, tuple)) else value
+
+
 def _caption(value: Any) -> str | None:
+    value = first_of(value)
     return " ".join(value.split()) or None if isinstance(value, str) else None
 
 

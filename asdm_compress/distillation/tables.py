@@ -14,7 +14,7 @@ from torch import Tensor
 
 from asdm_compress.core.distillation import Data
 from asdm_compress.core.errors import AsdmError, ExitCode
-from asdm_compress.distillation.image_folder import read_image, read_pixels, to_pixels
+from asdm_compress.distillation.image_folder import first_of, read_image, read_pixels, to_pixels
 from asdm_compress.distillation.sources import BadItem, Item
 
 HUB: Final = "hf:"
@@ -216,6 +216,7 @@ def _column(asked: str, default: str, usual: Sequence[str], there: Sequence[str]
 
 
 def _as_text(value: Any) -> str | None:
+    value = first_of(value)
     if isinstance(value, bytes):
         value = value.decode("utf-8", errors="replace")
     return " ".join(value.split()) or None if isinstance(value, str) else None

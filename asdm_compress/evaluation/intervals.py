@@ -99,7 +99,9 @@ def median(values: Sequence[float]) -> Estimate:
         return Estimate(value=value, low=float(low), high=float(high), n=n, method="order")
     found = ttest_1samp(array, 0.0).confidence_interval(LEVEL)
     half = (found.high - found.low) / 2 * (math.pi / 2) ** 0.5
-    return Estimate(value=value, low=float(value - half), high=float(value + half), n=n, method="t")
+    # Times and their ratios: with few that lie far apart a symmetric interval would go below nothing.
+    low = max(value - half, 0.0) if array[0] >= 0 else value - half
+    return Estimate(value=value, low=float(low), high=float(value + half), n=n, method="t")
 
 
 def median_ratio(before: Sequence[float], after: Sequence[float]) -> Estimate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import inspect
 import json
 import shutil
 from collections.abc import Collection, Sequence
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.files import AGAIN, choose_weights, is_weights
@@ -51,7 +53,26 @@ def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path, layout: FileL
     """
     with quiet_libraries():
         pipeline.save_pretrained(folder, variant=layout.variant, max_shard_size=layout.shard_bytes)
+    leave_out_defaults(pipeline.scheduler, folder / "scheduler")
     open_in_fp32(folder)
+
+
+def leave_out_defaults(scheduler: SchedulerMixin, folder: Path) -> None:
+    """Take out of a scheduler's saved config what nobody has chosen.
+
+    diffusers writes its class's defaults down as if somebody had: made into another sampler, such as one that spaces
+    timesteps differently, the saved one would then pass them on, where the original has that sampler's own.
+    """
+    path, chosen = folder / SCHEDULER_CONFIG_NAME, dict(scheduler.config)
+    parameters = inspect.signature(type(scheduler).__init__).parameters
+    unchosen = {
+        name
+        for name in chosen.get("_use_default_values", ())
+        if name in parameters and chosen.get(name) == parameters[name].default
+    }
+    written = json.loads(path.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in written.items() if name not in unchosen}
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def link_equal_files(copy: Path, original: Path) -> None:

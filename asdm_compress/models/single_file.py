@@ -32,7 +32,7 @@ from asdm_compress.models.layout import Layout, Shapes, config_of, known_text_wi
 from asdm_compress.models.ldm import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
 from asdm_compress.models.prediction import Prediction, find_prediction
 from asdm_compress.models.recognise import ONLY, check_numbers, foreign_kind, what_is
-from asdm_compress.models.saving import PLAIN, FileLayout, open_in_fp32
+from asdm_compress.models.saving import PLAIN, FileLayout, leave_out_defaults, open_in_fp32
 from asdm_compress.models.source import LoadOptions, Part, Source
 from asdm_compress.models.streaming import TensorReader, reading
 
@@ -184,6 +184,7 @@ def write_rest(source: Source, folder: Path, unet: nn.Module, options: LoadOptio
         pipeline.save_config(folder)
         for name in ("tokenizer", "scheduler"):
             getattr(pipeline, name).save_pretrained(folder / name)
+        leave_out_defaults(pipeline.scheduler, folder / "scheduler")
         for name in ("vae", "text_encoder"):
             part = getattr(pipeline, name)
             part.save_pretrained(folder / name, variant=layout.variant, max_shard_size=layout.shard_bytes)

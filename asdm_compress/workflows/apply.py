@@ -194,7 +194,9 @@ def _tell(
     """
     origin = Origin(source, writing.command)
     base = recipe.base.model_copy(update={"model": origin.reference, "architecture": architecture(teacher)})
-    provenance = {name: value for name, value in recipe.provenance.items() if name != "weights"}
+    # Neither whose weights it was made of, nor that they were trained: here they are not.
+    provenance = {name: value for name, value in recipe.provenance.items() if name not in ("weights", "distilled")}
+    recipe = recipe.model_copy(update={"provenance": provenance})
     kept = recipe.model_copy(update={"evidence": None, "inheritance": None, "base": base, "provenance": provenance})
     (folder / "recipe.yaml").write_text(dump_recipe(kept), encoding="utf-8")
     name = writing.repository or writing.out.name

@@ -207,6 +207,8 @@ def open_models(
         pipeline.set_progress_bar_config(disable=True)
         if rules.sampler:
             pipeline.scheduler = make_scheduler(rules.sampler, pipeline)
+    if rules.sampler:  # which takes what it is not told, such as the spacing of its steps, from each folder's own
+        student.scheduler = scheduler_like(teacher.scheduler, student.scheduler)
     asked = settings.model_steps is not None or settings.model_sampler is not None
     asked |= rules.name != OWN.name or any(settings.changes.get(key) is not None for key in ("steps", "sampler"))
     own = own_steps(ours.path, made_with)

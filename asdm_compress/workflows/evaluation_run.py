@@ -89,7 +89,12 @@ def run_key(
         "other parts": content_hash({"hashes": rest}),
         "inherited by": schedule,
         "sampler": [
-            {"class": type(p.scheduler).__name__, "config": dict(p.scheduler.config)} for p in opened.pipelines.values()
+            {
+                "class": type(p.scheduler).__name__,
+                # diffusers' own remarks in it are in another order in every process.
+                "config": {name: value for name, value in p.scheduler.config.items() if not name.startswith("_")},
+            }
+            for p in opened.pipelines.values()
         ],
         "switching": [opened.pipelines[role].unet.config.get("switching") for role in ROLES],
         "settings": asdict(replace(opened.rules, images=len(chosen.prompts))),
@@ -150,9 +155,12 @@ def measure_costs(
             rules: dict[Role, str | None] = {"teacher": None, "model": settings.inherit}
             counted = {role: count_costs(pipelines[role], sampling[role], rules[role]) for role in ROLES}
         if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            if before["key"] == key:
-                return Costs(counted, before["seconds"], before["peaks"])
+            try:
+                before = json.loads(path.read_text(encoding="utf-8"))
+                if before["key"] == key:
+                    return Costs(counted, before["seconds"], before["peaks"])
+            except (ValueError, KeyError, TypeError):
+                pass  # cut short by a crash: it is timed again
         seconds: Seconds = {}
         with (
             inheriting(pipelines["model"], settings.inherit) if settings.inherit else nullcontext(),

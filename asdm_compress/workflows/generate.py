@@ -21,7 +21,7 @@ from asdm_compress.models.source import LoadOptions, Source
 from asdm_compress.reporting.grid import labelled_grid
 from asdm_compress.sampling.images import Samples, sample
 from asdm_compress.sampling.own_steps import own_steps
-from asdm_compress.sampling.schedulers import make_scheduler, sample_alike
+from asdm_compress.sampling.schedulers import make_scheduler, sample_alike, scheduler_like
 from asdm_compress.sampling.settings import SamplingSettings, check_size
 from asdm_compress.workflows.progress import Progress
 
@@ -100,13 +100,15 @@ def run_generate(
     check_apart(out, overwrite, names)
     prompts = [prompt for prompt in settings.prompts for _ in range(settings.images_per_prompt)]
     runs: list[Samples] = []
-    samplers = []
+    samplers: list[Any] = []
     for number, name in enumerate(names):
         with progress.stage(f"Opening {name}"):
             source = resolve(name, options)
             pipeline = open_pipeline(source, options)
             if settings.scheduler:
                 pipeline.scheduler = make_scheduler(settings.scheduler, pipeline)
+            if settings.scheduler and samplers:
+                pipeline.scheduler = scheduler_like(samplers[0], pipeline.scheduler)
         samplers.append(pipeline.scheduler)
         sampling = settings.sampling_of(source, pipeline.scheduler)
         if sampling.steps != settings.sampling.steps:
