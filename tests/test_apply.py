@@ -54,8 +54,14 @@ def test_a_student_that_is_not_refitted_does_not_say_that_it_is(recipe, cli, tmp
 
 def test_a_bare_cut_says_so_and_can_be_refitted(recipe, cli, tmp_path):
     """Recipes of published students take out and bring nothing along."""
-    bare = cli("apply", recipe("drop"), "mini-sd", "--out", "bare")
+    path = tmp_path / recipe("drop")
+    trained = load_recipe(path).model_copy(update={"provenance": {"distilled": {"steps": 8}, "sampler": "DDIM"}})
+    path.write_text(dump_recipe(trained), encoding="utf-8")
+    bare = cli("apply", "recipe.yaml", "mini-sd", "--out", "bare")
     assert bare.returncode == 0, bare.stderr
+    # What was trained was the student that the recipe lay beside, and not this one.
+    assert load_recipe(tmp_path / "bare/recipe.yaml").provenance == {"sampler": "DDIM"}
+    assert "trained against" not in (tmp_path / "bare/README.md").read_text(encoding="utf-8")
     assert "Nothing makes up for what is taken out" in bare.stdout
     assert "--refit full" in bare.stdout
     result = cli("apply", "recipe.yaml", "mini-sd", "--out", "refitted", "--refit", "full", *FEW[:4], "--steps", "8")

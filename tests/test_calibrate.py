@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.units import parse_budget
@@ -43,6 +43,7 @@ from asdm_compress.scheduling.timing import LOOP, KindTimes
 from asdm_compress.scheduling.ways import Way, cheapest_cache, fewer_steps, uniform_caches
 from asdm_compress.workflows.calibrate import (
     CalibrateSettings,
+    calibrate,
     goal_of,
     timed_batch,
 )
@@ -295,6 +296,14 @@ def test_samplers_without_noise_levels_are_forecast_over_the_index_alone():
     assert "log-snr" in {f.abscissa for f in default_forecasts(Timeline((2.0, 1.0), (5.0, 1.0)))}
 
 
+def test_a_schedule_is_for_the_pipelines_own_sampler_and_from_text_alone(pipeline):
+    settings = CalibrateSettings(goal_of(parse_budget(["latency=0.5x"]), None, None), scheduler="ddim")
+    with pytest.raises(AsdmError, match="the pipeline's own sampler"):
+        calibrate(pipeline, "latency=0.5x", settings)
+    with pytest.raises(AsdmError, match="Img2ImgPipeline asks for an image"):
+        calibrate(StableDiffusionImg2ImgPipeline(**pipeline.components), "latency=0.5x")
+
+
 def test_the_verdict_is_that_of_test_prompts():
     def contestant(role, validation, test):
         one, other = (Score((value, value + 1), (0.9, 0.9)) for value in (validation, test))
@@ -304,9 +313,9 @@ def test_the_verdict_is_that_of_test_prompts():
     assert "beats none of its rivals: -1.00 dB" in verdict_on((ours, theirs))
     assert "beats everything" in verdict_on((theirs, ours))
     unsure = replace(theirs, test=Score((29.0, 34.0), (0.9, 0.9)))
-    assert "but not surely: +1.00 dB (± " in verdict_on((unsure, ours))
+    assert "but not surely of all: +1.00 dB (± " in verdict_on((unsure, ours))
     single = [replace(c, test=Score(c.test.psnr[:1], c.test.ssim[:1])) for c in (theirs, ours)]
-    assert "but not surely: +1.00 dB (of one picture)" in verdict_on(single)
+    assert "but not surely of all: +1.00 dB (of one picture)" in verdict_on(single)
 
 
 def test_a_batch_is_timed_in_full_where_prompts_are_few(pipeline):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import combinations
 
 import numpy as np
@@ -21,7 +22,7 @@ from asdm_compress.models.source import LoadOptions
 from asdm_compress.reporting.grid import labelled_grid
 from asdm_compress.sampling import images
 from asdm_compress.sampling.images import sample
-from asdm_compress.sampling.schedulers import SCHEDULERS, choose_scheduler, make_scheduler, sample_alike
+from asdm_compress.sampling.schedulers import SCHEDULERS, choose_scheduler, make_scheduler, sample_alike, scheduler_like
 from asdm_compress.sampling.settings import SamplingSettings
 
 SETTINGS = SamplingSettings(steps=3, guidance=4.0, seed=11)
@@ -227,3 +228,18 @@ def test_what_nobody_chose_of_a_sampler_stays_unchosen_in_a_saved_folder(pipelin
     save_pipeline(with_parts(pipeline, scheduler=said), tmp_path / "said")
     again = load_pipeline(str(tmp_path / "said"), LoadOptions())
     assert make_scheduler("dpm++", again).config.timestep_spacing == "leading"
+    # Spread timesteps are handed on to DDIM, said or not.
+    spread = with_parts(pipeline, scheduler=make_scheduler("dpm++", original))
+    save_pipeline(spread, tmp_path / "spread")
+    for one in (spread, load_pipeline(str(tmp_path / "spread"), LoadOptions())):
+        assert make_scheduler("ddim", one).config.timestep_spacing == "trailing"
+
+
+def test_what_a_pipeline_has_corrected_of_its_sampler_is_handed_on(pipeline):
+    """diffusers corrects an offset that nobody chose, and forgets it again where another is made of the config."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        corrected = with_parts(pipeline, scheduler=PNDMScheduler(skip_prk_steps=True)).scheduler
+    assert corrected.config.steps_offset == 1
+    assert type(corrected).from_config(corrected.config).config.steps_offset == 0
+    assert scheduler_like(corrected, pipeline.scheduler).config.steps_offset == 1

@@ -30,16 +30,18 @@ from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.inheritance.schedule_file import load_schedule, save_schedule
 from asdm_compress.models.families import FAMILIES
 from asdm_compress.models.loader_source import loader_source
-from asdm_compress.models.loading import LoadOptions, load_pipeline
+from asdm_compress.models.loading import LoadOptions, load_pipeline, with_parts
 from asdm_compress.models.saving import save_pipeline
 from asdm_compress.profiling.counting import count
 from asdm_compress.sampling.own_steps import FILE_NAME, own_steps
+from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.switching.orders import parse_order
 from asdm_compress.switching.schedules import SwitchingSchedule
 from asdm_compress.switching.sharing import as_prefixes, find_shared, of_prefixes
 from asdm_compress.switching.switched_unet import SwitchedUNet2DConditionModel
 from asdm_compress.workflows.progress import Silent
-from asdm_compress.workflows.switch import open_models
+from asdm_compress.workflows.switch import SwitchSettings, open_models
+from asdm_compress.workflows.switch import schedule_of as schedule_for
 
 
 @pytest.mark.parametrize(
@@ -193,6 +195,14 @@ def test_a_schedules_file_keeps_members(tmp_path, pipeline, switch):
 def test_orders_that_are_none_are_refused(order, says):
     with pytest.raises(AsdmError, match=says):
         parse_order(order, ("tiny", "small", "teacher"), STEPS)
+
+
+def test_a_file_for_another_sampler_is_refused_with_what_to_do(pipeline, members, tmp_path):
+    save_schedule(Schedule((Action(member="teacher"),) * STEPS), tmp_path / "switching.yaml")
+    heun = with_parts(pipeline, scheduler=make_scheduler("heun", pipeline))
+    with pytest.raises(AsdmError, match="has 4 actions, and HeunDiscreteScheduler calls the UNet 7 times") as caught:
+        schedule_for(heun, members, SwitchSettings(str(tmp_path / "switching.yaml"), STEPS))
+    assert "--scheduler" in caught.value.hint
 
 
 def test_what_makes_no_switched_unet_is_refused(pipeline, unet, students, switch, tmp_path):

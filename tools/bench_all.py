@@ -1,12 +1,13 @@
 """Run the benches one after another, alone on the machine, and write what they found into README and guides.
 
-    python tools/bench_all.py                       # hours, most of a day with full size
+    python tools/bench_all.py                       # days
     python tools/bench_all.py assemble assembly     # only these
     python tools/bench_all.py --list
 
-Every bench runs in a process of its own, so that none inherits another's threads and memory, and with every set of
-arguments that a results file comes from. One that fails does not stop the others; the exit code says whether any did.
-What is written are the documents' marked figures (see `write_documents.py`).
+Every bench runs in a process of its own, so that none inherits another's threads and memory, once for every line of
+`RUNS`, or with its defaults: what some results come from instead stands in their `command`. One that fails does not
+stop the others; the exit code says whether any did. What is written are the documents' marked figures (see
+`write_documents.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ TOOLS: Final = Path(__file__).resolve().parent
 # Of what is run more than once: the arguments of every run.
 RUNS: Final = {
     "assemble_full_size": ((), ("--kill-after", "600")),
-    "distill": (("--parts", "all"),),
     "inheritance": ((), ("--full-size",)),
 }
 

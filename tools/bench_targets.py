@@ -1,4 +1,4 @@
-"""What slots and kept modules are fitted for: their own part, what the teacher has behind them, or a block's output.
+"""What slots and kept modules are fitted for: what they replace, what is behind them, a block's output, or the UNet's.
 
     python tools/bench_targets.py       # writes tools/results/targets.json
 
@@ -7,13 +7,14 @@ modules gave out, on the teacher's activations; `in order` fits it to the teache
 activations (the default without refit); `in order, refitted` also solves anew what stays (the default). From there
 `block` goes on: all slots and refitted projections of a block together, for the block's outputs (hidden state and skip
 connections), by quasi-Gauss-Newton steps (L-BFGS) on the calibration triples, stopped when held-out prompts get worse.
-All damages are on prompts that nothing was fitted on.
+`output` does the same from `in order, refitted` for the damage itself, with all fitted weights of the student together,
+for a few rounds. All damages are on prompts that nothing was fitted on.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from rival_plans import BK_PATTERNS
 from torch import Tensor
 
 from asdm_compress.assembly.calibration import Calibration, record
-from asdm_compress.assembly.damage import compare_predictions, measure_plan
+from asdm_compress.assembly.damage import compare_predictions, measure_plan, predictions
 from asdm_compress.assembly.option_fit import fit_options
 from asdm_compress.assembly.options import Option
 from asdm_compress.assembly.plan import Plan
@@ -39,6 +40,7 @@ from asdm_compress.models.loading import load_pipeline
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.models.walk import State, Step, start, steps_of, take
 from asdm_compress.sampling.images import sample
+from asdm_compress.sampling.run import GuidedInputs
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.scenes.captions import sample_captions
 from asdm_compress.workflows.assemble import with_unet
@@ -46,6 +48,8 @@ from asdm_compress.workflows.assemble import with_unet
 EDIT = "conv3x3*8@timestep"
 PROMPTS, UNSEEN = 24, SamplingSettings(seed=80_000)
 ROUNDS, BATCH = 12, 64
+FEW_ROUNDS = 3  # where all of the UNet is run
+SCALE = 100.0  # of damages, without which the first step of L-BFGS is tiny
 
 
 def main() -> None:
@@ -81,6 +85,11 @@ def measure(bench: Bench) -> None:
         began = time.perf_counter()
         fits[name] = fit_plan(teacher, plan, calibration, refit=refit)  # type: ignore[arg-type]
         keep(name, assemble(teacher, plan, fits[name]), measure_plan(teacher, plan, others, fits[name]).total, began)
+    student = assemble(teacher, plan, fits["in order, refitted"])
+    began = time.perf_counter()
+    found = _refine_output(teacher, student, _trained_names(student, fits["in order, refitted"]), calibration)
+    keep("output", student, compare_predictions(teacher, student, others).total, began)
+    bench.rows[-1] |= found
     student = assemble(teacher, plan, fits["in order, refitted"])
     began = time.perf_counter()
     kept = _refine(teacher, student, _trained_names(student, fits["in order, refitted"]), calibration)
@@ -126,7 +135,7 @@ def _refine(
         names = [name for name in trained if name.startswith(f"{block}.")]
         if names:
             parameters = [p for name, p in student.named_parameters() if name in names]
-            done[block] = _descend(steps, parameters, ours, theirs, weight, held_out)
+            done[block] = _refine_block(steps, parameters, ours, theirs, weight, held_out)
             print(block, done[block], flush=True)
         with torch.no_grad():
             for step in steps:
@@ -134,7 +143,34 @@ def _refine(
     return done
 
 
-def _descend(
+def _refine_output(
+    teacher: UNet2DConditionModel, student: UNet2DConditionModel, trained: set[str], calibration: Calibration
+) -> dict[str, Any]:
+    """Go on from a fitted student with all fitted weights, for the damage; what held-out prompts' came down to."""
+    wanted = predictions(teacher, calibration)
+    held_out = calibration.prompts % 4 == 3
+    energies = wanted.square().flatten(1).sum(1)
+    of_band = torch.zeros(len(calibration.band_weights)).index_add(0, calibration.bands, energies)
+    weight = (torch.tensor(calibration.band_weights) / of_band)[calibration.bands]
+
+    def error(chosen: Tensor, backward: bool) -> float:
+        total = 0.0
+        for part in chosen.nonzero()[:, 0].split(BATCH // 2):
+            given = calibration.inputs
+            inputs = GuidedInputs(given.samples[part], given.timesteps[part], given.texts[part], given.guidance)
+            found = inputs.guided(student(*inputs.rows(), return_dict=False)[0])
+            loss = ((found - wanted[part]).square().flatten(1).sum(1) * weight[part]).sum() * SCALE
+            if backward:
+                loss.backward()
+            total += float(loss.detach())
+        return total * len(chosen) / int(chosen.sum())
+
+    for parameter in student.parameters():
+        parameter.requires_grad_(False)
+    return _descend([p for name, p in student.named_parameters() if name in trained], error, held_out, FEW_ROUNDS)
+
+
+def _refine_block(
     steps: Sequence[Step], parameters: Sequence[Tensor], ours: State, theirs: State, weight: Tensor, held_out: Tensor
 ) -> dict[str, Any]:
     def error(chosen: Tensor, backward: bool) -> float:
@@ -153,6 +189,13 @@ def _descend(
             total += float(loss.detach())
         return total / float(weight[chosen].sum())
 
+    return _descend(parameters, error, held_out)
+
+
+def _descend(
+    parameters: Sequence[Tensor], error: Callable[[Tensor, bool], float], held_out: Tensor, most: int = ROUNDS
+) -> dict[str, Any]:
+    """Lower `error(rows, backward)` of the rows that are not held out until that of those gets no better."""
     with torch.no_grad():
         best, before = (error(held_out, False),) * 2
     kept = [p.detach().clone() for p in parameters]
@@ -167,7 +210,7 @@ def _descend(
             return error(~held_out, True)
 
     rounds = 0
-    for _ in range(ROUNDS):
+    for _ in range(most):
         optimizer.step(closure)  # type: ignore[arg-type]
         with torch.no_grad():
             now = error(held_out, False)

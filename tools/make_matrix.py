@@ -28,6 +28,7 @@ from mini_sd.weights import bundled_weights
 from asdm_compress.core.provenance import package_version, processor_name, versions
 from asdm_compress.models.loading import LoadOptions, load_pipeline
 
+OPTIONAL = ("torchao", "torchsde")  # packages
 OUT = Path(__file__).with_name("results") / "matrix.json"
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     subjects = [Subject(name, pipeline) for name in PLANS]
     wanted = sys.argv[1:] or [check.name for check in CHECKS]
     old = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
-    if old.get("mini_sd") != bundled_weights() and not sys.argv[1:]:
+    if old.get("plans") != PLANS or (old.get("mini_sd") != bundled_weights() and not sys.argv[1:]):
         old = {}
     rows = {row["name"]: row for row in old.get("rows", [])}
     for check in CHECKS:
@@ -51,6 +52,8 @@ def main() -> None:
                     cells[subject.name] = tried(check, subject)
                     print(json.dumps({check.name: {subject.name: cells[subject.name]}}), flush=True)
             except ModuleNotFoundError as error:
+                if error.name not in OPTIONAL:
+                    raise
                 print(f"{check.name} is left as it is: {error}", flush=True)
                 continue
             rows[check.name] = {

@@ -82,7 +82,7 @@ _GOES_ON: Final = {
 
 # What needs less memory, of commands where the usual would change what is asked for.
 _LESS_AT_ONCE: Final = {
-    "distill": "Go on with --resume and a smaller --micro-batch, or --gradient-checkpointing.",
+    "distill": "Take a smaller --micro-batch, or --gradient-checkpointing; where checkpoints are there, with --resume.",
     "evaluate": "Begin anew with a smaller --batch and --overwrite.",
 }
 

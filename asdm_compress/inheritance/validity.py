@@ -19,9 +19,9 @@ from asdm_compress.inheritance.timeline import Timeline
 from asdm_compress.models.families import architecture
 
 _SAMPLED_WEIGHTS: Final = 48
-# Rounding to bfloat16 moves a weight by at most 2^-9 of itself, a fine-tuning by more. Weight by weight: those of
+# Rounding to bfloat16 moves a weight by at most 2^-8 of itself, a fine-tuning by more. Weight by weight: those of
 # normalisations are so much larger that they would hide what has become of all others.
-_WEIGHT_TOLERANCE: Final = 2**-8
+_WEIGHT_TOLERANCE: Final = 1.25 * 2**-8
 _ROUNDED_TO_NOTHING: Final = 1e-6  # in fp16
 _SIGMA_TOLERANCE: Final = 1e-3
 _GUIDANCE_TOLERANCE: Final = 1e-3
@@ -35,8 +35,8 @@ _Difference = tuple[str, object, object, bool]  # what, in what was made, in wha
 class ModelMark:
     """What tells one UNet from another: a hash of its architecture and edits, and some of its weights.
 
-    Weights and not their hash, so that the same model in another precision is known again. A LoRA beside the weights
-    does not change the mark.
+    Weights and not their hash, so that the same model in another floating-point precision is known again. A LoRA beside
+    the weights does not change the mark; one fused into them does, and so do integers in their place.
     """
 
     architecture: str

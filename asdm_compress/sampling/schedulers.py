@@ -46,7 +46,9 @@ def make_scheduler(name: str, pipeline: StableDiffusionPipeline) -> SchedulerMix
         raise AsdmError(f"unknown scheduler {name!r}", f"Known schedulers: {', '.join(SCHEDULERS)}.")
     class_name, options = SCHEDULERS[name]
     scheduler: SchedulerMixin = getattr(diffusers, class_name).from_config(pipeline.scheduler.config, **options)
-    if class_name in ("DDIMScheduler", "PNDMScheduler") and scheduler.config.timestep_spacing == "linspace":
+    # Of the pipeline's own: where it is only its class's default, diffusers does not hand it on.
+    spread = pipeline.scheduler.config.get("timestep_spacing") == "linspace"
+    if class_name in ("DDIMScheduler", "PNDMScheduler") and spread:
         scheduler = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
     return scheduler
 
@@ -55,9 +57,16 @@ def scheduler_like(other: SchedulerMixin, own: SchedulerMixin) -> SchedulerMixin
     """A scheduler of another's kind and settings, but with its own model's noise schedule and prediction type."""
     accepted = inspect.signature(type(other).__init__).parameters
     of_model = {key: value for key, value in own.config.items() if key in _OF_THE_MODEL and key in accepted}
-    # As keywords: of a config diffusers leaves out what were defaults there.
-    made: SchedulerMixin = type(other).from_config(other.config, **of_model)
+    # As keywords: of a config diffusers leaves out what were defaults there, and what a pipeline has corrected of them.
+    made: SchedulerMixin = type(other).from_config(other.config, **{**_corrected(other), **of_model})
     return made
+
+
+def _corrected(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """What nobody chose, and is not its class's default any more: pipelines correct `steps_offset`, for example."""
+    parameters, config = inspect.signature(type(scheduler).__init__).parameters, scheduler.config
+    unchosen = [name for name in config.get("_use_default_values", ()) if name in parameters]
+    return {name: config[name] for name in unchosen if config[name] != parameters[name].default}
 
 
 def sample_alike(one: SchedulerMixin, other: SchedulerMixin) -> bool:

@@ -36,18 +36,13 @@ class SamplingSettings:
 
 
 def check_text_to_image(pipeline: StableDiffusionPipeline) -> None:
-    """Raise AsdmError for a UNet that wants more than a noisy latent, as for inpainting, and for other pipelines."""
+    """Raise AsdmError for a UNet that wants more than a noisy latent, such as an inpainting one."""
     config = pipeline.unet.config
     if config["in_channels"] != config["out_channels"]:
         raise AsdmError(
             f"this UNet takes {config['in_channels']} channels and gives {config['out_channels']}: it is no plain "
             "text-to-image model, and this command samples from text alone",
             "`profile` works on it, and `apply` where nothing is fitted.",
-        )
-    if not isinstance(pipeline, StableDiffusionPipeline):
-        raise AsdmError(
-            f"{type(pipeline).__name__} takes more than text, and what is measured here is sampled from text alone",
-            "Give a StableDiffusionPipeline of the same parts; what is found can be used in the other one afterwards.",
         )
 
 

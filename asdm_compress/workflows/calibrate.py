@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,7 +128,8 @@ def calibrate(pipeline: StableDiffusionPipeline, budget: str, settings: Calibrat
     usual ones, and for prompts; their goal is not looked at.
     """
     goal = goal_of(parse_budget([budget]), None, None)
-    settings = CalibrateSettings(goal, curve=0) if settings is None else replace(settings, goal=goal)
+    # Without the curve, which only the report shows.
+    settings = replace(CalibrateSettings(goal) if settings is None else settings, goal=goal, curve=0)
     if settings.scheduler is not None:
         raise AsdmError(
             "a schedule is calibrated for the pipeline's own sampler, whatever the settings name",
@@ -169,6 +171,11 @@ def find_schedule(pipeline: StableDiffusionPipeline, settings: CalibrateSettings
         )
     check_supported(pipeline.unet)
     check_text_to_image(pipeline)
+    if "image" in inspect.signature(type(pipeline).__call__).parameters:
+        raise AsdmError(
+            f"{type(pipeline).__name__} asks for an image, and schedules are measured from text alone",
+            "Calibrate a StableDiffusionPipeline of the same parts; its schedule is for this one too.",
+        )
     check_size(pipeline, settings.sampling)
     check_not_offloaded(pipeline)
     sampling = settings.sampling

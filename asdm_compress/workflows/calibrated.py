@@ -191,6 +191,11 @@ def front_json(front: Front, choosing: Choosing) -> dict[str, Any]:
     return {"actions": [action.name for action in names], "corners": corners}
 
 
+def _surely_ahead(ours: Contestant, rival: Contestant) -> bool:
+    difference, interval = gain(ours.test, rival.test)
+    return difference - interval > 0
+
+
 def decibels_ahead(difference: float, interval: float) -> str:
     """A mean difference of PSNR for people, with half its interval where there is one: of one picture there is none."""
     return f"{difference:+.2f} dB" + (f" (± {interval:.2f})" if math.isfinite(interval) else " (of one picture)")
@@ -210,8 +215,8 @@ def verdict_on(contestants: Sequence[Contestant]) -> str:
     difference, interval = gain(ours.test, strongest.test)
     said = f"{decibels_ahead(difference, interval)} against {strongest.role} ({strongest.way.name}) on test prompts"
     if not better:
-        if difference - interval <= 0:
-            return f"The schedule is ahead of everything that was tried in its time, but not surely: {said}."
+        if not all(_surely_ahead(ours, rival) for rival in rivals):
+            return f"The schedule is ahead of everything that was tried in its time, but not surely of all: {said}."
         return f"The schedule beats everything that was tried in its time: {said}."
     beaten = [c.role for c in rivals if c not in better]
     start = (

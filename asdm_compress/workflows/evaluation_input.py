@@ -207,8 +207,6 @@ def open_models(
         pipeline.set_progress_bar_config(disable=True)
         if rules.sampler:
             pipeline.scheduler = make_scheduler(rules.sampler, pipeline)
-    if rules.sampler:  # which takes what it is not told, such as the spacing of its steps, from each folder's own
-        student.scheduler = scheduler_like(teacher.scheduler, student.scheduler)
     asked = settings.model_steps is not None or settings.model_sampler is not None
     asked |= rules.name != OWN.name or any(settings.changes.get(key) is not None for key in ("steps", "sampler"))
     own = own_steps(ours.path, made_with)
@@ -220,7 +218,7 @@ def open_models(
     steps = settings.model_steps or own or rules.steps
     if settings.model_sampler:
         student.scheduler = make_scheduler(settings.model_sampler, student)
-    elif own is None and not rules.sampler:
+    elif own is None:  # one that is named, too, takes what it is not told from each folder's own
         _give_both_one_sampler(teacher, student, settings.inherit, progress)
     pipelines: dict[Role, StableDiffusionPipeline] = {"teacher": teacher, "model": student}
     opened = Opened({"teacher": theirs, "model": ours}, pipelines, rules, departures, steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -147,7 +148,7 @@ def _write_collapsed(  # noqa: PLR0913, PLR0917 - one step of the command
         raise AsdmError(f"{source.name} is a UNet alone, without a sampler", "Give the whole pipeline folder.")
     if scheduler:
         pipeline.scheduler = make_scheduler(scheduler, pipeline)
-    sampler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    sampler = copy.deepcopy(pipeline.scheduler)  # see `sampler_timeline`
     sampler.set_timesteps(steps)
     with progress.stage("Collapsing the experts"):
         student = collapse_experts(unet, sampler.timesteps.tolist(), per_step=form == "per-step")

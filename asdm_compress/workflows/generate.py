@@ -107,7 +107,7 @@ def run_generate(
             pipeline = open_pipeline(source, options)
             if settings.scheduler:
                 pipeline.scheduler = make_scheduler(settings.scheduler, pipeline)
-            if settings.scheduler and samplers:
+            if settings.scheduler and samplers and not is_schedule(settings.inherit):
                 pipeline.scheduler = scheduler_like(samplers[0], pipeline.scheduler)
         samplers.append(pipeline.scheduler)
         sampling = settings.sampling_of(source, pipeline.scheduler)

@@ -210,7 +210,8 @@ def targets() -> str:
         "in order": "what the teacher has behind it, on the student's activations",
         "in order, refitted": "the same with what stays refitted, the default",
         "block": "each block's output, from there on, all its slots and projections jointly by L-BFGS, stopped by "
-        "held-out prompts (no better, and so not used)",
+        "held-out prompts; not used",
+        "output": "the damage itself, from the refitted on, all fitted weights jointly by a few rounds of it; not used",
     }
     return "\n".join(
         f"- {said[r['target']]}: {small(r['damage'])}, {decibels(r['psnr'])}, {r['fit_seconds']:.0f} s"

@@ -49,7 +49,7 @@ class Check:
 def largest(one: Tensor, other: Tensor) -> float:
     """The largest absolute difference."""
     assert one.shape == other.shape and one.isfinite().all(), "another shape, or no numbers"
-    return float((one.float() - other.float()).abs().max())
+    return float((one.double() - other.double()).abs().max())
 
 
 def against(subject: Subject, found: Tensor, expected: Tensor) -> float | None:

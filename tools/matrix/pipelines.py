@@ -139,7 +139,7 @@ def several_per_prompt(subject: Subject) -> Outcome:
     seeds = [torch.Generator().manual_seed(i) for i in range(3)]
     together = _images(pipeline, generator=seeds, num_images_per_prompt=3)
     alone = torch.cat([_images(pipeline, seed=i) for i in range(3)])
-    return Outcome(largest(together, alone))
+    return Outcome(largest(together, alone), note="in float64")
 
 
 def guidance_off(subject: Subject) -> Outcome:

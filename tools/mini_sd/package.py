@@ -25,7 +25,7 @@ def package(folder: Path) -> None:
     """Replace the bundled pipeline and reader by what stands in `folder`."""
     tokenizer, text_encoder = load_text_encoder(folder)
     unet, _, _ = load_unet(folder)
-    scheduler = DPMSolverMultistepScheduler(**NOISE_SCHEDULE, steps_offset=1)
+    scheduler = DPMSolverMultistepScheduler(**NOISE_SCHEDULE, steps_offset=1, timestep_spacing="linspace")
     pipeline = StableDiffusionPipeline(
         vae=load_vae(folder),
         text_encoder=text_encoder,
