@@ -23,7 +23,7 @@ from asdm_compress.scenes.captions import sample_captions
 from asdm_compress.scheduling import timing
 from asdm_compress.scheduling.check_steps import check_steps
 from asdm_compress.scheduling.fits import Fitter, only_fitted
-from asdm_compress.scheduling.goals import COHERENCES, RESTARTS, Choosing, Goal, too_small
+from asdm_compress.scheduling.goals import COHERENCES, RESTARTS, Choosing, Goal, goal_of, too_small
 from asdm_compress.scheduling.measure import measure_surrogate, sampler_timeline
 from asdm_compress.scheduling.menu import (
     EVERYTHING,
@@ -44,7 +44,6 @@ from asdm_compress.scheduling.ways import Way, cheapest_cache, fewer_steps, unif
 from asdm_compress.workflows.calibrate import (
     CalibrateSettings,
     calibrate,
-    goal_of,
     timed_batch,
 )
 from asdm_compress.workflows.calibrated import Contestant, Splits, verdict_on

@@ -21,7 +21,7 @@ from asdm_compress.inheritance.shapes import value_shapes
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.profiling.counting import count
 from asdm_compress.sampling.settings import SamplingSettings, encode
-from asdm_compress.scheduling.goals import Goal
+from asdm_compress.scheduling.goals import Goal, goal_of
 from asdm_compress.scheduling.measure import sampler_timeline
 from asdm_compress.scheduling.menu import cut_sources
 from asdm_compress.scheduling.timing import Loop
@@ -29,7 +29,6 @@ from asdm_compress.scheduling.ways import Way
 from asdm_compress.workflows.calibrate import (
     CalibrateSettings,
     find_schedule,
-    goal_of,
     run_calibrate,
 )
 from asdm_compress.workflows.calibrated import Splits, own_splits

@@ -74,7 +74,8 @@ def calibrate(
     output = Output(quiet, as_json)
     with output.stage("Starting torch"):
         load = o.load_options(device, dtype, threads, allow_pickle, prediction_type=prediction_type)
-        from asdm_compress.workflows.calibrate import CalibrateSettings, goal_of, run_calibrate
+        from asdm_compress.scheduling.goals import goal_of
+        from asdm_compress.workflows.calibrate import CalibrateSettings, run_calibrate
 
     from asdm_compress.evaluation.prompts import read_prompts
     from asdm_compress.reporting.calibration import contestants_table, steps_table

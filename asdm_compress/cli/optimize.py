@@ -83,7 +83,8 @@ def optimize(
     output = Output(quiet, as_json)
     with output.stage("Starting torch"):
         load = o.load_options(device, dtype, threads, allow_pickle, prediction_type=prediction_type)
-        from asdm_compress.workflows.calibrate import CalibrateSettings, goal_of
+        from asdm_compress.scheduling.goals import goal_of
+        from asdm_compress.workflows.calibrate import CalibrateSettings
 
     from asdm_compress.evaluation.prompts import read_prompts
     from asdm_compress.profiling.profile import ProfileSettings

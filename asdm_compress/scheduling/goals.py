@@ -60,6 +60,25 @@ class Goal:
         )
 
 
+def goal_of(limits: Sequence[Limit], min_psnr: float | None, min_ssim: float | None) -> Goal:
+    """The goal that a user names; raises AsdmError for none, for several, and for budgets other than of time."""
+    given = [bool(limits), min_psnr is not None, min_ssim is not None]
+    if sum(given) != 1:
+        raise AsdmError("calibrate takes one goal", "Give --budget latency=0.5x, or --min-psnr 40, or --min-ssim 0.98.")
+    if limits:
+        if len(limits) != 1 or limits[0].resource != "latency":
+            raise AsdmError("schedules are calibrated for time alone", "Use --budget latency=0.5x.")
+        return Goal(limit=limits[0])
+    if min_psnr is not None and not 0 < min_psnr < math.inf:
+        raise AsdmError(f"a PSNR of {min_psnr:g} dB cannot be kept", "Give decibels, for example --min-psnr 40.")
+    if min_ssim is not None and not 0 < min_ssim < 1:
+        raise AsdmError(f"an SSIM of {min_ssim:g} cannot be kept", "Give a share below 1, for example --min-ssim 0.98.")
+    if min_psnr is not None:
+        return Goal(metric="psnr", least=min_psnr)
+    assert min_ssim is not None
+    return Goal(metric="ssim", least=min_ssim)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A way that was chosen, with the menu's choices where the search found it, and what the surrogate says.

@@ -19,7 +19,7 @@ from asdm_compress.assembly.in_time import TIMING_TOLERANCE
 from asdm_compress.assembly.store import measurement_folder
 from asdm_compress.core.errors import AsdmError, ExitCode
 from asdm_compress.core.files import check_output, output_folder
-from asdm_compress.core.units import Limit, parse_budget
+from asdm_compress.core.units import parse_budget
 from asdm_compress.evaluation.prompts import choose_prompts
 from asdm_compress.inheritance.members import HasMembers
 from asdm_compress.inheritance.modes import Mode
@@ -44,7 +44,7 @@ from asdm_compress.sampling.settings import (
 )
 from asdm_compress.scheduling.check_steps import check_steps
 from asdm_compress.scheduling.fits import Fitter
-from asdm_compress.scheduling.goals import Choosing, Goal, Plan, choose_schedule
+from asdm_compress.scheduling.goals import Choosing, Goal, Plan, choose_schedule, goal_of
 from asdm_compress.scheduling.measure import find_menus, measure_surrogate, sampler_timeline
 from asdm_compress.scheduling.menu import kind_of
 from asdm_compress.scheduling.rollouts import Judge
@@ -385,22 +385,3 @@ def _validity(
         Path(model).name or model, mark_of(pipeline.unet), type(pipeline.scheduler).__name__, len(timeline),
         timeline.sigmas or (), guidance, (int(size[2]), int(size[3])), solver_of(pipeline.scheduler),
     )  # fmt: skip
-
-
-def goal_of(limits: Sequence[Limit], min_psnr: float | None, min_ssim: float | None) -> Goal:
-    """The goal that a user names; raises AsdmError for none, for several, and for budgets other than of time."""
-    given = [bool(limits), min_psnr is not None, min_ssim is not None]
-    if sum(given) != 1:
-        raise AsdmError("calibrate takes one goal", "Give --budget latency=0.5x, or --min-psnr 40, or --min-ssim 0.98.")
-    if limits:
-        if len(limits) != 1 or limits[0].resource != "latency":
-            raise AsdmError("schedules are calibrated for time alone", "Use --budget latency=0.5x.")
-        return Goal(limit=limits[0])
-    if min_psnr is not None and not 0 < min_psnr < math.inf:
-        raise AsdmError(f"a PSNR of {min_psnr:g} dB cannot be kept", "Give decibels, for example --min-psnr 40.")
-    if min_ssim is not None and not 0 < min_ssim < 1:
-        raise AsdmError(f"an SSIM of {min_ssim:g} cannot be kept", "Give a share below 1, for example --min-ssim 0.98.")
-    if min_psnr is not None:
-        return Goal(metric="psnr", least=min_psnr)
-    assert min_ssim is not None
-    return Goal(metric="ssim", least=min_ssim)
