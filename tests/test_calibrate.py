@@ -20,10 +20,10 @@ from asdm_compress.inheritance.timeline import Timeline
 from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.sampling.settings import SamplingSettings, encode
 from asdm_compress.scenes.captions import sample_captions
-from asdm_compress.scheduling import timing
+from asdm_compress.scheduling import goals, timing
 from asdm_compress.scheduling.check_steps import check_steps
 from asdm_compress.scheduling.fits import Fitter, only_fitted
-from asdm_compress.scheduling.goals import COHERENCES, RESTARTS, Choosing, Goal, goal_of, too_small
+from asdm_compress.scheduling.goals import Choosing, Goal, goal_of, too_small
 from asdm_compress.scheduling.measure import measure_surrogate, sampler_timeline
 from asdm_compress.scheduling.menu import (
     EVERYTHING,
@@ -38,7 +38,7 @@ from asdm_compress.scheduling.menu import (
 from asdm_compress.scheduling.responses import REACH, Responses
 from asdm_compress.scheduling.rollouts import Judge, Score, gain
 from asdm_compress.scheduling.search import DynamicProgram, find_front, improved
-from asdm_compress.scheduling.surrogate import COHERENT, Surrogate
+from asdm_compress.scheduling.surrogate import Surrogate
 from asdm_compress.scheduling.timing import LOOP, KindTimes
 from asdm_compress.scheduling.ways import Way, cheapest_cache, fewer_steps, uniform_caches
 from asdm_compress.workflows.calibrate import (
@@ -191,7 +191,7 @@ def test_exchanges_lower_the_joint_damage_and_keep_the_time(unet):
     surrogate, times = small(unet, 8)
     start = find_front(DynamicProgram(surrogate, times)).best(0.5)
     assert start is not None
-    found = improved(surrogate, times, start.choices, 0.5, exchanges=400)
+    found = improved(surrogate, times, start.choices, 0.5, exchanges=50)
     assert found[0] == EVERYTHING
     assert times.share(found) <= 0.5 * (1 + 1e-6)
     assert surrogate.damage(found) < surrogate.damage(start.choices)
@@ -199,7 +199,7 @@ def test_exchanges_lower_the_joint_damage_and_keep_the_time(unet):
 
 def test_candidates_are_different_schedules_within_the_time_from_several_starts(unet, monkeypatch):
     """The front's own and one for every coherence and start; where a quality is the goal, of one start only."""
-    monkeypatch.setattr(improved, "__defaults__", (COHERENT, 40, 0))
+    monkeypatch.setattr(goals, "SEARCHES", ((5, 0.1), (5, 0.1), (5, 0.0)))
     surrogate, times = small(unet, 8)
     front = find_front(DynamicProgram(surrogate, times))
     choosing = Choosing(surrogate, times, front, None, surrogate.menu, times, front, None)
@@ -207,16 +207,16 @@ def test_candidates_are_different_schedules_within_the_time_from_several_starts(
     tried = [plan.choices for plan in plans]
     corner = front.best(0.5)
     ends = {
-        improved(surrogate, times, corner.choices, 0.5, coherent, seed=seed)
-        for coherent in COHERENCES
-        for seed in range(RESTARTS)
+        improved(surrogate, times, corner.choices, 0.5, coherent, exchanges, hot, seed)
+        for coherent in goals.COHERENCES
+        for seed, (exchanges, hot) in enumerate(goals.SEARCHES)
     }
     assert len(tried) == len(set(tried))
     assert set(tried) == ends | {corner.choices}
-    assert len(ends) > len(COHERENCES)
+    assert len(ends) > len(goals.COHERENCES)
     assert all(times.share(choices) <= 0.5 * (1 + 1e-6) for choices in tried)
     few = [plan.choices for plan in choosing.candidates(0.5, wide=False)]
-    assert few == [improved(surrogate, times, corner.choices, 0.5), corner.choices]
+    assert few == [improved(surrogate, times, corner.choices, 0.5, exchanges=5), corner.choices]
 
 
 def test_a_linear_drift_is_forecast_without_error(unet):

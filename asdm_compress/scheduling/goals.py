@@ -18,7 +18,7 @@ from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.scheduling.fits import Fit, Fitter, only_fitted
 from asdm_compress.scheduling.menu import WHOLE, Choice, Kind, Menu, kind_of, with_corrections
 from asdm_compress.scheduling.rollouts import CONFIDENCE, Judge, Score
-from asdm_compress.scheduling.search import Corner, Front, improved
+from asdm_compress.scheduling.search import EXCHANGES, FEW_EXCHANGES, HOT, Corner, Front, improved
 from asdm_compress.scheduling.surrogate import COHERENT, Surrogate
 from asdm_compress.scheduling.timing import KindTimes
 from asdm_compress.scheduling.ways import Way, cheapest_cache, scheduled, uniform_caches
@@ -27,8 +27,10 @@ Metric = Literal["psnr", "ssim"]
 SHARES: Final = 24  # of the time, that are tried for a least quality
 # How much the errors of different steps add up is not known: schedules are searched for several answers.
 COHERENCES: Final = (COHERENT, 0.0, 1.0)
-# Exchanges end in different schedules, whose damages differ by half and which runs rank otherwise than the surrogate.
-RESTARTS: Final = 3
+# Exchanges end in different schedules, which runs rank otherwise than the surrogate does: by exchanges a step and heat,
+# annealed ones, which may be far better than the front's or have errors that cancel on the calibration prompts alone,
+# and ones near to the front's. The first is all that is searched where a quality is the goal.
+SEARCHES: Final = ((EXCHANGES, HOT), (EXCHANGES, HOT), (FEW_EXCHANGES, 0.0), (FEW_EXCHANGES, 0.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +164,8 @@ class Choosing:
         found: list[list[Plan]] = []
         for coherent in COHERENCES if wide else COHERENCES[:1]:
             ends = [
-                improved(self.surrogate, times, corner.choices, share, coherent, seed=seed)
-                for seed in range(RESTARTS if wide else 1)
+                improved(self.surrogate, times, corner.choices, share, coherent, exchanges, hot, seed)
+                for seed, (exchanges, hot) in enumerate(SEARCHES if wide else SEARCHES[:1])
             ]
             ends.sort(key=lambda choices: self.surrogate.damage(choices, coherent))
             new = list(dict.fromkeys([*ends, *([] if found else [corner.choices])]))

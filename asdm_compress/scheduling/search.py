@@ -1,4 +1,4 @@
-"""Searches schedules: exact dynamic programming on the costs of single steps, then exchanges on their joint damage.
+"""Searches schedules: exact dynamic programming on the costs of single steps, then annealing on their joint damage.
 
 The dynamic program goes over the steps with the anchors of both guidance branches as its state, and minimises cost plus
 a price times the time. Going through the prices gives the lower hull of all schedules of its family in the plane of
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,7 +23,11 @@ from asdm_compress.scheduling.surrogate import COHERENT, NEVER, Surrogate
 from asdm_compress.scheduling.timing import KindTimes
 
 MOST_CORNERS: Final = 160
-EXCHANGES: Final = 4000
+EXCHANGES: Final = 800  # that are tried for each step
+FEW_EXCHANGES: Final = 200  # where only better ones are kept, which ends sooner
+# One exchange in e is kept that adds so much to the logarithm of the damage, at first and in the end.
+HOT: Final = 0.1
+COLD: Final = 0.01
 SLACK: Final = 1e-9
 _ONLY_TIME: Final = 1e30  # a price beside which every cost drowns
 _MOST_TIME: Final = 1e9  # a price, over the cost of a schedule of least time, at which costs decide between equal times
@@ -178,36 +182,66 @@ def improved(
     share: float,
     coherent: float = COHERENT,
     exchanges: int = EXCHANGES,
+    hot: float = HOT,
     seed: int = 0,
 ) -> tuple[Choice, ...]:
-    """A schedule of at most `share` of the time with less joint damage, by random exchanges that are kept if better.
+    """A schedule of at most `share` of the time with less joint damage, found by simulated annealing.
 
-    An exchange changes one step, swaps two, or changes two; with them light actions mix. They end where the seed leads.
+    There are `exchanges` for each step: forecasts of a step, two steps swapped, or one or two that do something else,
+    with which light actions mix. They end where the seed leads; with `hot` 0, which keeps only what is better, nearer
+    to the start.
     """
-    chance, menu = random.Random(seed), surrogate.menu.choices()
-    choices, budget = list(start), share * (1 + SLACK)
+    budget = share * (1 + SLACK)
+    # Without what has no place in any schedule.
+    within = [choice for choice in surrogate.menu.choices() if times.seconds[choice.kind] <= budget * times.full_run]
+    chance, kinds, choices = random.Random(seed), _by_kind(within), list(start)
     damage = surrogate.damage(choices, coherent)
-    for _ in range(exchanges if surrogate.steps > 1 else 0):
-        changed = _exchanged(choices, menu, chance)
+    best, least = choices, damage
+    count = exchanges * surrogate.steps if surrogate.steps > 1 else 0
+    for number in range(count):
+        changed = _exchanged(choices, kinds, chance)
         if times.share(changed) > budget:
             continue
         value = surrogate.damage(changed, coherent)
-        if value < damage:
+        heat = hot * (COLD / HOT) ** (number / count)
+        if value < damage or chance.random() < _chance(value, damage, heat):
             choices, damage = changed, value
-    return tuple(choices)
+            if damage < least:
+                best, least = choices, damage
+    return tuple(best)
 
 
-def _exchanged(choices: Sequence[Choice], menu: Sequence[Choice], chance: random.Random) -> list[Choice]:
+def _by_kind(menu: Sequence[Choice]) -> dict[Kind, list[Choice]]:
+    found: dict[Kind, list[Choice]] = {}
+    for choice in menu:
+        found.setdefault(choice.kind, []).append(choice)
+    return found
+
+
+def _exchanged(
+    choices: Sequence[Choice], kinds: Mapping[Kind, Sequence[Choice]], chance: random.Random
+) -> list[Choice]:
+    def another() -> Choice:
+        # Each kind as often as the others: those with two forecasts have four times as many choices.
+        return chance.choice(kinds[chance.choice(list(kinds))])
+
     changed, steps = list(choices), range(1, len(choices))
-    way = chance.randrange(3)
+    way = chance.randrange(4)
     i, j = chance.choice(steps), chance.choice(steps)
     if way == 0:
         changed[i], changed[j] = changed[j], changed[i]
+    elif way == 1:
+        changed[i] = chance.choice(kinds[changed[i].kind])
     else:
-        changed[i] = chance.choice(menu)
-        if way == 2:
-            changed[j] = chance.choice(menu)
+        changed[i] = another()
+        if way == 3:
+            changed[j] = another()
     return changed
+
+
+def _chance(value: float, damage: float, heat: float) -> float:
+    """How probably a schedule is kept whose damage is no less than that of the one before."""
+    return float((damage / value) ** (1 / heat)) if heat and value > 0 else 0.0
 
 
 def _choice(costs: StepCosts, kind: Kind, state: int) -> Choice:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -31,6 +31,10 @@ class Surrogate:
     gains: npt.NDArray[np.float64]
     timeline: Timeline
     guidance: float
+    # What `taken` found, which a search asks for some ten thousand times.
+    _taken: dict[tuple[int, Pair, Forecast], tuple[list[int], tuple[float, ...]]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     @property
     def steps(self) -> int:
@@ -107,6 +111,12 @@ class Surrogate:
 
     def taken(self, step: int, pair: Pair, forecast: Forecast) -> tuple[list[int], tuple[float, ...]]:
         """The steps that a forecast takes, the newest first, and their factors."""
+        found = self._taken.get((step, pair, forecast))
+        if found is None:
+            found = self._taken[step, pair, forecast] = self._weighted(step, pair, forecast)
+        return found
+
+    def _weighted(self, step: int, pair: Pair, forecast: Forecast) -> tuple[list[int], tuple[float, ...]]:
         steps = [pair[1]] if pair[0] == NEVER or not forecast.order else [pair[1], pair[0]]
         at = [self.timeline.at(then, forecast.abscissa) for then in steps]
         if len(at) == 2 and math.isclose(*at, rel_tol=1e-9):  # rounded timesteps repeat at the end of some samplers
