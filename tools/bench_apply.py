@@ -9,7 +9,6 @@ The promise is a peak of 1.25 times the student's bytes and the largest block's 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -17,15 +16,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from make_fixtures import make
+from measuring import Bench, measured
 
-from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.models.streaming import reading
 
-RESULTS = Path(__file__).parent / "results" / "apply.json"
 CASES = (("sd15", "bk-sdm-base-v1"), ("sd15", "bk-sdm-tiny-v1"), ("sd21-base", "bk-sdm-base-v2"))
 # What the command does before it looks at any file.
 START = """
@@ -43,17 +40,23 @@ sys.exit(code)
 
 
 def main() -> None:
+    """Alone on the machine."""
+    with measured("apply", __doc__) as bench:
+        apply_all(bench)
+
+
+def apply_all(bench: Bench) -> None:
     """Apply recipes to every family."""
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        start, idle = measured([sys.executable, "-c", START])
+        start, idle = taken([sys.executable, "-c", START])
+        bench.facts |= {"dtype": "fp16", "start_gb": round(idle / 1e9, 3), "start_seconds": round(start, 1)}
         for family in dict.fromkeys(family for family, _ in CASES):
             source = Path(folder) / family
             make(family, source, torch.float16)
             for recipe in (recipe for other, recipe in CASES if other == family):
                 out = Path(folder) / "student"
                 command = ["-m", "asdm_compress", "apply", recipe, str(source), "--out", str(out)]
-                seconds, peak = measured([sys.executable, *command])
+                seconds, peak = taken([sys.executable, *command])
                 size = _size(out)
                 began = time.perf_counter()
                 shutil.copytree(out, Path(folder) / "copy")
@@ -61,7 +64,7 @@ def main() -> None:
                 copied = time.perf_counter() - began
                 block = largest_block(source / "unet")
                 bound = 1.25 * size + block
-                rows.append(
+                bench.add(
                     {
                         "model": family,
                         "recipe": recipe,
@@ -79,15 +82,9 @@ def main() -> None:
                         "beside_start_over_copy": round((seconds - start) / copied, 2),
                     }
                 )
-                print(json.dumps(rows[-1]), flush=True)
                 shutil.rmtree(out)
                 shutil.rmtree(Path(folder) / "copy")
             shutil.rmtree(source)
-    content = {
-        "dtype": "fp16", "start_gb": round(idle / 1e9, 3), "start_seconds": round(start, 1),
-        "device": processor_name(), "versions": versions(),
-    }  # fmt: skip
-    RESULTS.write_text(json.dumps({**content, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def largest_block(folder: Path) -> int:
@@ -101,7 +98,7 @@ def largest_block(folder: Path) -> int:
     return max(blocks.values())
 
 
-def measured(command: list[str]) -> tuple[float, int]:
+def taken(command: list[str]) -> tuple[float, int]:
     """Seconds and peak resident bytes of a command."""
     os.sync()  # what others have written is not this command's to wait for
     began = time.perf_counter()

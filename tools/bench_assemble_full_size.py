@@ -25,17 +25,13 @@ import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 import yaml
 from make_fixtures import DTYPES, make
-from measuring import check_alone
+from measuring import Bench, check_alone
 
-from asdm_compress.core.provenance import processor_name, versions
-
-RESULTS = Path(__file__).parent / "results"
 KILLED = "killed.json"
 # Guidance off: a triple is one pass of the UNet. Parts down to units, and none of what is fitted: at full size the
 # normal equations of 3x3 convolutions alone take longer than all of this. And no neighbours of the best plan, which are
@@ -61,6 +57,8 @@ def main() -> None:
     if asked.stop_after and asked.folder is None:
         parser.error("--stop-after leaves a run to be gone on with, for which it needs --folder")
     check_alone()
+    name = "assemble_full_size_resumed" if asked.kill_after else "assemble_full_size"
+    bench = Bench(name, __doc__ or name, torch.device("cpu"))
     with tempfile.TemporaryDirectory() if asked.folder is None else nullcontext(asked.folder) as folder:
         model = Path(folder) / asked.model
         if not (model / "model_index.json").exists():  # which is written last
@@ -70,10 +68,8 @@ def main() -> None:
             *(sys.executable, "-m", "asdm_compress", "assemble", str(model), "--dtype", asked.dtype),
             *(*asked.arguments.split(), "--out", str(Path(folder) / "student"), "--overwrite"),
         ]
-        result: dict[str, Any] = {
-            "model": asked.model, "dtype": asked.dtype, "width": asked.width, "arguments": asked.arguments,
-            "device": processor_name(), "threads": torch.get_num_threads(), "versions": versions(),
-        }  # fmt: skip
+        result = bench.facts
+        result |= {"model": asked.model, "dtype": asked.dtype, "width": asked.width, "arguments": asked.arguments}
         until = asked.kill_after or asked.stop_after
         if until:
             _run(command, Path(folder), until)
@@ -89,10 +85,9 @@ def main() -> None:
         result |= {"stages_of_last_run": stages}
         (Path(folder) / KILLED).unlink(missing_ok=True)
     result |= {"peak_gb": round(peak / 1e9, 2), **{part: recipe[part] for part in ("edits", "evidence", "provenance")}}
-    print(json.dumps({k: v for k, v in result.items() if k != "versions"}), flush=True)
+    print(json.dumps(result), flush=True)
     if asked.width == 320:
-        name = "assemble_full_size_resumed.json" if asked.kill_after else "assemble_full_size.json"
-        (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        bench.write()
 
 
 def _run(command: list[str], folder: Path, kill_after: float | None = None) -> tuple[float, int, dict[str, float]]:

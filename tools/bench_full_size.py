@@ -12,12 +12,11 @@ import argparse
 import json
 import resource
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from measuring import check_alone
+from measuring import Bench, measured
 
 from asdm_compress.assembly.calibration import Calibration
 from asdm_compress.assembly.in_time import measured_ratio
@@ -28,7 +27,6 @@ from asdm_compress.assembly.plan_fit import fit_plan
 from asdm_compress.assembly.search import solve
 from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.defaults import NARROW_SHARES
-from asdm_compress.core.provenance import processor_name, versions
 from asdm_compress.core.units import Limit
 from asdm_compress.models.loading import load_unet
 from asdm_compress.models.source import LoadOptions
@@ -36,7 +34,6 @@ from asdm_compress.profiling.profile import ProfileSettings, profile
 from asdm_compress.profiling.slot_costs import places_of, slot_costs
 from asdm_compress.sampling.run import GuidedInputs
 
-RESULTS = Path(__file__).parent / "results" / "full_size.json"
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 MODEL, TOKENS = "sd15", 77
 FITTED = (
@@ -53,9 +50,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--triples", type=int, default=16, help="calibration triples of the single fits")
     arguments = parser.parse_args()
-    check_alone()
+    with measured("full_size", __doc__) as bench:
+        measure(bench, arguments)
+
+
+def measure(bench: Bench, arguments: argparse.Namespace) -> None:
+    """Everything; what is known is on disk as soon as it is."""
     settings = ProfileSettings(text_tokens=TOKENS, repeats=arguments.repeats, channels_last=True)
-    result: dict[str, Any] = {"model": MODEL, "dtype": "bf16", "device": processor_name(), "versions": versions()}
+    result = bench.facts
+    result |= {"model": MODEL, "dtype": "bf16"}
     teacher = load_unet(MODEL, LoadOptions(dtype=torch.bfloat16, random_weights=True))
     began = time.monotonic()
     costs = profile(teacher, settings, MODEL)
@@ -66,16 +69,16 @@ def main() -> None:
     result["slot_costs_seconds"] = round(time.monotonic() - began, 1)
     options = useful_options(find_options(teacher, costs, places, slots), [Limit("latency", 0.5, True)])
     result |= {"teacher_seconds": costs.latency, "options": len(options), "plans": []}
-    print(json.dumps({k: v for k, v in result.items() if k != "versions"}), flush=True)
+    print(json.dumps(result), flush=True)
     for share in BUDGETS:
         result["plans"].append(_planned(teacher, options, costs, share, settings))
         print(json.dumps(result["plans"][-1]), flush=True)
-        _write(result)
+        bench.write()
     result["fits"] = []
     for site, edit in FITTED:
         result["fits"].append(_fitted(teacher, site, edit, arguments.triples))
         print(json.dumps(result["fits"][-1]), flush=True)
-        _write(result)
+        bench.write()
 
 
 def _planned(
@@ -124,10 +127,6 @@ def _fitted(teacher: UNet2DConditionModel, site: str, edit: str, triples: int) -
 def _peak_gib() -> float:
     """The most memory that the process has had so far."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-
-
-def _write(result: dict[str, Any]) -> None:
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,13 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from measuring import check_alone, fingerprint
+from measuring import Bench, measured
 
 from asdm_compress.inheritance.actions import graph_for
 from asdm_compress.inheritance.attach import enable
@@ -38,7 +37,6 @@ from asdm_compress.models.source import LoadOptions
 from asdm_compress.models.tree import sharing_copy
 from asdm_compress.profiling.latency import median_ratio, time_side_by_side
 
-RESULTS = Path(__file__).parent / "results" / "inheritance_overhead.json"
 SMALL_STEPS, SMALL_REPEATS = 10, 41
 FULL_STEPS, FULL_REPEATS = 2, 7
 MIB = 2**20
@@ -57,8 +55,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--small", action="store_true")
     small_only = parser.parse_args().small
-    check_alone()
-    content: dict[str, Any] = {"machine": fingerprint()}
+    with measured("inheritance_overhead", __doc__) as bench:
+        measure(bench, small_only)
+
+
+def measure(bench: Bench, small_only: bool) -> None:
+    """What a run that computes everything takes more, and what runs hold."""
+    content = bench.facts
     small = load_pipeline("mini-sd", LoadOptions()).unet
     content["mini-sd"] = _overhead(small, 16, SMALL_STEPS, SMALL_REPEATS)
     print(json.dumps(content["mini-sd"]), flush=True)
@@ -74,7 +77,6 @@ def main() -> None:
     content["held"] = [_held(rule) for rule in HELD]
     content["deepcache_mib_per_sample"] = DEEPCACHE_MIB
     print(json.dumps(content["held"]), flush=True)
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()

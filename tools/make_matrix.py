@@ -23,9 +23,10 @@ from diffusers.utils import logging
 from matrix.checks import CHECKS
 from matrix.outcome import Check, Outcome
 from matrix.subjects import PLANS, Subject
+from measuring import Bench
 from mini_sd.weights import bundled_weights
 
-from asdm_compress.core.provenance import package_version, processor_name, versions
+from asdm_compress.core.provenance import package_version, processor_name
 from asdm_compress.models.loading import LoadOptions, load_pipeline
 
 OPTIONAL = ("torchao", "torchsde")  # packages
@@ -44,6 +45,11 @@ def main() -> None:
     if old.get("plans") != PLANS or (old.get("mini_sd") != bundled_weights() and not sys.argv[1:]):
         old = {}
     rows = {row["name"]: row for row in old.get("rows", [])}
+    # A package that is not here now was there when its rows were made.
+    before = old.get("packages", old.get("versions", {}))
+    packages = {name: package_version(name) or before.get(name) for name in ("peft", *OPTIONAL)}
+    bench = Bench("matrix", __doc__ or "", torch.device("cpu"))
+    bench.facts |= {"plans": PLANS, "mini_sd": bundled_weights(), "packages": packages}
     for check in CHECKS:
         if check.name in wanted:
             cells = {}
@@ -59,15 +65,9 @@ def main() -> None:
             rows[check.name] = {
                 "name": check.name, "oracle": check.oracle, "device": processor_name(), "cells": cells
             }  # fmt: skip
-            _write([rows[each.name] for each in CHECKS if each.name in rows], old.get("versions", {}))
+            bench.rows = [rows[each.name] for each in CHECKS if each.name in rows]
+            bench.write()
     print(table(json.loads(OUT.read_text(encoding="utf-8"))))
-
-
-def _write(rows: list[dict[str, Any]], before: dict[str, str]) -> None:
-    # A package that is not here now was there when its rows were made.
-    more = {name: package_version(name) or before.get(name) for name in ("peft", "torchao", "torchsde")}
-    content = {"plans": PLANS, "versions": versions() | more, "mini_sd": bundled_weights(), "rows": rows}
-    OUT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def tried(check: Check, subject: Subject) -> dict[str, Any]:

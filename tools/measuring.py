@@ -171,8 +171,20 @@ class Bench:
             "machine": fingerprint(self.device),
         }
 
-    def content(self) -> dict[str, Any]:
+    @property
+    def path(self) -> Path:
         """The results file."""
+        return self.folder / f"{self.name}.json"
+
+    def write(self) -> None:
+        """Everything so far, whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text(json.dumps(self.content(), indent=1) + "\n", encoding="utf-8")
+        aside.replace(self.path)
+
+    def content(self) -> dict[str, Any]:
+        """What the results file holds."""
         load = {"other_load_cores": round(self.meter.others(), 3)}
         return {**self.head(), **load, **self.facts, "rows": self.rows}
 
@@ -195,11 +207,6 @@ class Resumable(Bench):
 
     setting: Mapping[str, Any] = field(default_factory=dict)
     writes: bool = True
-
-    @property
-    def path(self) -> Path:
-        """The results file."""
-        return self.folder / f"{self.name}.json"
 
     def begin(self, fresh: bool = False) -> Resumable:
         """Take over what is on disk, or put it aside."""
@@ -235,12 +242,9 @@ class Resumable(Bench):
         self.write()
 
     def write(self) -> None:
-        """Everything so far, whole or not at all."""
+        """Where anything is written."""
         if self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            aside = self.path.with_suffix(".tmp")
-            aside.write_text(json.dumps(self.content(), indent=1) + "\n", encoding="utf-8")
-            aside.replace(self.path)
+            Bench.write(self)
 
 
 @contextmanager
@@ -252,5 +256,4 @@ def measured(
         check_alone()
     bench = Bench(name, about or name, device or torch.device("cpu"), folder)
     yield bench
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(bench.content(), indent=1) + "\n", encoding="utf-8")
+    bench.write()

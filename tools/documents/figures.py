@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +17,11 @@ def results(name: str) -> Any:
     """What `tools/results/NAME.json` holds."""
     _read.add(name)
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def machine(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The machine of a results file; files of before the common format name it at their top."""
+    return found.get("machine", found)  # type: ignore[no-any-return]
 
 
 def with_older_weights(figure: Callable[[], str]) -> tuple[str, bool]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from asdm_compress.core.recipe import load_recipe
-from documents.figures import RESULTS, minutes, results, share, source, table
+from documents.figures import RESULTS, machine, minutes, results, share, source, table
 
 RECIPES: Final = Path(__file__).parents[2] / "recipes"
 
@@ -32,8 +32,8 @@ def applied_setting() -> str:
     """What of the peak is not the student's, and of the time."""
     found = results("apply")
     return (
-        f"on {found['device']}: starting, with everything that is imported, takes {found['start_gb']:.2f} GB of the "
-        f"peak and {found['start_seconds']:.1f} s, which the table's seconds leave out"
+        f"on {machine(found)['device']}: starting, with everything that is imported, takes {found['start_gb']:.2f} GB "
+        f"of the peak and {found['start_seconds']:.1f} s, which the table's seconds leave out"
     )
 
 
@@ -51,10 +51,11 @@ def assembled_at_full_size() -> str:
 
 
 def _assembled(found: Any) -> str:
-    threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
+    where = machine(found)
+    threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
     peak = max(run["peak_gb"] for run in (found, *found["killed"]))
     return (
-        f"{minutes(found['seconds'])} on {threads} of {found['device']} beside light work, where one pass of the "
+        f"{minutes(found['seconds'])} on {threads} of {where['device']} beside light work, where one pass of the "
         f"teacher took {found['evidence']['teacher']['latency']:.1f} s, {found['damages']} damages, "
         f"{peak:.1f} GB of memory at most"
     )
