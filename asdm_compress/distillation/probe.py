@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from asdm_compress.assembly.calibration import Calibration, record
+from asdm_compress.assembly.calibration import TOGETHER, Calibration, record
 from asdm_compress.assembly.damage import compare_predictions, predictions
 from asdm_compress.models.loading import with_parts
 from asdm_compress.models.precision import true_fp32
@@ -76,11 +76,14 @@ class Probe:
 
     @torch.no_grad()
     def _run(self, unet: UNet2DConditionModel) -> Tensor:
-        run = SamplingRun(self.pipeline, self.texts, self.settings, unet)
-        while not run.finished:
-            run.advance()
-        latents: Tensor = run.latents
-        return latents.float()
+        found = []
+        for start in range(0, len(self.texts), TOGETHER):
+            here = replace(self.settings, seed=self.settings.seed + start)
+            run = SamplingRun(self.pipeline, self.texts[start : start + TOGETHER], here, unet)
+            while not run.finished:
+                run.advance()
+            found.append(run.latents.float())
+        return torch.cat(found)
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
