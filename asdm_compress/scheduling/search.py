@@ -23,7 +23,8 @@ from asdm_compress.scheduling.surrogate import COHERENT, NEVER, Surrogate
 from asdm_compress.scheduling.timing import KindTimes
 
 MOST_CORNERS: Final = 160
-EXCHANGES: Final = 800  # that are tried for each step
+EXCHANGES: Final = 800  # that are tried for each step, of as many as these at most
+MOST_STEPS: Final = 25
 FEW_EXCHANGES: Final = 200  # where only better ones are kept, which ends sooner
 # One exchange in e is kept that adds so much to the logarithm of the damage, at first and in the end.
 HOT: Final = 0.1
@@ -187,9 +188,9 @@ def improved(
 ) -> tuple[Choice, ...]:
     """A schedule of at most `share` of the time with less joint damage, found by simulated annealing.
 
-    There are `exchanges` for each step: forecasts of a step, two steps swapped, or one or two that do something else,
-    with which light actions mix. They end where the seed leads; with `hot` 0, which keeps only what is better, nearer
-    to the start.
+    There are `exchanges` for each step, up to `MOST_STEPS`: forecasts of a step, two steps swapped, or one or two that
+    do something else, with which light actions mix. They end where the seed leads; with `hot` 0, which keeps only what
+    is better, nearer to the start.
     """
     budget = share * (1 + SLACK)
     # Without what has no place in any schedule.
@@ -197,7 +198,7 @@ def improved(
     chance, kinds, choices = random.Random(seed), _by_kind(within), list(start)
     damage = surrogate.damage(choices, coherent)
     best, least = choices, damage
-    count = exchanges * surrogate.steps if surrogate.steps > 1 else 0
+    count = exchanges * min(surrogate.steps, MOST_STEPS) if surrogate.steps > 1 else 0
     for number in range(count):
         changed = _exchanged(choices, kinds, chance)
         if times.share(changed) > budget:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -51,9 +52,11 @@ class Surrogate:
         errors = self.errors(choices)
         if errors is None:
             return float("inf")
-        moved = errors * self.gains[:, None, None]
-        together = float(np.square(moved.sum(axis=0)).sum(-1).mean())
-        return coherent * together + (1 - coherent) * float(np.square(moved).sum(-1).mean(-1).sum())
+        runs = int(errors.shape[1])
+        together = np.tensordot(self.gains, errors, 1)
+        summed = float(np.vdot(together, together))
+        apart = float(self.gains**2 @ np.square(errors).reshape(len(errors), -1).sum(1))
+        return float(coherent * summed + (1 - coherent) * apart) / runs
 
     def errors(self, choices: Sequence[Choice]) -> npt.NDArray[np.float64] | None:
         """Sketches of the error of every step's guided prediction, (T, N, D); None where an anchor is out of reach.
@@ -62,46 +65,51 @@ class Surrogate:
         prediction or the difference of the guidance branches.
         """
         with_prompt = self.branches - 1
-        anchors = [[[0] for _ in range(self.branches)] for _ in self.menu.lights]
-        differences = [0]
+        anchors: list[list[Pair]] = [[(NEVER, 0)] * self.branches for _ in self.menu.lights]
+        differences = (NEVER, 0)
         of_rows = np.zeros((self.steps, *self.responses.predictions.shape[1:]))
         of_difference = np.zeros((self.steps, *self.responses.predictions.shape[2:]))
         for step, choice in enumerate(choices[1:], start=1):
             rows = (with_prompt,) if choice.conditional else tuple(range(self.branches))
             if choice.light != WHOLE:
-                for row in rows:
-                    found = self._inherited(step, choice, row, last_two(anchors[choice.light][row]), of_rows)
-                    if found is None:
+                pairs = [anchors[choice.light][row] for row in rows]
+                # Mostly both branches take theirs from the same steps.
+                together = pairs[0] == pairs[-1]
+                parts = [slice(rows[0], rows[-1] + 1)] if together else [slice(row, row + 1) for row in rows]
+                for part, pair in zip(parts, pairs, strict=False):
+                    if not self._inherit(step, choice, part, pair, of_rows):
                         return None
-                    of_rows[step, row] = found
             if choice.conditional:
-                steps, factors = self.taken(step, last_two(differences), choice.difference)
+                steps, factors = self.taken(step, differences, choice.difference)
                 carried = sum(f * of_difference[then] for then, f in zip(steps, factors, strict=True))
                 of_difference[step] = self.difference_error(step, steps, factors) + carried
                 of_rows[step, 0] = of_rows[step, with_prompt] - of_difference[step]
             elif self.branches == 2:
                 of_difference[step] = of_rows[step, 1] - of_rows[step, 0]
                 if self.menu.computes(choice.light):
-                    differences.append(step)
-            refreshed = self.menu.refreshes[choice.light if choice.light != WHOLE else len(self.menu.lights)]
-            for light, fresh in enumerate(refreshed):
-                if fresh:
-                    for row in rows:
-                        anchors[light][row].append(step)
+                    differences = differences[1], step
+            for light in self._refreshed[choice.light]:
+                for row in rows:
+                    anchors[light][row] = anchors[light][row][1], step
         return np.asarray(of_rows[:, with_prompt] + (self.guidance - 1) * of_difference)
 
-    def _inherited(
-        self, step: int, choice: Choice, row: int, pair: Pair, of_rows: npt.NDArray[np.float64]
-    ) -> npt.NDArray[np.float64] | None:
-        """The error of one branch's prediction at a step that inherits."""
+    def _inherit(self, step: int, choice: Choice, rows: slice, pair: Pair, of_rows: npt.NDArray[np.float64]) -> bool:
+        """Fill in the errors of branches' predictions at a step that inherits; False where they are not known."""
         steps, factors = self.taken(step, pair, choice.forecast)
         if step - steps[-1] > REACH:
-            return None
-        found = self.feature_error(step, choice.light, row, steps, factors)
+            return False
+        found = self.feature_error(step, choice.light, rows, steps, factors)
         if not self.menu.computes(choice.light):
             for then, factor in zip(steps, factors, strict=True):
-                found += factor * self._share(step, then, choice.light) * of_rows[then, row]
-        return found
+                found += factor * self._share(step, then, choice.light) * of_rows[then, rows]
+        of_rows[step, rows] = found
+        return True
+
+    @cached_property
+    def _refreshed(self) -> dict[int, tuple[int, ...]]:
+        """The light actions whose features a step computes that does another one, or `WHOLE`."""
+        rows = {**dict(enumerate(self.menu.refreshes)), WHOLE: self.menu.refreshes[-1]}
+        return {light: tuple(other for other, fresh in enumerate(row) if fresh) for light, row in rows.items()}
 
     def _share(self, step: int, then: int, light: int) -> float:
         """How much of an earlier prediction's error is in one that is inherited, or made of its denoised latent."""
@@ -124,24 +132,24 @@ class Surrogate:
         return steps, weights(at, self.timeline.at(step, forecast.abscissa), forecast.damping)
 
     def feature_error(
-        self, step: int, light: int, row: int, steps: Sequence[int], factors: Sequence[float]
+        self, step: int, light: int, rows: int | slice, steps: Sequence[int], factors: Sequence[float]
     ) -> npt.NDArray[np.float64]:
-        """What a forecast of a light action's features from these steps does to a branch's prediction, (N, D)."""
-        responses = self.responses.errors[light, step, :, row]
-        total = np.zeros(responses.shape[1:])
-        for then, factor in zip(steps, factors, strict=True):
-            total += factor * responses[step - then - 1]
+        """What a forecast of a light action's features from these steps does to branches' predictions, (N, D) each."""
+        responses = self.responses.errors[light, step]
+        total = np.asarray(responses[step - steps[0] - 1, rows] * np.float64(factors[0]))
+        for then, factor in zip(steps[1:], factors[1:], strict=True):
+            total += factor * responses[step - then - 1, rows]
         return total
 
     def difference_error(self, step: int, steps: Sequence[int], factors: Sequence[float]) -> npt.NDArray[np.float64]:
         """The error of a forecast of the guidance branches' difference from these steps, (N, D)."""
-        predictions = self.responses.predictions
-        total = np.asarray(predictions[step, 0] - predictions[step, 1], dtype=np.float64)
+        differences = self._differences
+        total: npt.NDArray[np.float64] = -differences[step]
         for then, factor in zip(steps, factors, strict=True):
-            total += factor * (predictions[then, 1] - predictions[then, 0])
+            total += factor * differences[then]
         return total
 
-
-def last_two(steps: Sequence[int]) -> Pair:
-    """The last two of a list of anchors."""
-    return (steps[-2] if len(steps) > 1 else NEVER, steps[-1])
+    @cached_property
+    def _differences(self) -> npt.NDArray[np.float64]:
+        predictions = self.responses.predictions
+        return np.asarray(predictions[:, 1] - predictions[:, 0], dtype=np.float64)
