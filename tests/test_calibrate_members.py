@@ -23,7 +23,7 @@ from asdm_compress.inheritance.schedule_file import load_schedule
 from asdm_compress.models.loading import LoadOptions, load_pipeline
 from asdm_compress.models.saving import save_pipeline
 from asdm_compress.sampling.images import sample
-from asdm_compress.sampling.own_steps import own_steps
+from asdm_compress.sampling.own_steps import made_for, own_steps
 from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.sampling.settings import SamplingSettings
 from asdm_compress.scheduling.goals import Goal
@@ -262,6 +262,7 @@ def test_what_optimize_found_runs_with_nothing_around_it(optimized, cli_in):
         place = folder / "fast" / entry["folder"]
         plain = StableDiffusionPipeline.from_pretrained(place)
         assert own_steps(place, plain.scheduler) == entry["steps"]
+        assert made_for(place).guidance == 5.0
         with warnings.catch_warnings():
             warnings.simplefilter("error", CarriedOver)
             found = sample(plain, PROMPTS[:1], SamplingSettings(entry["steps"], 5.0)).latents

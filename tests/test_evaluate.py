@@ -29,7 +29,9 @@ from asdm_compress.scenes.world import sample_scene
 from asdm_compress.workflows import evaluate as workflow
 from asdm_compress.workflows.evaluate import run_evaluate
 from asdm_compress.workflows.evaluation_input import EvaluateSettings
+from asdm_compress.workflows.evaluation_run import prepare_run
 from asdm_compress.workflows.progress import Silent
+from asdm_compress.workflows.training_run import DistillSettings, check_places
 
 GUIDE = Path(__file__).parents[1] / "tools" / "guides" / "evaluate.md"
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
@@ -299,3 +301,17 @@ def test_what_is_missing_is_named_with_its_place(brought, tmp_path, monkeypatch)
     assert not (tmp_path / "out").exists()
     with pytest.raises(AsdmError, match="does not say what it was made of"):
         evaluate(tmp_path / "out", EvaluateSettings(None))
+
+
+def test_an_evaluation_and_a_training_do_not_replace_what_the_other_has_begun(tmp_path):
+    run = tmp_path / "out.run"
+    run.mkdir()
+    (run / "settings.yaml").write_text("steps: 4\n", encoding="utf-8")
+    with pytest.raises(AsdmError, match="holds a training"):
+        prepare_run(run, {"seed": 1}, overwrite=True)
+    (run / "settings.yaml").rename(run / "settings.json")
+    with pytest.raises(AsdmError, match="holds an evaluation"):
+        check_places(tmp_path / "out", run, "student", DistillSettings(overwrite=True))
+    (run / "settings.json").write_text("{}", encoding="utf-8")
+    prepare_run(run, {"seed": 1}, overwrite=True)
+    assert json.loads((run / "settings.json").read_text(encoding="utf-8")) == {"seed": 1}

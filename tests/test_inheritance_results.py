@@ -57,7 +57,7 @@ def test_a_cell_is_summed_up_against_the_strongest_of_each_kind():
 
 def test_runs_for_different_samplers_add_to_one_file_and_other_settings_begin_anew(tmp_path):
     settings = argparse.Namespace(
-        quick=False, fresh=False, prompts=8, validation_prompts=8, test_prompts=4, guidance=5.0, repeats=2
+        quick=False, fresh=False, renew=False, prompts=8, validation_prompts=8, test_prompts=4, guidance=5.0, repeats=2
     )
 
     def kept(**changes):
@@ -76,6 +76,24 @@ def test_runs_for_different_samplers_add_to_one_file_and_other_settings_begin_an
     assert not again.path.exists()
     one.write()
     assert not kept(fresh=True).has(("ddim", 20, 0.4))
+
+
+def test_cells_of_other_code_are_measured_anew_where_that_is_asked_for(tmp_path):
+    settings = argparse.Namespace(
+        quick=False, fresh=False, renew=True, prompts=8, validation_prompts=8, test_prompts=4, guidance=5.0, repeats=2
+    )
+    kept = Kept.of(settings, "About.", tmp_path)
+    kept.add_cell(("ddim", 20, 0.4), ROWS[:6], 1.0, 0.0)
+    kept.add_cell(("ddim", 20, "ablations"), ROWS[6:7], 1.0, 0.0)
+    kept.add_cell(("ddim", 20, 0.3), ROWS[7:], 1.0, 0.0)
+    kept.facts["code_by_cell"]["ddim 20 0.4"] = "older"
+    kept.write()
+    again = Kept.of(settings, "About.", tmp_path)
+    assert again.has(("ddim", 20, 0.3)) and not again.has(("ddim", 20, 0.4))
+    again.add_cell(("ddim", 20, 0.4), [ours(0.39, 50.0, 0.4)], 1.0, 0.0)
+    assert again.has(("ddim", 20, 0.4))
+    assert again.rows == [*ROWS[6:], ours(0.39, 50.0, 0.4)]
+    assert again.facts["cells"].count(["ddim", 20, 0.4]) == 1
 
 
 def test_macs_of_a_run_beside_the_full_one(pipeline):

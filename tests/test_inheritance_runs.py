@@ -227,11 +227,17 @@ def test_deepcache_parameters_are_a_uniform_schedule_that_holds(make):
     helper = DeepCacheHelper(pipe)
     with pytest.raises(AsdmError, match="no parameters"):
         helper.enable()
-    helper.set_params(cache_interval=3, cache_branch_id=2)
+    with pytest.raises(AsdmError, match="skip_mode"):
+        helper.set_params(3, 2, "nonuniform")
+    helper.set_params(cache_interval=3, cache_branch_id=2, skip_mode="uniform")
     helper.enable()
     assert torch.equal(latents(pipe), expected)
     helper.disable()
     assert torch.equal(latents(pipe), latents(make()))
+    other = make()
+    helper.enable(other)
+    assert torch.equal(latents(other), expected)
+    helper.disable()
 
 
 @torch.no_grad()

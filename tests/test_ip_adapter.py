@@ -12,7 +12,10 @@ from asdm_compress.assembly.plan import Plan, edited
 from asdm_compress.assembly.surgery import assemble
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.recipe import find_recipe, load_recipe
+from asdm_compress.inheritance.validity import mark_of
+from asdm_compress.models.loading import with_parts
 from asdm_compress.models.slots import IdentityTransformer
+from asdm_compress.workflows.calibrate import calibrate
 
 IMAGE_WIDTH = 24
 NARROWED = "up_blocks.2.attentions.0.transformer_blocks.0.attn2"
@@ -52,6 +55,16 @@ def adapter(unet):
 @pytest.fixture(scope="module")
 def seen():
     return {"image_embeds": [torch.randn(2, 1, IMAGE_WIDTH, generator=torch.Generator().manual_seed(4))]}
+
+
+def test_schedules_know_a_model_with_an_adapter_again(unet, adapter):
+    assert mark_of(equipped(unet, adapter)) == mark_of(unet)
+
+
+def test_nothing_is_calibrated_from_text_alone_with_an_adapter_loaded(pipeline, adapter):
+    with_image = with_parts(pipeline, unet=equipped(pipeline.unet, adapter))
+    with pytest.raises(AsdmError, match="IP-Adapter is loaded"):
+        calibrate(with_image, "latency=0.5x")
 
 
 def equipped(unet, adapter):

@@ -66,6 +66,25 @@ def test_a_model_that_overflows_is_refused_and_nothing_of_it_kept(pipeline, tmp_
         measure_gains(broken, encode(broken, PROMPTS[:2], 1.0), SamplingSettings(3, 1.0))
 
 
+def test_a_way_that_overflows_is_far_from_the_full_run_and_stops_no_other(pipeline, monkeypatch):
+    judge = Judge(pipeline, PROMPTS[:2], SamplingSettings(3, 1.0, 5))
+    held, fine = Way("held", 3, 0.0, parse_mode("uniform:3,branch=0")), Way("all", 3, 0.0, Schedule((FULL,) * 3))
+    sampled = Judge._sampled
+
+    def overflowing(self, way, first, last):
+        found = sampled(self, way, first, last)
+        if way is held:
+            found[0] = float("inf")
+            found[1] = found[1].sign() * 1e38  # numbers, of which the VAE has none
+        return found
+
+    monkeypatch.setattr(Judge, "_sampled", overflowing)
+    assert judge.race([held, fine])[0] is fine
+    assert max(judge.score(held).psnr) < 30 < min(judge.score(fine).psnr)
+    with pytest.raises(AsdmError, match="latents are no numbers"):
+        judge.latents_of(held)
+
+
 def test_gains_of_a_half_precision_model_are_measured_in_full(pipeline):
     half, seen = copy.deepcopy(pipeline), set()
     half.unet.to(torch.bfloat16)
@@ -86,9 +105,9 @@ def test_what_is_surely_behind_drops_out(pipeline, monkeypatch):
     tried = []
 
     class Counting(Judge):
-        def latents_of(self, way, *, first=0, last=None):
+        def _sampled(self, way, first, last):
             tried.append((way.name, first, last))
-            return super().latents_of(way, first=first, last=last)
+            return super()._sampled(way, first, last)
 
     ways = [Way("computed", 4, 0.0, Schedule((FULL,) * 4)), Way("one step", 1, 0.0)]
     Counting(pipeline, PROMPTS, SamplingSettings(4, 1.0, 5), batch=8).race(ways)

@@ -330,6 +330,15 @@ def test_the_command_writes_what_generate_opens(pipeline, students, cli, tmp_pat
     told = cli("report", "both", "--json")
     assert told.returncode == 0, told.stderr
     assert '<section id="switching"' in (tmp_path / "both/report.html").read_text(encoding="utf-8")
+    # And by the guidance that it was made for, where it says that, with what it is compared with.
+    own = tmp_path / "both" / FILE_NAME
+    own.write_text(json.dumps(json.loads(own.read_text()) | {"guidance": 3.0}))
+    for more, taken in (("", True), ("--guidance 3", False)):
+        done = cli("generate", "both", "a ring", "--compare", "mini-sd", *more.split(), "--out", f"at{len(more)}")
+        assert done.returncode == 0, done.stderr
+        assert ("made for guidance 3" in done.stderr) == taken
+    pictures = [sorted((tmp_path / place).glob("*-0000-*.png")) for place in ("at0", "at12")]
+    assert [p.read_bytes() for p in pictures[0]] == [p.read_bytes() for p in pictures[1]]
     # By its own file too, whose number of steps counts; the first model's settings do not come along to a student.
     made = cli("switch", "mini-sd", "small", "-s", "both/switching.yaml", "--dtype", "fp32", "--out", "again")
     assert made.returncode == 0, made.stderr

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -148,9 +148,31 @@ def shown_row(rows: Rows) -> dict[str, Any] | None:
     return of_first[len(of_first) // 2] if of_first else None
 
 
+def _name(cell: Sequence[Any]) -> str:
+    return " ".join(map(str, cell))
+
+
+def _code() -> str:
+    return code_hash(*TOOLS, packages=PACKAGES)
+
+
+def _is_of(row: Mapping[str, Any], cell: Sequence[Any]) -> bool:
+    """Whether a row is a cell's; those without a budget are the ablations'."""
+    sampler, steps, budget = cell
+    alone = row["role"].startswith("search alone") or "budget" not in row
+    if (row["sampler"], row["steps"]) != (sampler, steps):
+        return False
+    return alone if budget == "ablations" else not alone and row["budget"] == budget
+
+
 @dataclass(slots=True)
 class Kept(Resumable):
-    """The results so far, on disk after every cell; runs for different samplers add to one file."""
+    """The results so far, on disk after every cell; runs for different samplers add to one file.
+
+    With `renews` cells that other code has measured are not done, and what is there of them is replaced.
+    """
+
+    renews: bool = False
 
     @staticmethod
     def of(arguments: argparse.Namespace, about: str, folder: Path = RESULTS) -> Kept:
@@ -159,22 +181,26 @@ class Kept(Resumable):
         setting = {"mini_sd": bundled_weights(), "settings": {name: getattr(arguments, name) for name in names}}
         device = torch.device("cpu")
         kept = Kept("inheritance", about, device, folder, setting=setting, writes=not arguments.quick)
+        kept.renews = arguments.renew
         kept.begin(arguments.fresh)
         return kept
 
     def has(self, cell: Sequence[Any]) -> bool:
         """Whether a cell is done."""
+        if self.renews and self.facts.get("code_by_cell", {}).get(_name(cell)) != _code():
+            return False
         return list(cell) in self.facts.get("cells", [])
 
     def add_cell(self, cell: Sequence[Any], rows: Rows, seconds: float, load: float) -> None:
         """Write a cell that is done; `load` is how many cores other processes used meanwhile."""
         if not self.reload():
             raise SystemExit(f"{self.path} is of another setting by now: another process has begun it anew")
-        self.facts.setdefault("cells", []).append(list(cell))
-        self.rows += rows
-        name = " ".join(map(str, cell))
+        if list(cell) not in self.facts.setdefault("cells", []):
+            self.facts["cells"].append(list(cell))
+        self.rows = [row for row in self.rows if not _is_of(row, cell)] + rows
+        name = _name(cell)
         self.facts.setdefault("seconds", {})[name] = round(seconds, 1)
-        self.facts.setdefault("code_by_cell", {})[name] = code_hash(*TOOLS, packages=PACKAGES)
+        self.facts.setdefault("code_by_cell", {})[name] = _code()
         self.facts.setdefault("load_by_cell", {})[name] = round(load, 2)
         self.facts["summary"] = summary(self.rows)
         self.write()

@@ -38,13 +38,17 @@ THRESHOLDS = tuple(float(x) for x in np.geomspace(0.02, 3.0, 24))
 
 
 def power_caches(choosing: Choosing, share: float, lights: Sequence[int]) -> list[Way]:
-    """DeepCache's non-uniform schedule at some cuts, at every centre and power as often as the time allows."""
+    """DeepCache's non-uniform schedule at some cuts, at every centre and power as often as the time allows.
+
+    Intervals may be fractions, so that every number of computed steps is tried.
+    """
     times, found = choosing.every_times, []
     for light in lights:
-        name = light_name(choosing.every, light)
+        cut = light_name(choosing.every, light).removeprefix("cut.")
         for centre, p in ((0.3, 1.2), (0.3, 1.4), (0.5, 1.4)):
-            for interval in range(2, times.steps):
-                rule = f"centred:{interval},centre={centre},p={p},branch={name.removeprefix('cut.')},forecast=hold"
+            for count in range(times.steps - 1, 0, -1):
+                interval = times.steps / (count - 0.5)  # between those of this and of one step less
+                rule = f"centred:{interval:.4f},centre={centre},p={p},branch={cut},forecast=hold"
                 computed = len(parse_mode(rule).computed_steps(times.steps))
                 light_steps = times.seconds[light, False] * (times.steps - computed)
                 seconds = times.outside + computed * times.full_step + light_steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -107,7 +108,10 @@ def recorded(path: Path, record: Callable[[], Calibration], processes: Processes
 def _kept(path: Path) -> Calibration | None:
     if not path.exists():
         return None
-    kept: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        kept: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
+        return None  # cut short, as by a loss of power: recorded anew
     return Calibration(
         GuidedInputs(**kept["inputs"]),
         kept["bands"],

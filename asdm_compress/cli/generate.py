@@ -36,7 +36,13 @@ def generate(
             min=1, max=1000, help=f"Sampling steps; by default those that the model was made for, else {STEPS}."
         ),
     ] = None,
-    guidance: o.Guidance = GUIDANCE,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="Classifier-free guidance scale, 1 switches guidance off; by default that which the model was made "
+            f"for, else {GUIDANCE:g}."
+        ),
+    ] = None,
     negative_prompt: Annotated[
         str | None, typer.Option(help="What guidance leads away from, in place of the empty prompt; for all images.")
     ] = None,
@@ -60,9 +66,12 @@ def generate(
 
     from asdm_compress.sampling.settings import SamplingSettings
 
-    sampling = SamplingSettings(STEPS if steps is None else steps, guidance, seed, image_size)
+    sampling = SamplingSettings(
+        STEPS if steps is None else steps, GUIDANCE if guidance is None else guidance, seed, image_size
+    )
     settings = GenerateSettings(
         sampling, tuple(prompt), images, scheduler, compare, inherit, own_steps=steps is None and scheduler is None,
+        own_guidance=guidance is None, own_size=image_size is None,
         negative_prompt=negative_prompt, batch=batch,
     )  # fmt: skip
     result = run_generate(model, out, load, settings, output, overwrite)

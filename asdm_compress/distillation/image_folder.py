@@ -39,6 +39,11 @@ class ImageFolder:
                 entries = _from_table(folder / name, reader(folder / name), caption_column)
                 break
         else:
+            if caption_column != "text":
+                raise AsdmError(
+                    f"{folder} has no metadata.jsonl or metadata.csv, and so no columns of captions",
+                    "Leave --caption-column out to take the .txt beside every image.",
+                )
             entries = _from_text_files(folder)
         if not entries:
             raise AsdmError(f"{folder} holds no images", _HINT)

@@ -18,6 +18,8 @@ from asdm_compress.inheritance.carrying import CALIBRATE_HINT
 from asdm_compress.inheritance.timeline import Timeline
 from asdm_compress.models.families import architecture
 
+# In the names of weights that adapters bring: LoRA, LoHa, LoKr, and IP-Adapter's processors and projection.
+_ADAPTERS: Final = ("lora_", "hada_", "lokr_", ".processor.", "encoder_hid_proj.")
 _SAMPLED_WEIGHTS: Final = 48
 # Rounding to bfloat16 moves a weight by at most 2^-8 of itself, a fine-tuning by more. Weight by weight: those of
 # normalisations are so much larger that they would hide what has become of all others.
@@ -142,9 +144,9 @@ def solver_of(scheduler: Any) -> str:
 
 
 def _own_weights(unet: UNet2DConditionModel) -> Iterator[tuple[str, str, str]]:
-    """The weights: what each is called without a LoRA's layers around it, and the module and the name it has now."""
+    """The weights: what each is called without an adapter's layers around it, and the module and its name now."""
     for full_name, tensor in unet.named_parameters():
-        if "lora_" not in full_name and tensor.numel():
+        if tensor.numel() and not any(mark in full_name for mark in _ADAPTERS):
             path, _, name = full_name.rpartition(".")
             yield full_name.replace(".base_layer", ""), path, name
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from asdm_compress.core.errors import AsdmError
 from asdm_compress.models.assembled_unet import AssembledUNet2DConditionModel
 from asdm_compress.models.sites import modules_of
+from asdm_compress.models.transformers_4 import with_text_model
 
 _FULL_LEVEL: Final = 3  # the numbers that a level of the full UNet takes, on either side
 
@@ -168,16 +169,11 @@ def text_encoder_to_ldm(encoder: nn.Module) -> dict[str, Tensor]:
 
     Stable Diffusion 1.x keeps transformers' own names; 2.x has OpenCLIP's, with the three input projections in one.
     """
-    weights = {_with_text_model(key): tensor for key, tensor in encoder.state_dict().items()}
+    weights = {with_text_model(key): tensor for key, tensor in encoder.state_dict().items()}
     width = weights["text_model.final_layer_norm.weight"].shape[0]
     if width != OPEN_CLIP_WIDTH:
         return {CLIP_PREFIX + key: tensor.contiguous() for key, tensor in weights.items()}
     return {OPEN_CLIP_PREFIX + key: tensor.contiguous() for key, tensor in _open_clip(weights).items()}
-
-
-def _with_text_model(key: str) -> str:
-    """transformers 5 leaves the outer module's name out."""
-    return key if key.startswith("text_model.") else f"text_model.{key}"
 
 
 def _open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

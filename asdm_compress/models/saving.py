@@ -21,6 +21,7 @@ from asdm_compress.models.files import AGAIN, choose_weights, is_weights
 from asdm_compress.models.folder import absent_parts
 from asdm_compress.models.quiet import quiet_libraries
 from asdm_compress.models.streaming import WEIGHTS, Entry, TensorReader, reading, write_sharded
+from asdm_compress.models.transformers_4 import write_for_transformers_4
 
 _WEIGHTS: Final = (".safetensors", ".bin")
 _KEPT: Final = (".json", ".txt", ".model")  # configs, vocabularies and merges
@@ -55,6 +56,7 @@ def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path, layout: FileL
         pipeline.save_pretrained(folder, variant=layout.variant, max_shard_size=layout.shard_bytes)
     leave_out_defaults(pipeline.scheduler, folder / "scheduler")
     open_in_fp32(folder)
+    write_for_transformers_4(folder)
 
 
 def leave_out_defaults(scheduler: SchedulerMixin, folder: Path) -> None:

@@ -35,6 +35,7 @@ from asdm_compress.models.recognise import ONLY, check_numbers, foreign_kind, wh
 from asdm_compress.models.saving import PLAIN, FileLayout, leave_out_defaults, open_in_fp32
 from asdm_compress.models.source import LoadOptions, Part, Source
 from asdm_compress.models.streaming import TensorReader, reading
+from asdm_compress.models.transformers_4 import write_for_transformers_4
 
 _CONFIGS: Final = Path(__file__).with_name("configs")
 _FAMILY_FILES: Final[Mapping[int, str]] = {768: "sd1.json", 1024: "sd2.json"}  # by the text's width
@@ -189,6 +190,7 @@ def write_rest(source: Source, folder: Path, unet: nn.Module, options: LoadOptio
             part = getattr(pipeline, name)
             part.save_pretrained(folder / name, variant=layout.variant, max_shard_size=layout.shard_bytes)
     open_in_fp32(folder)
+    write_for_transformers_4(folder)
 
 
 def _layout_of(path: Path, unet: Shapes, shapes: Shapes) -> Layout:

@@ -53,12 +53,13 @@ class Goal:
         """What is known of a least quality."""
         if self.limit is not None:
             return None
-        metric, least = self.metric, test.lower(self.metric)
-        surely = f", with {CONFIDENCE:.0%} confidence at least {least:.4g}" if math.isfinite(least) else ""
+        metric, least, known = self.metric, self.least, test.lower(self.metric)
+        surely = f", with {CONFIDENCE:.0%} confidence at least {known:.4g}" if math.isfinite(known) else ""
+        short = "" if test.mean(metric) >= least else f", which is less than the {least:g} that was asked for"
         return (
-            f"chosen so that with {CONFIDENCE:.0%} confidence the mean {metric} on validation prompts is at least "
-            f"{validation.lower(metric):.4g}; on test prompts, which chose nothing, it is {test.mean(metric):.4g}"
-            f"{surely}"
+            f"chosen so that the validation prompts say with {CONFIDENCE:.0%} confidence, before the choice among "
+            f"schedules, that the mean {metric} is at least {validation.lower(metric):.4g}; on test prompts, which "
+            f"chose nothing, it is {test.mean(metric):.4g}{surely}{short}"
         )
 
 
@@ -143,8 +144,13 @@ class Choosing:
         """
         if self.fitter is None:
             return []
-        # Fitting takes longer than trying: of each coherence only the schedule of least damage.
-        promising = [some[0] for some in self._searched(self.times.corrected(), self.corrected_front, share, wide)]
+        # Fitting takes longer than trying: of each coherence only the schedule of least damage, and one near the front.
+        times, front = self.times.corrected(), self.corrected_front
+        promising = [some[0] for some in self._searched(times, front, share, wide)]
+        if wide and (corner := front.best(share)) is not None:
+            near = improved(self.surrogate, times, corner.choices, share, COHERENT, FEW_EXCHANGES, 0.0)
+            if near not in [plan.choices for plan in promising]:
+                promising.append(self._plan(times, near, corner, front.bound(share)))
         best = self.best(plain)
         if best.choices is None:
             (light,) = {light for light, _ in self._kinds(best) if light != WHOLE}

@@ -18,6 +18,7 @@ from scipy.stats import t as student_t
 from torch import Tensor
 
 from asdm_compress.assembly.store import weights_hash
+from asdm_compress.core.errors import AsdmError
 from asdm_compress.core.files import CACHE_HINT, disk_errors, output_file
 from asdm_compress.evaluation.fidelity import compare_pairs
 from asdm_compress.sampling.images import check_latents, decode
@@ -176,7 +177,20 @@ class Judge:
         return self._pictures(way, 0, count)
 
     def _pictures(self, way: Way, first: int, last: int | None) -> list[Image]:
-        return decode(self.pipeline, self.latents_of(way, first=first, last=last), self.batch)
+        """Plain grey ones where a way has no numbers, so that it is far from the full run and the others go on."""
+        latents = self._sampled(way, first, last)
+        fine = latents.isfinite().flatten(1).all(1)
+        latents = torch.where(fine[:, None, None, None], latents, torch.zeros_like(latents))
+        try:
+            return decode(self.pipeline, latents, self.batch)
+        except AsdmError:  # the VAE overflows; it did not for the full run
+            return [self._picture(latents[i : i + 1]) for i in range(len(latents))]
+
+    def _picture(self, latents: Tensor) -> Image:
+        try:
+            return decode(self.pipeline, latents)[0]
+        except AsdmError:
+            return decode(self.pipeline, torch.zeros_like(latents))[0]
 
     def _full(self) -> Tensor:
         path = self.folder / "full.safetensors" if self.folder else None
@@ -191,16 +205,22 @@ class Judge:
                 save_file({"latents": found.cpu().contiguous()}, aside)
         return found
 
-    @torch.no_grad()
     def latents_of(self, way: Way, *, first: int = 0, last: int | None = None) -> Tensor:
-        """A way's final latents, of the prompts from `first` to before `last`, or to the end."""
+        """A way's final latents, of the prompts from `first` to before `last`, or to the end.
+
+        Raises AsdmError where they are no numbers.
+        """
+        found = self._sampled(way, first, last)
+        check_latents(found, self.pipeline.unet.dtype)
+        return found
+
+    @torch.no_grad()
+    def _sampled(self, way: Way, first: int, last: int | None) -> Tensor:
         parts, last = [], min(len(self.texts), len(self.texts) if last is None else last)
         for start in range(first, last, self.batch):
             here = replace(self.settings, seed=self.settings.seed + start)
             parts.append(way.loop(self.pipeline, self.texts[start : min(start + self.batch, last)], here)())
-        found = torch.cat(parts)
-        check_latents(found, self.pipeline.unet.dtype)
-        return found
+        return torch.cat(parts)
 
 
 def _half_width(values: Sequence[float], quantile: float) -> float:

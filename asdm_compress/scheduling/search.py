@@ -155,7 +155,10 @@ class DynamicProgram:
 
 
 def find_front(program: DynamicProgram) -> Front:
-    """The hull of all schedules of the family, corner by corner: between two of them lies another, or none does."""
+    """The hull of all schedules of the family, corner by corner: between two of them lies another, or none does.
+
+    Of a hull with more corners than `MOST_CORNERS` the rest is left out; the bound holds all the same.
+    """
     # Of all schedules of least time the one of least cost, without which its cost would be no bound.
     scale = program.solve(_ONLY_TIME).cost
     most = _MOST_TIME * max(scale, _LEAST_COST)

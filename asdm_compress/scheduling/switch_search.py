@@ -25,12 +25,16 @@ _SOLVED: Final = (cp_model.OPTIMAL, cp_model.FEASIBLE)
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The schedule, its error as the model has it, and what no schedule within the time can be under."""
+    """The schedule, its error as the model has it, and what no schedule within the time can be under.
+
+    Where at most `most_changes` were allowed, bound and proof are of schedules that keep to them.
+    """
 
     actions: tuple[Action, ...]
     predicted: float
     bound: float
     proven: bool
+    most_changes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +124,8 @@ def solve(
     bound = terms.constant + solver.best_objective_bound / _SCALE * largest if status in _SOLVED else 0.0
     improved = _descended(terms, swaps, times, budget, chosen, most_changes)
     value = terms.value(improved)
-    return Found(_applied(terms, swaps, improved), value, min(bound, value), status == cp_model.OPTIMAL)
+    proven = status == cp_model.OPTIMAL
+    return Found(_applied(terms, swaps, improved), value, min(bound, value), proven, most_changes)
 
 
 def _products(

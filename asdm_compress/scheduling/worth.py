@@ -56,7 +56,7 @@ class Worth:
         return surely_less(self.shown, other.shown, CONFIDENCE)
 
     def is_as_good_as(self, full: Worth) -> bool:
-        """Whether these pictures surely neither show less than the full run's, nor are farther away."""
+        """Whether these pictures are not surely worse: of few prompts little is sure, and more of them say more."""
         return not self.is_behind(full) and not self.farther
 
     def text(self) -> str:

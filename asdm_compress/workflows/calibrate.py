@@ -176,6 +176,11 @@ def find_schedule(pipeline: StableDiffusionPipeline, settings: CalibrateSettings
             f"{type(pipeline).__name__} asks for an image, and schedules are measured from text alone",
             "Calibrate a StableDiffusionPipeline of the same parts; its schedule is for this one too.",
         )
+    if getattr(pipeline.unet, "encoder_hid_proj", None) is not None:
+        raise AsdmError(
+            "an IP-Adapter is loaded, which asks for an image, and schedules are measured from text alone",
+            "Call unload_ip_adapter() first; the schedule also holds with the adapter.",
+        )
     check_size(pipeline, settings.sampling)
     check_not_offloaded(pipeline)
     sampling = settings.sampling

@@ -22,7 +22,7 @@ from asdm_compress.models.saving import save_pipeline
 from asdm_compress.models.source import LoadOptions
 from asdm_compress.reporting.switching import Row, damages_svg
 from asdm_compress.sampling.own_steps import save_own_steps
-from asdm_compress.sampling.settings import check_size, check_text_to_image
+from asdm_compress.sampling.settings import SamplingSettings, check_size, check_text_to_image
 from asdm_compress.scheduling.measure import sampler_timeline
 from asdm_compress.scheduling.rollouts import Judge, Score, gain
 from asdm_compress.scheduling.swaps import Bench, Swaps
@@ -65,6 +65,7 @@ class SwitchingFound:
     """What was found for some members; the first of `entrants` is the schedule, which is also that of `switched`."""
 
     switched: SwitchedUNet2DConditionModel
+    sampling: SamplingSettings
     times: StepTimes
     around_teacher: Swaps
     rounds: tuple[Round, ...]
@@ -83,7 +84,7 @@ class SwitchingFound:
         """A pipeline that has the switched UNet, its schedule, its report with what `more` there is, and its plot."""
         actions = self.switched.schedule.actions
         save_pipeline(pipeline, folder)
-        save_own_steps(folder, pipeline, len(actions))
+        save_own_steps(folder, pipeline, len(actions), self.sampling)
         save_schedule(Schedule(actions), folder / "switching.yaml")
         (folder / "calibration.json").write_text(json.dumps({**more, **self.content}, indent=1), encoding="utf-8")
         (folder / "damages.svg").write_text(damages_svg(self.around_teacher, actions), encoding="utf-8")
@@ -196,7 +197,9 @@ def calibrate_members(
         ],
         "verdict": _verdict(entrants, share),
     }  # fmt: skip
-    return SwitchingFound(switched, times, search.around_teacher, tuple(search.rounds), tuple(entrants), content)
+    return SwitchingFound(
+        switched, settings.sampling, times, search.around_teacher, tuple(search.rounds), tuple(entrants), content
+    )
 
 
 def _way(actions: Sequence[Action], times: StepTimes, name: str = "calibrated") -> Way:

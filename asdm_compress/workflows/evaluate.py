@@ -106,6 +106,7 @@ def run_evaluate(
     weights = find_all_weights(rules, settings)
     reference = open_reference(settings, weights)
     opened = open_models(model, options, settings, rules, departures, progress)
+    rules = opened.rules
     chosen = choose_prompt_set(opened, settings)
     reads = bool(chosen.captions) and opened.side == IMAGE_SIZE
     with progress.stage("Opening what measures"):

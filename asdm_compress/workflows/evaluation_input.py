@@ -27,7 +27,7 @@ from asdm_compress.models.families import latent_size_of
 from asdm_compress.models.loading import open_pipeline, open_unet, with_parts
 from asdm_compress.models.resolve import resolve
 from asdm_compress.models.source import LoadOptions, Source
-from asdm_compress.sampling.own_steps import own_steps
+from asdm_compress.sampling.own_steps import made_for, own_steps
 from asdm_compress.sampling.schedulers import evaluations, make_scheduler, sample_alike, scheduler_like
 from asdm_compress.sampling.settings import SamplingSettings, check_text_to_image
 from asdm_compress.scenes.captions import Caption
@@ -215,6 +215,7 @@ def open_models(
         own = None
     if own is not None and ours.path == theirs.path:  # the same model, which inherits features on one side
         rules = replace(rules, steps=own)
+    rules = _as_made_for(ours, rules, settings.changes, progress)
     steps = settings.model_steps or own or rules.steps
     if settings.model_sampler:
         student.scheduler = make_scheduler(settings.model_sampler, student)
@@ -233,6 +234,20 @@ def open_models(
             departures.append(said)
     check_pair(teacher, student, opened.sampling["teacher"])
     return opened
+
+
+def _as_made_for(model: Source, rules: Rules, asked: Mapping[str, Any], progress: Progress) -> Rules:
+    """The rules with the guidance and the image size that a model was made for, where nothing else is asked for."""
+    made = made_for(model.path)
+    if made is None or rules.name != OWN.name:
+        return rules
+    own: dict[str, Any] = {"guidance": made.guidance, "image_size": made.image_size}
+    own = {key: value for key, value in own.items() if value is not None and asked.get(key) is None}
+    own = {key: value for key, value in own.items() if value != getattr(rules, key)}
+    if own:
+        said = " and ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in own.items())
+        progress.note(f"{model.name} was made for {said}, by which both are sampled")
+    return replace(rules, **own)
 
 
 def _give_both_one_sampler(

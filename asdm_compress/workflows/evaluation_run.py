@@ -48,6 +48,7 @@ from asdm_compress.workflows.generate import noting
 from asdm_compress.workflows.progress import Progress
 
 _SETTINGS: Final = "settings.json"
+_OF_TRAINING: Final = "settings.yaml"  # lies in the same place beside the output of `distill`
 _SPEED: Final = "speed.json"
 IMAGES: Final = "images"
 _REFERENCE_CHUNK: Final = 32
@@ -109,8 +110,13 @@ def run_key(
 
 
 def prepare_run(run: Path, key: Mapping[str, Any], overwrite: bool) -> None:
-    """Make the run's folder, or see that the one that is there is of the same evaluation."""
+    """Make the run's folder, or see that the one that is there is of the same evaluation.
+
+    Raises AsdmError for one of another, unless it may be replaced, and always for one of a training.
+    """
     path = run / _SETTINGS
+    if (run / _OF_TRAINING).is_file():
+        raise AsdmError(f"{run} holds a training, which nothing else replaces", "Choose another --out.")
     if path.is_file():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))

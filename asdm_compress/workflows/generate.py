@@ -20,7 +20,7 @@ from asdm_compress.models.resolve import resolve
 from asdm_compress.models.source import LoadOptions, Source
 from asdm_compress.reporting.grid import labelled_grid
 from asdm_compress.sampling.images import Samples, sample
-from asdm_compress.sampling.own_steps import own_steps
+from asdm_compress.sampling.own_steps import made_for, own_steps
 from asdm_compress.sampling.schedulers import make_scheduler, sample_alike, scheduler_like
 from asdm_compress.sampling.settings import SamplingSettings, check_size
 from asdm_compress.workflows.progress import Progress
@@ -35,7 +35,8 @@ class GenerateSettings:
 
     `inherit` is a sampling mode, the path of a schedule, or `calibrated` for the schedule in the model's own folder; it
     is for the model and not for what it is compared with. `batch` images are sampled at once. With `own_steps` a
-    model that was made for a number of steps, as an optimized one is, is sampled in these. Raises AsdmError for a
+    model that was made for a number of steps, as an optimized one is, is sampled in these; with `own_guidance` and
+    `own_size` all are sampled by the guidance and in the size that the model was made for. Raises AsdmError for a
     negative prompt without guidance.
     """
 
@@ -46,19 +47,29 @@ class GenerateSettings:
     compare: str | None = None
     inherit: str | None = None
     own_steps: bool = False
+    own_guidance: bool = False
+    own_size: bool = False
     negative_prompt: str | None = None
     batch: int = 8
 
     def __post_init__(self) -> None:
-        if self.negative_prompt is not None and self.sampling.guidance <= 1:
+        self._check(self.sampling)
+
+    def _check(self, sampling: SamplingSettings) -> None:
+        if self.negative_prompt is not None and sampling.guidance <= 1:
             raise AsdmError(
                 "a negative prompt does nothing without guidance", "Use --guidance above 1, or leave it out."
             )
 
-    def sampling_of(self, source: Source, scheduler: Any) -> SamplingSettings:
-        """How a model is sampled."""
-        steps = own_steps(source.path, scheduler) if self.own_steps else None
-        return self.sampling if steps is None else replace(self.sampling, steps=steps)
+    def as_made_for(self, model: Source) -> SamplingSettings:
+        """How all are sampled, but for the steps; raises AsdmError for a negative prompt without guidance."""
+        made, found = made_for(model.path), self.sampling
+        if made is not None and made.guidance is not None and self.own_guidance:
+            found = replace(found, guidance=made.guidance)
+        if made is not None and made.image_size is not None and self.own_size:
+            found = replace(found, image_size=made.image_size)
+        self._check(found)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +110,9 @@ def run_generate(
     given = tuple(names)
     check_apart(out, overwrite, names)
     prompts = [prompt for prompt in settings.prompts for _ in range(settings.images_per_prompt)]
+    common = settings.as_made_for(resolve(model, options))
+    if common != settings.sampling:
+        progress.note(f"{model} is made for guidance {common.guidance:g}{_size(common)}, which is taken")
     runs: list[Samples] = []
     samplers: list[Any] = []
     for number, name in enumerate(names):
@@ -110,12 +124,13 @@ def run_generate(
             if settings.scheduler and samplers and not is_schedule(settings.inherit):
                 pipeline.scheduler = scheduler_like(samplers[0], pipeline.scheduler)
         samplers.append(pipeline.scheduler)
-        sampling = settings.sampling_of(source, pipeline.scheduler)
-        if sampling.steps != settings.sampling.steps:
+        steps = own_steps(source.path, pipeline.scheduler) if settings.own_steps else None
+        sampling = common if steps is None else replace(common, steps=steps)
+        if sampling.steps != common.steps:
             progress.note(f"{name} is made for {sampling.steps} steps")
         for note in source.notes:
             progress.note(note)
-        check_size(pipeline, settings.sampling)
+        check_size(pipeline, sampling)
         with progress.bar(f"Sampling {name}") as bar:
             # The teacher that is compared with computes everything.
             rule = rule_for(settings.inherit, source) if number == len(names) - 1 else None
@@ -143,6 +158,10 @@ def run_generate(
         grid.save(aside / "grid.png")
     seconds = {name: run.seconds for name, run in zip(names, runs, strict=True)}
     return GenerateResult([*files, "grid.png"], seconds, compare(runs[1], runs[0]) if len(runs) == 2 else None)
+
+
+def _size(sampling: SamplingSettings) -> str:
+    return "" if sampling.image_size is None else f" and images of {sampling.image_size} pixels"
 
 
 def is_schedule(inherit: str | None) -> bool:

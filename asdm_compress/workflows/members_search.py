@@ -31,7 +31,8 @@ class Round:
         """For files."""
         found = self.found
         return {
-            "predicted": found.predicted, "bound": found.bound, "proven": found.proven, "measured": self.measured,
+            "predicted": found.predicted, "bound": found.bound, "proven": found.proven,
+            "most_changes": found.most_changes, "measured": self.measured,
             "steps": [action.name for action in found.actions],
         }  # fmt: skip
 

@@ -24,9 +24,9 @@ from asdm_compress.models.source import LoadOptions
 from asdm_compress.reporting.frontier import frontier_svg
 from asdm_compress.sampling.own_steps import save_own_steps
 from asdm_compress.sampling.run import check_one_evaluation_per_step
-from asdm_compress.sampling.settings import check_size, check_text_to_image
+from asdm_compress.sampling.settings import SamplingSettings, check_size, check_text_to_image
 from asdm_compress.workflows.budget_search import LONGER, Search, open_instruments
-from asdm_compress.workflows.calibrate import CalibrateSettings, split_prompts
+from asdm_compress.workflows.calibrate import CalibrateSettings, keeps_in_time, split_prompts
 from asdm_compress.workflows.candidates import FIDELITY, Candidate, Criterion, best_within, frontier_of
 from asdm_compress.workflows.card import Origin
 from asdm_compress.workflows.plan import PlanSettings, measure
@@ -118,7 +118,8 @@ def run_optimize(
     if share >= 1:
         raise AsdmError("the full run is within this time already", "Ask for less than 1x.")
     tried = search.tried(share)
-    chosen = best_within(tried, share)
+    with progress.stage("Timing the best again"):
+        tried, chosen = _confirmed(search, tried, share)
     if chosen is None:
         raise AsdmError(
             f"nothing was found that takes {share:.4g}x of the time of a whole image",
@@ -154,6 +155,22 @@ def run_optimize(
             students.write(aside, students.names.values(), origin.reference, teacher, refit, settings.command)
     what = "; ".join(search.quality.names) if criterion.is_quality else "PSNR"
     return Optimized(out, best, tuple(tried), content, students, what)
+
+
+def _confirmed(search: Search, tried: Sequence[Candidate], share: float) -> tuple[list[Candidate], int | None]:
+    """The place of the best within a share of the time, and all with the time of those that were timed again for it.
+
+    Of dozens that are timed at once the fastest are also those that were lucky: what is chosen keeps the time when it
+    is timed beside the full run alone, too, and what does not is no longer within it.
+    """
+    found = list(tried)
+    while (chosen := best_within(found, share)) is not None:
+        again = search.shares([found[chosen].way])[0]
+        kept = keeps_in_time(again, share)
+        found[chosen] = replace(found[chosen], share=again)
+        if kept:
+            break
+    return found, chosen
 
 
 def _students(
@@ -207,13 +224,14 @@ def _write(
     there once.
     """
     used = search.used((best, *frontier))  # no weights of others are written
-    _save(search.ready(best, used), best.way.steps, folder)
+    sampling = search.settings.sampling
+    _save(search.ready(best, used), sampling, best.way.steps, folder)
     found: list[dict[str, str | int | None]] = []
     for number, candidate in enumerate(frontier, start=1):
         way, name = candidate.way, "."
         if way.key != best.way.key:
             name = f"frontier/{number}"
-            _save(search.ready(candidate, used), way.steps, folder / name)
+            _save(search.ready(candidate, used), sampling, way.steps, folder / name)
             link_equal_files(folder / name, folder)
         found.append({"way": way.name, "steps": way.steps, "scheduler": way.scheduler, "folder": name})
     return found
@@ -228,9 +246,11 @@ def _plot(search: Search, tried: Sequence[Candidate], share: float) -> str:
     return frontier_svg(points, share, shown, search.tested_quality.full.mean())
 
 
-def _save(ready: tuple[StableDiffusionPipeline, Schedule | None], steps: int, folder: Path) -> None:
+def _save(
+    ready: tuple[StableDiffusionPipeline, Schedule | None], sampling: SamplingSettings, steps: int, folder: Path
+) -> None:
     pipeline, schedule = ready
     save_pipeline(pipeline, folder)
-    save_own_steps(folder, pipeline, steps)
+    save_own_steps(folder, pipeline, steps, sampling)
     if schedule is not None:
         save_schedule(schedule, folder / "inheritance.yaml")

@@ -29,6 +29,7 @@ from asdm_compress.models.source import LoadOptions
 from asdm_compress.workflows.card import PYTHON
 
 _SETTINGS: Final = "settings.yaml"
+_OF_EVALUATION: Final = "settings.json"  # lies in the same place beside the output of `evaluate`
 _PARALLEL: Final = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
 _MAY_CHANGE: Final = ("learning_rate:", "clip:")  # in a training that goes on
 
@@ -122,6 +123,8 @@ def run_folder(out: Path) -> Path:
 def check_places(out: Path, run: Path, student: str, settings: DistillSettings) -> None:
     """Raise AsdmError where something stands in the way of the student's folder or of the run's own."""
     check_apart(out, settings.overwrite, [name for name in (student, settings.teacher) if name is not None])
+    if (run / _OF_EVALUATION).is_file() and not (run / _SETTINGS).is_file():
+        raise AsdmError(f"{run} holds an evaluation, which nothing else replaces", "Choose another --out.")
     if run.exists() and not (settings.resume or settings.overwrite):
         raise AsdmError(
             f"{run} holds a training that was begun",
