@@ -47,6 +47,11 @@ def test_intervals_of_too_little_and_of_nothing_new():
     same = intervals.share_difference([True, False] * 8, [True, False] * 8)
     assert same.value == 0
     assert same.high == -same.low > 0.1
+    worse = intervals.share_difference([True] * 16, [False] * 16)
+    assert worse.value == worse.low == -1
+    assert -0.95 < worse.high < -0.5
+    better = intervals.share_difference([False] * 16, [True] * 16)
+    assert (better.low, better.high) == (-worse.high, 1)
     right, of = np.array([1, 2, 0, 3]), np.array([2, 2, 0, 3])
     assert intervals.pooled_share(right, of).value == pytest.approx(6 / 7)
     assert intervals.pooled_share(right, of).n == 3

@@ -37,6 +37,8 @@ def test_named_models_without_weights_say_how_to_get_them(name, monkeypatch, tmp
     assert "--random-weights" in str(caught.value.hint)
     assert f"./{name}" not in str(caught.value.hint)
     assert resolve(name, LoadOptions(random_weights=True)).kind == "random weights"
+    with pytest.raises(AsdmError, match="random weights are made for sd15"):
+        resolve("mini-sd", LoadOptions(random_weights=True))
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()  # which the name goes before
     with pytest.raises(AsdmError) as caught:

@@ -48,6 +48,13 @@ def hub(tmp_path, monkeypatch):
         yield hub
 
 
+def test_what_the_hub_does_not_have_is_told_as_the_hub_tells_it(hub: Hub, cli):
+    asked = cli("profile", "me/typo", "--repeats", "1")
+    assert asked.returncode == 4
+    assert "404" in asked.stderr
+    assert "outgoing traffic" not in asked.stderr
+
+
 def test_a_student_goes_to_the_hub_and_comes_back(hub: Hub, cli, elsewhere, tmp_path, inputs):
     sent = cli(*APPLY)
     assert sent.returncode == 0, sent.stderr

@@ -60,12 +60,16 @@ def share_difference(before: Sequence[bool] | np.ndarray, after: Sequence[bool] 
     """The difference of two shares of the same images.
 
     Where no image has changed there is nothing to resample: then as many changes to either side as Wilson's interval
-    allows for none seen.
+    allows for none seen; and where all have, as few as it allows for all.
     """
     first, second = (np.asarray(flags, dtype=bool) for flags in (before, after))
     if (first == second).all():
         most = binomtest(0, len(first)).proportion_ci(LEVEL, method="wilson").high
         return Estimate(value=0.0, low=-most, high=most, n=len(first), method="wilson")
+    if (first != second).all() and (first == first[0]).all():
+        least = binomtest(len(first), len(first)).proportion_ci(LEVEL, method="wilson").low
+        low, high = (-1.0, -least) if first[0] else (least, 1.0)
+        return Estimate(value=-1.0 if first[0] else 1.0, low=low, high=high, n=len(first), method="wilson")
     return mean_difference(first, second)
 
 

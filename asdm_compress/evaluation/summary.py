@@ -269,7 +269,10 @@ def speed_measures(seconds: Seconds, unet_calls: Mapping[Role, int]) -> Iterator
     yield measure("seconds_per_image", "Seconds per image", "with VAE", whole)
     yield measure("seconds_per_image", "Seconds per image", "without VAE", lambda role: seconds["loop"][role])
     yield measure(
-        "seconds_per_step", "Seconds per step", None, lambda r: [s / unet_calls[r] for s in seconds["loop"][r]]
+        "seconds_per_step",
+        "Seconds per step",
+        "a call of the UNet",
+        lambda r: [s / unet_calls[r] for s in seconds["loop"][r]],
     )
     yield measure("seconds_vae", "Seconds of the VAE", None, lambda role: seconds["vae"][role])
 

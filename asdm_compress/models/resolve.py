@@ -43,6 +43,11 @@ def resolve(reference: str, options: LoadOptions, beside: bool = False) -> Sourc
 
 
 def _find(reference: str, options: LoadOptions) -> Source:
+    if options.random_weights and reference not in HUB_NAMES:
+        raise AsdmError(
+            f"random weights are made for {', '.join(HUB_NAMES)}, and {reference} has its own",
+            "Leave --random-weights out.",
+        )
     if reference == MINI_SD:
         return Source(MINI_SD, "pipeline folder", MINI_SD_FOLDER)
     if reference in HUB_NAMES:
@@ -102,8 +107,13 @@ def _resolve_hub_id(repository: str, options: LoadOptions) -> Source:
     try:
         try:
             wanted = wanted_files([file.filename for file in snapshot_download(repository, dry_run=True)])
-        except DryRunError:  # no way to the hub
-            folder = _cached(repository)
+        except DryRunError as error:  # no way to the hub, or a no from there
+            try:
+                folder = _cached(repository)
+            except LocalEntryNotFoundError:
+                if isinstance(error.__cause__, HfHubHTTPError):
+                    raise error.__cause__ from error
+                raise
         else:
             folder = Path(snapshot_download(repository, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
