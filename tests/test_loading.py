@@ -21,9 +21,7 @@ from asdm_compress.models.loading import load_pipeline, load_unet
 from asdm_compress.models.names import MINI_SD_FOLDER
 from asdm_compress.models.recognise import is_finite
 from asdm_compress.models.resolve import resolve
-from asdm_compress.models.saving import FileLayout, save_pipeline
 from asdm_compress.models.source import LoadOptions
-from asdm_compress.models.transformers_4 import with_text_model
 
 OPTIONS = LoadOptions()
 
@@ -310,26 +308,6 @@ def _ldm_keys(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
             rest[0] = "op"
         result[".".join([place, *rest])] = value
     return result
-
-
-@pytest.mark.parametrize("shard_bytes", [2**30, 200_000])
-def test_text_parts_are_written_as_transformers_4_reads_them_too(pipeline, tmp_path, shard_bytes):
-    save_pipeline(pipeline, tmp_path, FileLayout(shard_bytes=shard_bytes))
-    files = list((tmp_path / "text_encoder").glob("*.safetensors"))
-    names = {name for file in files for name in load_file(file)}
-    assert (len(files) > 1) == (shard_bytes < 2**30)
-    assert names == {with_text_model(name) for name in pipeline.text_encoder.state_dict()}
-    for index in (tmp_path / "text_encoder").glob("*.index.json"):
-        assert set(json.loads(index.read_text())["weight_map"]) == names
-    vocabulary = json.loads((tmp_path / "tokenizer/vocab.json").read_text(encoding="utf-8"))
-    assert vocabulary.items() <= pipeline.tokenizer.get_vocab().items()
-    version, *merges = (tmp_path / "tokenizer/merges.txt").read_text(encoding="utf-8").splitlines()
-    assert version.startswith("#version") and len(merges) == len(set(merges))
-    assert all("".join(pair.split(" ")) in vocabulary for pair in merges)
-    again = StableDiffusionPipeline.from_pretrained(tmp_path)
-    ids = again.tokenizer(["a small red circle"], return_tensors="pt").input_ids
-    assert torch.equal(ids, pipeline.tokenizer(["a small red circle"], return_tensors="pt").input_ids)
-    assert torch.equal(again.text_encoder(ids)[0], pipeline.text_encoder(ids)[0])
 
 
 def test_the_bundled_model_opens_in_plain_diffusers_without_any_option():

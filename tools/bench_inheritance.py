@@ -28,6 +28,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from inheritance_ablations import ABLATIONS, without
 from inheritance_full_size import add_full_size, on_paper
 from inheritance_macs import macs_share, planned_macs
 from inheritance_results import SLACK, Kept, Rows, shown_row
@@ -49,7 +50,6 @@ from asdm_compress.core.units import parse_budget
 from asdm_compress.evaluation.distances import frechet_distance
 from asdm_compress.evaluation.fidelity import compare_pairs, to_tensor
 from asdm_compress.evaluation.quality import scene_features
-from asdm_compress.inheritance.forecast import HOLD
 from asdm_compress.inheritance.modes import Mode, parse_mode
 from asdm_compress.inheritance.schedule import Schedule
 from asdm_compress.models.loading import load_pipeline
@@ -59,10 +59,9 @@ from asdm_compress.sampling.schedulers import make_scheduler
 from asdm_compress.sampling.settings import SamplingSettings, encode
 from asdm_compress.scenes.captions import sample_captions
 from asdm_compress.scenes.reader import load_reader
-from asdm_compress.scheduling.goals import Choosing, Goal, Plan, choose_schedule
-from asdm_compress.scheduling.menu import kind_of, light_name
+from asdm_compress.scheduling.goals import Goal, Plan, choose_schedule
+from asdm_compress.scheduling.menu import kind_of
 from asdm_compress.scheduling.rollouts import Judge, Score, gain
-from asdm_compress.scheduling.search import DynamicProgram, find_front
 from asdm_compress.scheduling.timing import time_runs
 from asdm_compress.scheduling.ways import SOLVERS, Way, fewer_steps, uniform_caches
 from asdm_compress.workflows.calibrate import CalibrateSettings, prepare, split_prompts
@@ -74,41 +73,6 @@ MOST_ROUNDS = 2
 SHOWN = 6  # columns of the grid
 FEWER = (0.5, 0.6, 0.7, 0.8)  # of the full run's steps, that caches are tried with too
 DENSER = 1.12  # times the time as predicted: caches that take no more are timed, since predictions may be too high
-NEVER = 1e6  # seconds: what is left out of a search is given a time that no budget has
-ABLATIONS = (
-    "forecasts", "dynamic program", "fitted corrections", "guidance reuse", "skipped steps",
-    "denoised latents", "the unit level", "the cut level", "variable depth",
-)  # fmt: skip
-
-
-def without(choosing: Choosing, what: str) -> Choosing:
-    """The same choice to be made without one ingredient."""
-    menu, seconds = choosing.surrogate.menu, dict(choosing.times.seconds)
-    names = {light: light_name(menu, light) for light in range(len(menu.lights))}
-    surrogate, fitter = choosing.surrogate, choosing.fitter
-    if what == "forecasts":
-        surrogate = replace(surrogate, menu=replace(menu, forecasts=(HOLD,)))
-    if what == "fitted corrections":
-        fitter = None
-    shallow = next((light for light, name in names.items() if name == "cut.0"), 0)
-    for kind in seconds:
-        light, conditional = kind
-        name = names.get(light, "")
-        gone = (
-            (what == "guidance reuse" and conditional)
-            or (what == "skipped steps" and name.startswith("skip"))
-            or (what == "denoised latents" and name == "skip.denoised")
-            or (what == "the unit level" and name.endswith("units"))
-            or (what == "the cut level" and name.startswith("cut."))
-            or (what == "variable depth" and name.startswith("cut.") and light != shallow)
-        )
-        if gone:
-            seconds[kind] = NEVER
-    times = replace(choosing.times, seconds=seconds)
-    program = DynamicProgram(surrogate, times)
-    front = find_front(program)
-    corrected = find_front(program.at(times.corrected())) if fitter is not None else front
-    return replace(choosing, surrogate=surrogate, times=times, front=front, corrected_front=corrected, fitter=fitter)
 
 
 class Bench:

@@ -28,7 +28,7 @@ CACHES: Final = ("DeepCache", "DeepCache, not uniform", "Faster Diffusion", "T-G
 CACHE_IN_FEWER_STEPS: Final = "DeepCache in fewer steps"  # which nobody has published, but anybody could try
 # What rows come from, beside the weights.
 PACKAGES: Final = ("inheritance", "scheduling", "sampling")
-TOOLS: Final = ("bench_inheritance", "inheritance_results", "rival_schedules")
+TOOLS: Final = ("bench_inheritance", "inheritance_ablations", "inheritance_results", "rival_schedules")
 LINES: Final = {
     "calibrated": ("calibrated (ours)", "#ea580c", "o"),
     "DeepCache": ("DeepCache", "#2563eb", "s"),

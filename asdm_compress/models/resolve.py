@@ -24,6 +24,7 @@ from asdm_compress.models.stale import true_config
 
 FILE_SUFFIXES: Final = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _ENTRIES: Final = ("model_index.json", "config.json")
+# A student's, or a switched model's.
 _OWN: Final = ("recipe.yaml", "inheritance.yaml", "inheritance.safetensors", "switching.yaml", "sampling.json")
 _HUB_ID: Final = re.compile(r"^[\w.-]+/[\w.-]+$")
 

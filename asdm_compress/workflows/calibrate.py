@@ -179,7 +179,7 @@ def find_schedule(pipeline: StableDiffusionPipeline, settings: CalibrateSettings
     if getattr(pipeline.unet, "encoder_hid_proj", None) is not None:
         raise AsdmError(
             "an IP-Adapter is loaded, which asks for an image, and schedules are measured from text alone",
-            "Call unload_ip_adapter() first; the schedule also holds with the adapter.",
+            "Call unload_ip_adapter() first; the schedule is taken with the adapter, too.",
         )
     check_size(pipeline, settings.sampling)
     check_not_offloaded(pipeline)
